@@ -1,0 +1,76 @@
+# kiln: GPT training in C++.
+#   make          build ./train                         make test     everything that can be tested on this machine
+#   make demo     from nothing to a trained model,      make help     the other targets, and the switches
+#                 a loss curve and generated text
+SHELL      := /bin/bash
+first       = $(firstword $(foreach c,$(1),$(shell command -v $(c))))
+comma      := ,
+
+CPU        ?= native## instruction set for -march=; x86-64-v3 for a binary that moves between machines
+SANITIZE   ?=## 1: address and undefined-behaviour sanitizers (C++ tests only)
+DEBUG      ?=## 1: -O1, assertions on
+DEPS       ?= 1## 0: never look for or install packages
+PYTHON     ?= $(call first,/usr/bin/python3 python3)
+MPICXX     ?= $(call first,mpicxx.mpich mpicxx)
+MPIRUN     ?= $(call first,mpirun.mpich mpirun)
+CCACHE     ?= $(call first,ccache)
+
+export MPIRUN PYTHON
+
+VARIANT    := $(if $(SANITIZE),sanitize,$(if $(DEBUG),debug,release))
+B          := build/$(VARIANT)
+O          := $(B)/obj
+SAN        := $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+CXXFLAGS   += -std=c++20 -I. -Wall -Wextra -Werror -Wno-missing-field-initializers -Wno-restrict -fopenmp -g -march=$(CPU) $(SAN) \
+              -fno-math-errno -fno-trapping-math $(if $(DEBUG)$(SANITIZE),-O1,-O3 -DNDEBUG)
+LIBS       := -ldnnl -lyaml-cpp -lfmt -lxxhash
+LIB_OBJ    := $(patsubst %.cpp,$(O)/%.o,$(wildcard common/*.cpp kernels/*.cpp kernels/cpu/*.cpp model/*.cpp data/*.cpp comm/*.cpp))
+TEST_OBJ   := $(patsubst %.cpp,$(O)/%.o,$(wildcard test/*.cpp))
+FORMATTED  := $(shell git ls-files '*.h' '*.cpp' '*.cu' 2>/dev/null)
+$(shell mkdir -p build; c=$$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown); \
+        [ "$$c" = "$$(cat build/commit 2>/dev/null)" ] || echo $$c > build/commit)
+
+all: $(B)/train ## build ./train
+	@ln -sf $(B)/train train
+
+demo: deps all ## prepare text, train about 90 seconds on 2 ranks, plot, generate
+	PYTHON=$(PYTHON) MPIRUN=$(MPIRUN) scripts/demo.sh configs/demo.yaml $(DEMO_ARGS)
+
+test: deps $(B)/test $(B)/test_mpi $(if $(SANITIZE),,all) ## all tests; the last line is "N passed, N failed"
+	$(PYTHON) test/run.py --build $(B) --mpirun $(MPIRUN) $(if $(SANITIZE),--no-system)
+
+parity: all ## losses and gradient norms against PyTorch, made afresh
+	$(PYTHON) scripts/parity.py
+
+bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; writes benchmarks/results/
+	$(PYTHON) scripts/bench_cpu.py
+
+lint: ## formatting, include directions, shell scripts
+	clang-format --dry-run -Werror $(FORMATTED)
+	scripts/check_includes.sh
+	shellcheck $$(git ls-files '*.sh') .ci/run
+
+format: ## rewrite the sources by .clang-format
+	clang-format -i $(FORMATTED)
+
+deps:
+	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh
+
+LINK = @echo "link $@"; $(MPICXX) -fopenmp $(SAN) $(filter %.o,$^) $(LIBS) -o $@
+COMPILE = @mkdir -p $(@D); echo "compile $<"; $(CCACHE) $(MPICXX) $(CXXFLAGS) -MMD -MP
+$(B)/train: $(O)/train.o $(O)/training_run.o $(LIB_OBJ); $(LINK)
+$(B)/test: $(TEST_OBJ) $(LIB_OBJ); $(LINK)
+$(B)/test_mpi: $(patsubst %.cpp,$(O)/%.o,$(wildcard test/mpi/*.cpp)) $(LIB_OBJ); $(LINK)
+$(B)/bench_gemm: $(O)/test/bench/gemm.o $(LIB_OBJ); $(LINK)
+$(O)/%.o: %.cpp; $(COMPILE) -c $< -o $@
+$(O)/train.o: train.cu build/commit; $(COMPILE) -DKILN_COMMIT='"$(shell cat build/commit)"' -x c++ -c $< -o $@
+$(B)/fault_shim.so: test/system/fault_shim.c; $(CC) -shared -fPIC -O1 -Wall -Werror $< -o $@ -ldl
+
+clean: ## remove everything that was built
+	rm -rf build train
+help: ## this list
+	@awk -F ' *## *' '/^[a-z]+:.*## / {sub(/:.*/, "", $$1); printf "  make %-13s %s\n", $$1, $$2} \
+	                  /^[A-Z]+ +\?=.*##/ {sub(/ .*/, "", $$1); printf "  %-18s %s\n", $$1 "=", $$2}' Makefile
+
+.PHONY: all demo test parity bench lint format deps clean help
+-include $(shell find build -name '*.d' 2>/dev/null)

@@ -1,0 +1,53 @@
+// Arena: many named tensors in one flat allocation.  First add() them all, then allocate() once: sizes are known and
+// printable before any memory is taken.  Tensors lie in the order of add(), each on a 512-byte boundary, zeroed.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "common/buf.h"
+
+// Where an arena gets its memory from: a backend's alloc and free.  alloc throws Error(Exit::memory).
+struct Allocator {
+    void* (*alloc)(size_t n_bytes);
+    void (*free)(void*);
+};
+
+class Arena {
+  public:
+    static constexpr size_t kAlign = 512;  // bytes: 64 doubles
+
+    explicit Arena(std::string name) : name_(std::move(name)) {}
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    Arena(Arena&& o) noexcept;
+    Arena& operator=(Arena&&) = delete;
+    ~Arena();
+
+    // Plans a tensor; `where` is filled in by allocate() and must stay at its address until then.
+    void add(Buf& where, std::string tensor, size_t count, DType dtype);
+    // Takes the memory and fills in every planned Buf.  `zero` writes n bytes of zero into the backend's memory.
+    void allocate(Allocator allocator, void (*zero)(void*, size_t n_bytes));
+
+    const std::string& name() const { return name_; }
+    size_t n_bytes() const { return n_bytes_; }
+    // The whole allocation, padding included, as one buffer; every tensor must have this dtype.
+    Buf flat(DType dtype) const;
+    // A line per kind of tensor (layer numbers folded to *): name, tensors, elements, bytes.
+    std::string table() const;
+
+  private:
+    struct Tensor {
+        Buf* where;
+        std::string name;
+        size_t count, offset;  // elements, bytes
+        DType dtype;
+    };
+    std::string name_;
+    std::vector<Tensor> tensors_;
+    size_t n_bytes_ = 0;
+    void* base_ = nullptr;
+    Allocator allocator_{};
+};
+
+// "1.50 GiB", "12.0 MiB", "512 B".
+std::string human_bytes(size_t n_bytes);

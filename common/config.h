@@ -1,0 +1,79 @@
+// The config of a run: one YAML file plus --set overrides.  Defaults are the initialisers below; README.md has the
+// table, config_keys.cpp the allowed values.  An unknown or duplicate key, a wrong type or an impossible value is
+// Error(Exit::usage) with file:line, the value, what is allowed and, for a near miss, "did you mean".  A key or value
+// of what is not built yet is "not available in this build".
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+struct Config {
+    struct Run {
+        std::string name;  // required; one path component
+        std::string out_dir = "runs";
+        uint64_t seed = 1337;
+        double max_minutes = 0;            // 0: no limit; else save and exit 85
+        std::string on_bad_step = "skip";  // skip | stop: a loss or gradient that is not finite
+    } run;
+    struct Device {
+        std::string kind = "auto";   // auto | cpu
+        std::string dtype = "fp32";  // fp32
+        int threads = 0;             // 0: auto, this rank's share of the host's cores
+    } device;
+    struct Model {
+        std::string architecture = "gpt2";
+        int n_layer = 0, n_head = 0, n_embd = 0, context_length = 0, vocab_size = 0;  // required
+        double dropout = 0;
+        bool bias = true;
+        std::string init_from;  // directory; empty: random
+    } model;
+    struct Data {
+        std::vector<std::string> train, val;  // train required; globs
+        bool shuffle = true;
+        std::string tokenizer;        // file; only for generate and samples
+        std::string format = "auto";  // auto | nanogpt
+    } data;
+    struct Train {
+        int64_t max_steps = 0;  // exactly one of max_steps and max_epochs is given
+        double max_epochs = 0;
+        int global_batch_size = 0, micro_batch_size = 0;  // required; sequences
+        double grad_clip = 1.0;                           // 0: off
+    } train;
+    struct Optimizer {
+        std::string name = "adamw";  // adamw | adam | sgd
+        double learning_rate = 0;    // required
+        double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, momentum = 0;
+    } optimizer;
+    struct Schedule {
+        std::string name = "constant";  // constant | cosine | linear | wsd
+        int64_t warmup_steps = 0;
+        int64_t decay_steps = 0;  // 0: "all"
+        double min_learning_rate = 0;
+    } schedule;
+    struct Eval {
+        int64_t interval = 0;  // 0: never
+        int64_t tokens = 0;    // 0: "all"
+        std::vector<std::string> sample_prompts;
+    } eval;
+    struct Checkpoint {
+        int64_t interval = 0;  // 0: never
+        int keep = 3;
+    } checkpoint;
+    struct LogKeys {
+        int64_t interval = 1;
+    } log;
+    struct Parallel {
+        std::string allreduce = "auto";  // auto | ordered | mpi | ring
+    } parallel;
+};
+
+// Reads and checks the file, then applies each "section.key=value" (value in YAML).
+Config load_config(const std::string& path, const std::vector<std::string>& overrides);
+// The same from text in memory; `name` stands for the file in messages.
+Config parse_config(const std::string& text, const std::string& name, const std::vector<std::string>& overrides);
+// The resolved config as YAML that load_config reads back to the same values: config.yaml of a run.
+std::string to_yaml(const Config& config);
+// Names every key whose value differs ("optimizer.learning_rate"), for resume.
+std::vector<std::string> differing_keys(const Config& a, const Config& b);
+// The keys of that list that a resume may change (design: sizes of the run, not of the model).
+bool may_change_on_resume(const std::string& key);

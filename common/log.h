@@ -1,0 +1,41 @@
+// Messages for people: to the terminal (rank 0 only) and to the run's train.log.  A full disk or a closed terminal
+// never stops a run: what cannot be written is dropped.
+#pragma once
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <mutex>
+#include <string>
+#include <utility>
+
+class Log {
+  public:
+    explicit Log(int rank = 0) : rank_(rank) {}
+    ~Log();
+    Log(const Log&) = delete;
+    Log& operator=(const Log&) = delete;
+
+    // From now on also append to this file.  Call on rank 0 only; failure to open is Error(Exit::io).
+    void open(const std::string& path);
+
+    template <class... A>
+    void info(fmt::format_string<A...> f, A&&... a) {
+        write("", fmt::format(f, std::forward<A>(a)...));
+    }
+    template <class... A>
+    void warn(fmt::format_string<A...> f, A&&... a) {
+        write("warning: ", fmt::format(f, std::forward<A>(a)...));
+    }
+    // For the file only: long tables.
+    void detail(const std::string& text);
+    // A line that replaces itself on a terminal; elsewhere it is printed when `always` or ten seconds after the last.
+    void progress(const std::string& line, bool always);
+
+  private:
+    void write(const char* prefix, const std::string& message);
+    int rank_;
+    FILE* file_ = nullptr;
+    bool line_open_ = false;  // a progress line stands on the terminal without its newline
+    double last_progress_ms_ = -1e9;
+    std::mutex mutex_;  // the loader's thread warns too
+};

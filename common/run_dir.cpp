@@ -1,0 +1,81 @@
+#include "common/run_dir.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <memory>
+
+namespace {
+constexpr const char* kOwnFiles[] = {"config.yaml", "config.yaml.tmp", "metrics.jsonl", "metrics.jsonl.tmp",
+                                     "status.json", "status.json.tmp", "train.log",     "checkpoints"};
+constexpr size_t kMaxMetrics = size_t(16) << 30;
+
+// Keeps what belongs to the steps up to `step`.
+std::string kept_metrics(const std::string& text, int64_t step) {
+    std::string kept;
+    for (size_t at = 0; at < text.size();) {
+        const size_t end = text.find('\n', at);
+        if (end == std::string::npos) break;  // torn: the process died while it wrote this line
+        const std::string line = text.substr(at, end - at);
+        at = end + 1;
+        const nlohmann::json j = nlohmann::json::parse(line, nullptr, false);
+        if (!j.is_object()) continue;
+        const std::string type = j.value("type", "");
+        if (type == "run" || type == "event" || j.value("step", int64_t(0)) <= step) kept += line + '\n';
+    }
+    return kept;
+}
+}  // namespace
+
+RunDirectory::RunDirectory(const fs::path& path, OpenMode mode) : path_(path) {
+    const bool empty = !fs::exists(path_) || (fs::is_directory(path_) && fs::is_empty(path_));
+    if (mode == OpenMode::fresh && !empty)
+        fail(Exit::usage, "{}: is not empty; use --resume to go on, --overwrite to start afresh, or another run.name",
+             path_.string());
+    make_directories(path_);
+    const fs::path lock = path_ / "lock";
+    lock_ = ::open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (lock_ < 0) fail(Exit::io, "{}: cannot create: {}", lock.string(), errno_text(errno));
+    if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+        std::string owner(256, '\0');
+        owner.resize(size_t(std::max<ssize_t>(0, ::pread(lock_, owner.data(), owner.size(), 0))));
+        ::close(lock_);
+        fail(Exit::usage, "{}: another run is using this directory ({}); wait for it or choose another run.name",
+             path_.string(), owner);
+    }
+    char host[256] = "";
+    ::gethostname(host, sizeof host - 1);
+    const std::string owner = fmt::format("host {}, process {}", host, ::getpid());
+    if (::ftruncate(lock_, 0) != 0 || ::pwrite(lock_, owner.data(), owner.size(), 0) < 0)
+        fail(Exit::io, "{}: cannot write: {}", lock.string(), errno_text(errno));
+    if (mode == OpenMode::overwrite)
+        for (const char* name : kOwnFiles) {
+            std::error_code error;
+            fs::remove_all(path_ / name, error);
+            if (error) fail(Exit::io, "{}: cannot remove: {}", (path_ / name).string(), error.message());
+        }
+}
+
+RunDirectory::~RunDirectory() {
+    if (lock_ >= 0) ::close(lock_);  // releases the lock; the file stays, empty of meaning
+}
+
+void RunDirectory::start_metrics(int64_t step) {
+    const fs::path path = path_ / "metrics.jsonl";
+    if (fs::exists(path)) {
+        const std::string before = read_text(path, kMaxMetrics, Exit::io), kept = kept_metrics(before, step);
+        if (kept != before) replace_file(path, kept);
+    }
+    metrics_ = std::make_unique<OutFile>(path, true);
+}
+
+void RunDirectory::record(const nlohmann::ordered_json& line) { metrics_->write(line.dump() + '\n'); }
+void RunDirectory::sync_metrics() { metrics_->sync(); }
+
+void write_status(const fs::path& run, const std::string& state, int64_t step, int exit_code,
+                  const std::string& message) {
+    const nlohmann::ordered_json j = {{"state", state}, {"step", step}, {"exit_code", exit_code}, {"message", message}};
+    replace_file(run / "status.json", j.dump() + "\n");
+}

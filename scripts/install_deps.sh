@@ -1,0 +1,31 @@
+#!/bin/bash
+# Installs what kiln needs that is missing.  Debian 12: tested.  Ubuntu 22.04: same names, untested.
+# Without root it prints the exact command and stops.  --torch adds PyTorch, which only `make parity` and `make bench` use.
+set -euo pipefail
+
+# Build and run; then plots; then tests and development.
+packages=(g++ make mpich libmpich-dev libcli11-dev doctest-dev libyaml-cpp-dev libdnnl-dev nlohmann-json3-dev libfmt-dev
+          libxxhash-dev python3 python3-matplotlib python3-venv python3-pytest clang-format shellcheck)
+[ "${1:-}" = --torch ] && packages+=(python3-torch)
+
+missing=()
+for p in "${packages[@]}"; do
+    [ "$(dpkg-query -W -f '${Status}' "$p" 2>/dev/null)" = "install ok installed" ] || missing+=("$p")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+command="apt-get install -y --no-install-recommends ${missing[*]}"
+if [ "$(id -u)" -eq 0 ]; then
+    sudo=()
+elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+    sudo=(sudo)
+else
+    echo "kiln needs these packages; run as root, then make again:"
+    echo "    apt-get update && $command"
+    exit 2
+fi
+echo "installing: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+"${sudo[@]}" apt-get update -qq
+# shellcheck disable=SC2086
+"${sudo[@]}" $command -qq >/dev/null
