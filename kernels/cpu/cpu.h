@@ -1,0 +1,48 @@
+// The CPU backend: one function per op, templates on float and double; the double instance is the tests' reference.
+// Every op splits its work by shape alone, so the bits of a result do not depend on the number of threads.
+#pragma once
+#include <initializer_list>
+
+#include "kernels/ops.h"
+
+namespace cpu {
+void embedding_forward(const Embedding&, Stream);
+void embedding_backward(const EmbeddingGrad&, Stream);
+void layernorm_forward(const LayerNorm&, Stream);
+void layernorm_backward(const LayerNormGrad&, Stream);
+void linear_forward(const Linear&, Stream);
+void linear_backward(const LinearGrad&, Stream);
+void gelu_forward(const Gelu&, Stream);
+void gelu_backward(const GeluGrad&, Stream);
+void attention_forward(const Attention&, Stream);
+void attention_backward(const AttentionGrad&, Stream);
+void dropout(const Dropout&, Stream);
+void cross_entropy(const CrossEntropy&, Stream);
+void row_sum(const RowSum&, Stream);
+void add(const Add&, Stream);
+void optimizer_update(const OptimizerUpdate&, Stream);
+void grad_norm(const GradNorm&, Stream);
+
+// Calls f.operator()<float>() or <double>() by the dtype of an op's `real` tensors: the only dtype switch of an op.
+template <class F>
+void with_real(DType t, F&& f) {
+    switch (t) {
+        case DType::f32:
+            return f.template operator()<float>();
+        case DType::f64:
+            return f.template operator()<double>();
+        default:
+            fail(Exit::usage, "the CPU backend computes in fp32, not {}; set device.dtype: fp32",
+                 t == DType::bf16 ? "bf16" : dtype_name(t));
+    }
+}
+
+// Throws unless every buffer that is there holds T.  Called before a parallel loop: nothing may throw inside one.
+template <class T>
+void expect_dtype(std::initializer_list<Buf> buffers) {
+    for (const Buf& b : buffers) b.as<T>();
+}
+
+// Below this many elements an elementwise loop is left to one thread: starting a team costs about as much as the loop.
+constexpr size_t kParallelFrom = size_t(1) << 14;
+}  // namespace cpu

@@ -1,0 +1,119 @@
+// Optimizer steps over the flat parameter buffer, and the gradient norm.
+//
+//   g = grad * clip;   d = decay[i/64] ? weight_decay : 0
+//   adamw   m = b1 m + (1-b1) g     v = b2 v + (1-b2) g^2     p -= lr (m/c1 / (sqrt(v/c2) + eps) + d p)
+//   adam    g += d p, then as adamw with d = 0
+//   sgd     g += d p;   m = momentum m + g;   p -= lr m
+//   norm    sqrt(sum grad^2),   clip = max_norm > 0 and norm > max_norm ? max_norm / norm : 1
+//
+//   shapes     param, m, v, grad (n)    decay (ceil(n/64))    rate = lr, c1 = 1-b1^t, c2 = 1-b2^t
+//   traffic    adam 4 reads and 3 writes per element, sgd 3 and 2, norm 1 read.   bound: memory
+//   limits     any n >= 1; the last block of decay may be partly filled
+//   order      norm: SIMD lanes in double within chunks of kGradNormChunk, chunks ascending
+#include "kernels/cpu/cpu.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace {
+constexpr size_t kDecayBlock = 64;    // elements under one decay flag
+constexpr size_t kTaskBlocks = 1024;  // decay blocks of one task
+
+template <class T>
+struct Pointers {
+    T *p, *m, *v;          // (n)
+    const T* g;            // (n)
+    const uint8_t* decay;  // (ceil(n/64))
+};
+template <class T>
+struct Factors {  // read once per call
+    T lr, c1, c2, clip, beta1, beta2, eps, weight_decay, momentum;
+};
+
+// Elements [i, end) of one decay block; d is the block's weight decay.  `f` by value: its fields stay in registers.
+template <OptimizerKind kind, class T>
+void update_block(const Pointers<T>& a, const Factors<T> f, size_t i, size_t end, T d) {
+    T *p = a.p, *m = a.m, *v = a.v;  // (n)
+    const T* grad = a.g;             // (n)
+    const T keep1 = 1 - f.beta1, keep2 = 1 - f.beta2, rate = f.lr / f.c1, unbias = 1 / f.c2;
+    const T shrink = kind == OptimizerKind::adamw ? f.lr * d : T(0), pull = kind == OptimizerKind::adamw ? T(0) : d;
+#pragma omp simd
+    for (size_t k = i; k < end; k++) {
+        const T g = grad[k] * f.clip + pull * p[k];
+        if constexpr (kind == OptimizerKind::sgd) {
+            m[k] = f.momentum * m[k] + g;
+            p[k] -= f.lr * m[k];
+        } else {
+            m[k] = f.beta1 * m[k] + keep1 * g;
+            v[k] = f.beta2 * v[k] + keep2 * (g * g);
+            p[k] -= shrink * p[k] + rate * m[k] / (std::sqrt(v[k] * unbias) + f.eps);
+        }
+    }
+}
+
+template <OptimizerKind kind, class T>
+void update(const Pointers<T>& a, const Factors<T>& f, size_t n) {
+    const size_t blocks = (n + kDecayBlock - 1) / kDecayBlock;
+#pragma omp parallel for schedule(static) if (n >= cpu::kParallelFrom)
+    for (size_t task = 0; task < blocks; task += kTaskBlocks)
+        for (size_t k = task; k < std::min(blocks, task + kTaskBlocks); k++) {
+            const size_t i = k * kDecayBlock, end = std::min(n, i + kDecayBlock);
+            update_block<kind>(a, f, i, end, a.decay[k] ? f.weight_decay : T(0));
+        }
+}
+
+template <class T>
+T sum_of_squares(const T* x, size_t n) {  // x (n), in double
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) sum += double(x[i]) * double(x[i]);
+    return T(sum);
+}
+}  // namespace
+
+namespace cpu {
+void optimizer_update(const OptimizerUpdate& a, Stream) {
+    const size_t n = a.param.count;
+    const bool sgd = a.kind == OptimizerKind::sgd;
+    expect_size("optimizer.grad", a.grad, n, "n");
+    expect_size("optimizer.m", a.m, n, "n");
+    if (!sgd) expect_size("optimizer.v", a.v, n, "n");
+    expect_size("optimizer.decay", a.decay, (n + kDecayBlock - 1) / kDecayBlock, "ceil(n/64)");
+    expect_size("optimizer.rate", a.rate, 3, "3");
+    expect_size("optimizer.clip", a.clip, 1, "1");
+    with_real(a.param.dtype, [&]<class T>() {
+        const Pointers<T> at = {a.param.as<T>(), a.m.as<T>(), a.v.as<T>(), a.grad.as<T>(), a.decay.as<uint8_t>()};
+        const T* rate = a.rate.as<T>();  // (3)
+        const Factors<T> f = {rate[0],    rate[1],  rate[2],           a.clip.as<T>()[0], T(a.beta1),
+                              T(a.beta2), T(a.eps), T(a.weight_decay), T(a.momentum)};
+        switch (a.kind) {
+            case OptimizerKind::adamw:
+                return update<OptimizerKind::adamw>(at, f, n);
+            case OptimizerKind::adam:
+                return update<OptimizerKind::adam>(at, f, n);
+            case OptimizerKind::sgd:
+                return update<OptimizerKind::sgd>(at, f, n);
+        }
+    });
+}
+
+void grad_norm(const GradNorm& a, Stream) {
+    const size_t n = a.grad.count, chunks = grad_norm_scratch(n);
+    expect_size("grad_norm.norm", a.norm, 1, "1");
+    expect_size("grad_norm.clip", a.clip, 1, "1");
+    expect_size("grad_norm.scratch", a.scratch, chunks, "ceil(n/65536)");
+    with_real(a.grad.dtype, [&]<class T>() {
+        const T* grad = a.grad.as<T>();  // (n)
+        T* partial = a.scratch.as<T>();  // (chunks)
+        expect_dtype<T>({a.norm, a.clip});
+#pragma omp parallel for schedule(static) if (n >= kParallelFrom)
+        for (size_t i = 0; i < chunks; i++)
+            partial[i] = sum_of_squares(grad + i * kGradNormChunk, std::min(kGradNormChunk, n - i * kGradNormChunk));
+        double sum = 0;
+        for (size_t i = 0; i < chunks; i++) sum += double(partial[i]);
+        const T norm = T(std::sqrt(sum));
+        a.norm.as<T>()[0] = norm;
+        a.clip.as<T>()[0] = a.max_norm > 0 && norm > T(a.max_norm) ? T(a.max_norm) / norm : T(1);
+    });
+}
+}  // namespace cpu

@@ -1,0 +1,209 @@
+// What every operation means, once, for every backend.  Read this first.
+//
+//   B batch (sequences)   T time (tokens)   C width   NH heads   HS head size   BT = B*T rows
+//   V vocabulary   Vp vocabulary padded to a multiple of 128   L layers   F = 4C feed-forward width
+//
+// One struct per op, outputs first, named fields; each op is a free function of the struct and a stream.  `=`
+// overwrites, `+=` adds.  Buffers are in the backend's memory; `real` is the computing type: f32 or bf16 (f64 in the double
+// instance of the CPU backend, which is the tests' reference).  `stat` is f32 (f64 in the double instance).  A null Buf
+// is an absent optional argument.  Every backend checks every size before it touches memory and throws
+// Error(Exit::internal); the CPU backend also checks tokens and targets, Error(Exit::data).
+//
+// What changes from step to step reaches an op as a Buf in backend memory, never by value, so that a step can be
+// captured as a graph.  No op allocates, and none depends on the number of threads: all partition their work by shape
+// alone.
+#pragma once
+#include "common/arena.h"
+#include "common/buf.h"
+
+struct CUstream_st;
+using Stream = CUstream_st*;  // a cudaStream_t; null on the CPU
+
+// Where a dropout mask comes from.  An element's mask is a pure function of (seed, step, place, site, element).
+// Philox key = stream_key(seed, RngStream::dropout); counter = (step, place + b, site, element / 4), word element % 4;
+// the element is kept when its word is below keep_below(p), and then scaled by 1/(1-p).  b is the row of the batch.
+struct DropoutMask {
+    Buf where;  // (2) u32: optimizer step, place of the batch's first sequence in the global batch
+    uint64_t seed = 0;
+    uint32_t site = 0;  // which dropout of the model: see dropout_site()
+    float p = 0;        // probability of zero; 0 switches the op's dropout off and `where` may be absent
+};
+enum class DropoutKind : uint32_t { embedding = 0, attention = 1, attention_residual = 2, mlp_residual = 3 };
+constexpr uint32_t dropout_site(int layer, DropoutKind kind) { return uint32_t(layer) * 4 + uint32_t(kind); }
+
+struct Embedding {  // y = wte[token] + wpe[t]
+    Buf y;          // (B, T, C)  out  =
+    Buf tokens;     // (B, T)     i32 in [0, V)
+    Buf wte;        // (Vp, C)
+    Buf wpe;        // (>= T, C)
+    int B = 0, T = 0, C = 0, V = 0;
+};
+struct EmbeddingGrad {
+    Buf dwte;    // (Vp, C)    out  +=  always: the tied classifier has written it before
+    Buf dwpe;    // (>= T, C)  out  =, or += when accumulate; with =, rows from T on become zero
+    Buf dy;      // (B, T, C)
+    Buf tokens;  // (B, T) i32
+    int B = 0, T = 0, C = 0, V = 0;
+    bool accumulate = false;
+};
+
+struct LayerNorm {   // y = (x - mean) * rstd * w + b, over the last axis
+    Buf y;           // (BT, C)  out  =
+    Buf mean, rstd;  // (BT)     out  =   stat, kept for backward
+    Buf x;           // (BT, C)
+    Buf w;           // (C)
+    Buf b;           // (C) or absent
+    int BT = 0, C = 0;
+    float eps = 1e-5f;
+};
+struct LayerNormGrad {
+    Buf dx;          // (BT, C)  out  +=  the gradient of the residual stream that x belongs to
+    Buf dw;          // (C)      out  =, or += when accumulate
+    Buf db;          // (C)      likewise, or absent
+    Buf dy;          // (BT, C)
+    Buf x;           // (BT, C)
+    Buf w;           // (C)
+    Buf mean, rstd;  // (BT) stat
+    int BT = 0, C = 0;
+    bool accumulate = false;
+};
+
+struct Linear {    // y = gelu(x w + b) + residual;  gelu and residual only where given
+    Buf y;         // (BT, OC)  out  =
+    Buf pre_gelu;  // (BT, OC)  out  =  x w + b, kept for backward; absent: no GELU
+    Buf x;         // (BT, C)
+    Buf w;         // (C, OC), or (OC, C) when w_transposed
+    Buf b;         // (OC) or absent
+    Buf residual;  // (BT, OC) or absent; may not be given together with pre_gelu; may be y itself
+    int BT = 0, C = 0, OC = 0;
+    bool w_transposed = false;
+};
+struct LinearGrad {
+    Buf dx;        // (BT, C)   out  =  dy w^T, times gelu'(pre_gelu) where that is given; may be absent
+    Buf dw;        // as w      out  =, or += when accumulate:  x^T dy
+    Buf db;        // (OC)      out  =, or += when accumulate:  column sums of dy; may be absent
+    Buf dy;        // (BT, OC)
+    Buf x;         // (BT, C)
+    Buf w;         // (C, OC), or (OC, C) when w_transposed
+    Buf pre_gelu;  // (BT, C) or absent: x = gelu(pre_gelu), and dx is wanted before that GELU
+    int BT = 0, C = 0, OC = 0;
+    bool w_transposed = false;
+    bool accumulate = false;
+};
+
+struct Gelu {  // y = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+    Buf y;     // (n)  out  =   may be x itself
+    Buf x;     // (n)
+};
+struct GeluGrad {
+    Buf dx;  // (n)  out  =  dy * gelu'(x)   may be dy itself
+    Buf dy;  // (n)
+    Buf x;   // (n)
+};
+
+struct Attention {        // causal: y[b,i,h] = sum_{j<=i} drop(softmax_j(q_i . k_j / sqrt(HS))) v_j
+    Buf y;                // (B, T, NH, HS)     out  =
+    Buf lse;              // (B, NH, T)         out  =  stat: log-sum-exp of the scaled scores, kept for backward
+    Buf qkv;              // (B, T, 3, NH, HS)
+    DropoutMask dropout;  // on the probabilities; element = (h*T + i)*T + j modulo 2^34 (counter word = element / 4)
+    int B = 0, T = 0, NH = 0, HS = 0;
+};
+struct AttentionGrad {
+    Buf dqkv;     // (B, T, 3, NH, HS)  out  =
+    Buf dy;       // (B, T, NH, HS)
+    Buf qkv;      // (B, T, 3, NH, HS)
+    Buf y;        // (B, T, NH, HS)
+    Buf lse;      // (B, NH, T) stat
+    Buf scratch;  // (B, NH, T) stat    for sum_c dy y
+    DropoutMask dropout;
+    int B = 0, T = 0, NH = 0, HS = 0;
+};
+
+struct Dropout {       // y = drop(x) + residual
+    Buf y;             // (B, T, C)  out  =   may be x or residual itself
+    Buf x;             // (B, T, C)
+    Buf residual;      // (B, T, C) or absent
+    DropoutMask mask;  // element = t*C + c
+    int B = 0, T = 0, C = 0;
+};  // its backward is itself: dx = drop(dy) with the same mask and no residual
+
+struct CrossEntropy {  // loss = log-sum-exp(logits[0..V)) - logits[target], per row
+    Buf loss;          // (BT)      out  =  stat
+    Buf correct;       // (BT)      out  =  i32: 1 where the target is the (first) largest logit; may be absent
+    Buf logits;   // (BT, Vp)  in: logits;  out: (softmax - onehot) * grad_scale with padded columns 0, when grad_scale
+                  // != 0
+    Buf targets;  // (BT)      i32 in [0, V)
+    int BT = 0, V = 0, Vp = 0;
+    float grad_scale = 0;  // 0: evaluation, logits stay as they are
+};
+
+struct RowSum {  // y[b] = sum_t x[b,t], in a fixed order
+    Buf y;       // (B)     out  =  stat
+    Buf x;       // (B, T)  stat
+    int B = 0, T = 0;
+};
+
+struct Add {  // y += x: folding gradient buffers
+    Buf y;    // (n)  out  +=  stat
+    Buf x;    // (n)  stat
+};
+
+// The three optimizers share one struct.  All moments and master parameters are f32 (f64 in the double instance).
+//   g = grad * clip[0];   adamw: decoupled decay, p -= lr * weight_decay * p where decay[] says so
+//   adam:  g += weight_decay * p where decay[] says so, then as adamw without its decay
+//   sgd:   g likewise; m = momentum * m + g; p -= lr * m   (v is absent)
+enum class OptimizerKind : uint8_t { adamw, adam, sgd };
+struct OptimizerUpdate {
+    Buf param;  // (n)     out  +=  master
+    Buf m, v;   // (n)     out  =   first and second moment
+    Buf grad;   // (n)     of the whole global batch, before clipping
+    Buf decay;  // (ceil(n/64))  u8: 1 where weight decay applies to this block of 64 elements
+    Buf rate;   // (3)     stat: learning rate, 1 - beta1^t, 1 - beta2^t
+    Buf clip;   // (1)     stat: factor on the gradient
+    OptimizerKind kind = OptimizerKind::adamw;
+    float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0, momentum = 0;
+};
+
+struct GradNorm {        // norm = sqrt(sum grad^2), clip = max_norm > 0 and norm > max_norm ? max_norm / norm : 1
+    Buf norm;            // (1)  out  =  stat
+    Buf clip;            // (1)  out  =  stat
+    Buf grad;            // (n)  real
+    Buf scratch;         // (grad_norm_scratch(n))  stat
+    float max_norm = 0;  // 0: never clip
+};
+constexpr size_t kGradNormChunk = size_t(1) << 16;  // elements summed by one partial
+constexpr size_t grad_norm_scratch(size_t n) { return (n + kGradNormChunk - 1) / kGradNormChunk; }
+
+// A constant table of functions, chosen at run time.  test_backend.cpp checks that no field is null.
+struct Backend {
+    const char* name;
+    Allocator memory;
+    void (*zero)(void* to, size_t n_bytes);
+    void (*upload)(void* to, const void* from_host, size_t n_bytes, Stream);
+    void (*download)(void* to_host, const void* from, size_t n_bytes, Stream);
+    void (*synchronize)(Stream);
+
+    void (*embedding_forward)(const Embedding&, Stream);
+    void (*embedding_backward)(const EmbeddingGrad&, Stream);
+    void (*layernorm_forward)(const LayerNorm&, Stream);
+    void (*layernorm_backward)(const LayerNormGrad&, Stream);
+    void (*linear_forward)(const Linear&, Stream);
+    void (*linear_backward)(const LinearGrad&, Stream);
+    void (*gelu_forward)(const Gelu&, Stream);
+    void (*gelu_backward)(const GeluGrad&, Stream);
+    void (*attention_forward)(const Attention&, Stream);
+    void (*attention_backward)(const AttentionGrad&, Stream);
+    void (*dropout)(const Dropout&, Stream);
+    void (*cross_entropy)(const CrossEntropy&, Stream);
+    void (*row_sum)(const RowSum&, Stream);
+    void (*add)(const Add&, Stream);
+    void (*optimizer_update)(const OptimizerUpdate&, Stream);
+    void (*grad_norm)(const GradNorm&, Stream);
+};
+const Backend& cpu_backend();
+
+// The size check that every backend starts with: "layernorm.x holds 32 elements, expected BT*C = 36".
+inline void expect_size(const char* what, const Buf& b, size_t expected, const char* formula) {
+    CHECK_THAT(b.data && b.count == expected, "{} holds {} elements, expected {} = {}", what, b.data ? b.count : 0,
+               formula, expected);
+}

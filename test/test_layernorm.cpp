@@ -1,0 +1,165 @@
+// Broken on purpose and seen to fail: variance divided by C - 1; dw of the last chunk of rows left out.
+#include "test/cpu_check.h"
+
+namespace {
+struct Case {
+    int BT, C;
+};
+const Case cases[] = {{1, 1}, {5, 100}, {37, 33}, {7, 768}, {67, 13}, {1100, 16}};
+
+struct Input {
+    Doubles x, w, b, dy;
+    Input(const Case& c, DType t)
+        : x(rounded(normal(size_t(c.BT) * c.C, 1), t)),
+          w(rounded(normal(size_t(c.C), 2), t)),
+          b(rounded(normal(size_t(c.C), 3), t)),
+          dy(rounded(normal(x.size(), 4), t)) {}
+};
+struct Forward {
+    Doubles y, mean, rstd;
+};
+Forward forward(const Target& t, const Case& c, const Input& in, bool bias) {
+    const size_t BT = size_t(c.BT);
+    Dev y(t, t.real, poison(in.x.size())), mean(t, t.stat(), poison(BT)), rstd(t, t.stat(), poison(BT));
+    Dev x(t, t.real, in.x), w(t, t.real, in.w), b(t, t.real, in.b);
+    t.k->layernorm_forward(
+        {.y = y, .mean = mean, .rstd = rstd, .x = x, .w = w, .b = bias ? Buf(b) : Buf(), .BT = c.BT, .C = c.C},
+        nullptr);
+    return {y.host(), mean.host(), rstd.host()};
+}
+struct Backward {
+    Doubles dx, dw, db;
+};
+// The outputs start from 0.5, which stays under what is added and disappears under what is overwritten.
+Backward backward(const Target& t, const Case& c, const Input& in, const Forward& f, bool bias, bool accumulate) {
+    Dev dx(t, t.real, Doubles(in.x.size(), 0.5)), dw(t, t.real, Doubles(in.w.size(), 0.5));
+    Dev db(t, t.real, Doubles(in.w.size(), 0.5));
+    Dev dy(t, t.real, in.dy), x(t, t.real, in.x), w(t, t.real, in.w);
+    Dev mean(t, t.stat(), f.mean), rstd(t, t.stat(), f.rstd);
+    t.k->layernorm_backward({.dx = dx,
+                             .dw = dw,
+                             .db = bias ? Buf(db) : Buf(),
+                             .dy = dy,
+                             .x = x,
+                             .w = w,
+                             .mean = mean,
+                             .rstd = rstd,
+                             .BT = c.BT,
+                             .C = c.C,
+                             .accumulate = accumulate},
+                            nullptr);
+    return {dx.host(), dw.host(), db.host()};
+}
+}  // namespace
+
+TEST_CASE("layernorm forward: every backend agrees with the double reference") {
+    for (const Target& t : targets())
+        for (const Case& c : cases)
+            for (bool bias : {true, false}) {
+                CAPTURE(t.name);
+                CAPTURE(c.BT);
+                CAPTURE(c.C);
+                CAPTURE(bias);
+                const Input in(c, t.real);
+                const Forward got = forward(t, c, in, bias), want = forward(reference(), c, in, bias);
+                const double sum = (c.C / 4 + 8) * kUnit;  // of at least four lanes; 8 for the steps around it
+                CHECK(worst(got.mean, want.mean, sum * biggest(in.x), 0) <= 1);
+                CHECK(worst(got.rstd, want.rstd, 0, sum) <= 1);
+                // y = n w + b with |n| <= max|x| rstd: the errors of mean and rstd enter once each
+                const double size = biggest(in.x) * biggest(want.rstd) * biggest(in.w) + biggest(in.b);
+                CHECK(worst(got.y, want.y, 2 * sum * size, 0) <= 1);
+            }
+}
+
+TEST_CASE("layernorm forward: the reference against the formula") {
+    const Case c = {3, 13};
+    const Input in(c, DType::f64);
+    const Forward f = forward(reference(), c, in, true);
+    for (int i = 0; i < c.BT; i++) {
+        double mean = 0, var = 0;
+        for (int k = 0; k < c.C; k++) mean += in.x[i * c.C + k] / c.C;
+        for (int k = 0; k < c.C; k++) var += std::pow(in.x[i * c.C + k] - mean, 2) / c.C;
+        const double rstd = 1 / std::sqrt(var + double(1e-5f));
+        for (int k = 0; k < c.C; k++)  // 1e-13: a few hundred roundings of doubles
+            CHECK(std::abs(f.y[i * c.C + k] - ((in.x[i * c.C + k] - mean) * rstd * in.w[k] + in.b[k])) < 1e-13);
+    }
+}
+
+TEST_CASE("layernorm backward: every backend agrees with the double reference") {
+    for (const Target& t : targets())
+        for (const Case& c : cases)
+            for (int variant = 0; variant < 4; variant++) {
+                const bool bias = variant & 1, accumulate = variant & 2;
+                CAPTURE(t.name);
+                CAPTURE(c.BT);
+                CAPTURE(c.C);
+                CAPTURE(bias);
+                CAPTURE(accumulate);
+                const Input in(c, t.real);
+                Forward f = forward(reference(), c, in, bias);
+                f.mean = rounded(f.mean, t.stat()), f.rstd = rounded(f.rstd, t.stat());
+                const Backward got = backward(t, c, in, f, bias, accumulate);
+                const Backward want = backward(reference(), c, in, f, bias, accumulate);
+                // every term of dx is at most rstd |g| (1 + |n|^2), n = (x - mean) rstd as computed
+                Doubles n(in.x.size());
+                for (size_t i = 0; i < n.size(); i++) n[i] = (in.x[i] - f.mean[i / c.C]) * f.rstd[i / c.C];
+                const double most_n = biggest(n), g = biggest(in.dy) * biggest(in.w);
+                const double row = (c.C / 4 + 8) * kUnit, column = (c.BT + 8) * kUnit;
+                CHECK(worst(got.dx, want.dx, row * (biggest(f.rstd) * g * (1 + most_n * most_n) + 0.5), 0) <= 1);
+                Doubles dw_size(in.w.size(), 0.5), db_size(in.w.size(), 0.5);
+                for (size_t i = 0; i < n.size(); i++) {
+                    dw_size[i % c.C] += std::abs(in.dy[i]) * (std::abs(n[i]) + f.rstd[i / c.C] * biggest(in.x));
+                    db_size[i % c.C] += std::abs(in.dy[i]);
+                }
+                CHECK(worst_each(got.dw, want.dw, column * dw_size) <= 1);  // BT terms
+                CHECK(worst_each(got.db, want.db, column * db_size) <= 1);
+            }
+}
+
+TEST_CASE("layernorm backward: directional finite difference in double") {
+    const Target t = reference();
+    for (const Case& c : {Case{5, 12}, Case{37, 7}}) {
+        const Input in(c, t.real);
+        const Backward b = backward(t, c, in, forward(t, c, in, true), true, false);
+        const auto check = [&](Doubles Input::*member, Doubles gradient, double start) {
+            for (double& g : gradient) g -= start;
+            const Doubles u = normal(gradient.size(), 9);
+            const auto J = [&](const Doubles& v) {
+                Input moved = in;
+                moved.*member = v;
+                return dot(forward(t, c, moved, true).y, in.dy);
+            };
+            CHECK(dot(gradient, u) == doctest::Approx(directional(J, in.*member, u)).epsilon(1e-6));
+        };
+        check(&Input::x, b.dx, 0.5);  // dx was added to 0.5
+        check(&Input::w, b.dw, 0);
+        check(&Input::b, b.db, 0);
+    }
+}
+
+TEST_CASE("layernorm: the same bits on 1 to 4 threads") {
+    const Case c = {203, 100};
+    for (const Target& t : {targets()[0], reference()}) {
+        const Input in(c, t.real);
+        check_thread_counts([&] {
+            const Forward f = forward(t, c, in, true);
+            const Backward b = backward(t, c, in, f, true, true);
+            return join({f.y, f.mean, f.rstd, b.dx, b.dw, b.db});
+        });
+    }
+}
+
+TEST_CASE("layernorm rejects a short buffer") {
+    const Target t = targets()[0];
+    Dev x(t, t.real, Doubles(35)), full(t, t.real, Doubles(36)), w(t, t.real, Doubles(9)),
+        stat(t, t.stat(), Doubles(4));
+    CHECK_THROWS_WITH_AS(
+        t.k->layernorm_forward({.y = full, .mean = stat, .rstd = stat, .x = x, .w = w, .b = {}, .BT = 4, .C = 9},
+                               nullptr),
+        doctest::Contains("layernorm.x holds 35 elements, expected BT*C = 36"), Error);
+    CHECK_THROWS_WITH_AS(
+        t.k->layernorm_backward(
+            {.dx = full, .dw = w, .db = {}, .dy = x, .x = full, .w = w, .mean = stat, .rstd = stat, .BT = 4, .C = 9},
+            nullptr),
+        doctest::Contains("layernorm.dy holds 35 elements, expected BT*C = 36"), Error);
+}

@@ -1,0 +1,158 @@
+// Broken on purpose and seen to fail: bias correction of v left out; the last, partly filled block of 64 skipped; the
+// norm without its last chunk.
+#include "test/cpu_check.h"
+
+namespace {
+constexpr OptimizerKind kKinds[] = {OptimizerKind::adamw, OptimizerKind::adam, OptimizerKind::sgd};
+constexpr float kBeta1 = 0.9f, kBeta2 = 0.95f, kEps = 1e-8f, kDecay = 0.1f, kMomentum = 0.9f;
+
+struct State {
+    Doubles p, m, v;
+};
+struct Input {
+    State s;
+    Doubles grad, decay, rate, clip;
+    Input(size_t n, DType t)
+        : s{rounded(normal(n, 1), t), rounded(normal(n, 2, 0.1), t), rounded(normal(n, 3, 0.1), t)},
+          grad(rounded(normal(n, 4), t)),
+          decay((n + 63) / 64),
+          rate(rounded(Doubles{0.01, 1 - std::pow(0.9, 3), 1 - std::pow(0.95, 3)}, t)),
+          clip(rounded(Doubles{0.7}, t)) {
+        for (double& v : s.v) v = std::abs(v);
+        for (size_t i = 0; i < decay.size(); i++) decay[i] = i % 3 != 1;
+    }
+};
+State update(const Target& t, const Input& in, OptimizerKind kind) {
+    Dev p(t, t.stat(), in.s.p), m(t, t.stat(), in.s.m), v(t, t.stat(), in.s.v), grad(t, t.stat(), in.grad);
+    Dev decay(t, DType::u8, in.decay), rate(t, t.stat(), in.rate), clip(t, t.stat(), in.clip);
+    t.k->optimizer_update({.param = p,
+                           .m = m,
+                           .v = kind == OptimizerKind::sgd ? Buf() : Buf(v),
+                           .grad = grad,
+                           .decay = decay,
+                           .rate = rate,
+                           .clip = clip,
+                           .kind = kind,
+                           .beta1 = kBeta1,
+                           .beta2 = kBeta2,
+                           .eps = kEps,
+                           .weight_decay = kDecay,
+                           .momentum = kMomentum},
+                          nullptr);
+    return {p.host(), m.host(), v.host()};
+}
+// The formulas of ops.h for one element.
+void scalar(OptimizerKind kind, const Input& in, size_t i, double& p, double& m, double& v) {
+    const double lr = in.rate[0], decay = in.decay[i / 64] != 0 ? double(kDecay) : 0;
+    double g = in.grad[i] * in.clip[0];
+    if (kind == OptimizerKind::adamw)
+        p -= lr * decay * p;
+    else
+        g += decay * p;
+    if (kind == OptimizerKind::sgd) {
+        m = kMomentum * m + g;
+        p -= lr * m;
+        return;
+    }
+    m = kBeta1 * m + (1 - double(kBeta1)) * g;
+    v = kBeta2 * v + (1 - double(kBeta2)) * g * g;
+    p -= lr * (m / in.rate[1]) / (std::sqrt(v / in.rate[2]) + kEps);
+}
+}  // namespace
+
+TEST_CASE("optimizer: adamw, adam and sgd against their formulas, element by element") {
+    for (const Target& t : {targets()[0], reference()})
+        for (OptimizerKind kind : kKinds)
+            for (size_t n : {1, 64, 127, 1000, 70016}) {
+                CAPTURE(t.name);
+                CAPTURE(int(kind));
+                CAPTURE(n);
+                const Input in(n, t.stat());
+                const State got = update(t, in, kind);
+                State want = in.s, tolerance{Doubles(n), Doubles(n), Doubles(n)};
+                const double unit = t.real == DType::f64 ? 1e-6 * kUnit : kUnit;
+                for (size_t i = 0; i < n; i++) {
+                    scalar(kind, in, i, want.p[i], want.m[i], want.v[i]);
+                    const double g = std::abs(in.grad[i]) + std::abs(in.s.p[i]), before = std::abs(in.s.m[i]);
+                    // m and v: a product and two sums, 5 roundings of the terms.  p: its step goes through m, v,
+                    // a square root and a quotient, 16 roundings of (|m| + |g|) / sqrt(v), and two sums of p itself
+                    tolerance.m[i] = 5 * unit * (before + g);
+                    tolerance.v[i] = 5 * unit * (in.s.v[i] + g * g);
+                    const double slope = kind == OptimizerKind::sgd ? 1 : 10 / std::sqrt(want.v[i] + 1e-30);
+                    tolerance.p[i] = unit * (4 * std::abs(in.s.p[i]) + 16 * in.rate[0] * (before + g) * slope);
+                }
+                CHECK(worst_each(got.m, want.m, tolerance.m) <= 1);
+                CHECK(worst_each(got.v, want.v, tolerance.v) <= 1);
+                CHECK(worst_each(got.p, want.p, tolerance.p) <= 1);
+            }
+}
+
+TEST_CASE("optimizer: a parameter that is zero and gets nothing stays exactly zero") {
+    for (OptimizerKind kind : kKinds) {  // rows V..Vp of wte
+        const Target t = targets()[0];
+        Input in(128, t.stat());
+        in.s = {Doubles(128), Doubles(128), Doubles(128)};
+        in.grad = Doubles(128);
+        CHECK(same_bits(update(t, in, kind).p, Doubles(128)));
+    }
+}
+
+TEST_CASE("optimizer and grad_norm: the same bits on 1 to 4 threads") {
+    const Target t = targets()[0];
+    const size_t n = 3 * kGradNormChunk + 321;
+    const Input in(n, t.stat());
+    for (OptimizerKind kind : kKinds)
+        check_thread_counts([&] {
+            const State s = update(t, in, kind);
+            Dev norm(t, t.stat(), poison(1)), clip(t, t.stat(), poison(1)), grad(t, t.real, in.grad);
+            Dev scratch(t, t.stat(), poison(grad_norm_scratch(n)));
+            t.k->grad_norm({.norm = norm, .clip = clip, .grad = grad, .scratch = scratch, .max_norm = 1}, nullptr);
+            return join({s.p, s.m, s.v, norm.host(), clip.host(), scratch.host()});
+        });
+}
+
+TEST_CASE("grad_norm: the norm, and the factor that clips it") {
+    for (const Target& t : {targets()[0], reference()})
+        for (size_t n : {size_t(1), size_t(1000), kGradNormChunk, 2 * kGradNormChunk + 77})
+            for (double relative_limit : {0.0, 0.5, 2.0}) {
+                CAPTURE(t.name);
+                CAPTURE(n);
+                CAPTURE(relative_limit);
+                const Doubles g = rounded(normal(n, 1), t.real);
+                const double want = std::sqrt(dot(g, g));
+                const float limit = float(relative_limit * want);
+                Dev norm(t, t.stat(), poison(1)), clip(t, t.stat(), poison(1)), grad(t, t.real, g);
+                Dev scratch(t, t.stat(), poison(grad_norm_scratch(n)));
+                t.k->grad_norm({.norm = norm, .clip = clip, .grad = grad, .scratch = scratch, .max_norm = limit},
+                               nullptr);
+                // rounded: the chunk's sum (halved by the root), the root, and for the factor the quotient
+                CHECK(worst(norm.host(), {want}, 0, 2 * kUnit) <= 1);
+                CHECK(worst(clip.host(), {relative_limit == 0.5 ? limit / want : 1}, 0, 3 * kUnit) <= 1);
+            }
+}
+
+TEST_CASE("grad_norm: what is not finite shows") {
+    const Target t = targets()[0];
+    for (double bad : {std::nan(""), double(INFINITY)}) {
+        Dev norm(t, t.stat(), {0}), clip(t, t.stat(), {0}), grad(t, t.real, {1, bad, 2}), scratch(t, t.stat(), {0});
+        t.k->grad_norm({.norm = norm, .clip = clip, .grad = grad, .scratch = scratch, .max_norm = 1}, nullptr);
+        CHECK_FALSE(std::isfinite(norm.host()[0]));
+    }
+}
+
+TEST_CASE("optimizer and grad_norm reject a short buffer") {
+    const Target t = targets()[0];
+    Dev p(t, t.stat(), Doubles(100)), one(t, t.stat(), Doubles(1)), three(t, t.stat(), Doubles(3));
+    Dev flags(t, DType::u8, Doubles(2)), few(t, DType::u8, Doubles(1)), little(t, t.stat(), Doubles(99));
+    const auto call = [&](const Buf& v, const Buf& decay, OptimizerKind kind) {
+        t.k->optimizer_update(
+            {.param = p, .m = p, .v = v, .grad = p, .decay = decay, .rate = three, .clip = one, .kind = kind}, nullptr);
+    };
+    CHECK_THROWS_WITH_AS(call(little, flags, OptimizerKind::adamw), doctest::Contains("optimizer.v holds 99 elements"),
+                         Error);
+    CHECK_THROWS_WITH_AS(call({}, flags, OptimizerKind::adam), doctest::Contains("expected n = 100"), Error);
+    CHECK_THROWS_WITH_AS(call(p, few, OptimizerKind::adamw), doctest::Contains("expected ceil(n/64) = 2"), Error);
+    CHECK_NOTHROW(call({}, flags, OptimizerKind::sgd));
+    CHECK_THROWS_WITH_AS(t.k->grad_norm({.norm = one, .clip = one, .grad = p, .scratch = three}, nullptr),
+                         doctest::Contains("grad_norm.scratch holds 3 elements, expected"), Error);
+}
