@@ -1,0 +1,90 @@
+#include "comm/reduce.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace {
+// Elements per rank and message.  Bounds the scratch memory at 2 * size * 4 * kShard bytes; sums are element by
+// element, so the piece size does not touch the bits.
+constexpr size_t kShard = size_t(1) << 18;
+
+// part: size blocks of n floats.  The balanced tree over block numbers, result in block 0:
+// ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
+void tree_sum(float* part, int size, size_t n) {
+    for (int stride = 1; stride < size; stride *= 2)
+        for (int r = 0; r + stride < size; r += 2 * stride) {
+            float* a = part + size_t(r) * n;
+            const float* b = part + size_t(r + stride) * n;
+            for (size_t i = 0; i < n; i++) a[i] += b[i];
+        }
+}
+
+void ordered(Comm& comm, std::span<float> data) {
+    const int size = comm.size();
+    CHECK_THAT((size & (size - 1)) == 0, "ordered reduction over {} ranks; needs a power of two", size);
+    const size_t longest = std::min(kShard, (data.size() + size - 1) / size);
+    std::vector<float> send(longest * size), recv(longest * size);  // (size, n)
+    for (size_t start = 0; start < data.size(); start += longest * size) {
+        const size_t count = std::min(longest * size, data.size() - start);
+        const size_t n = (count + size - 1) / size;  // a shard; the last ones may be padded with zeros
+        std::memcpy(send.data(), data.data() + start, count * sizeof(float));
+        std::fill(send.begin() + ptrdiff_t(count), send.begin() + ptrdiff_t(n * size), 0.0f);
+        comm.all_to_all(send.data(), recv.data(), n * sizeof(float));
+        tree_sum(recv.data(), size, n);
+        comm.all_gather(recv.data(), send.data(), n * sizeof(float));
+        std::memcpy(data.data() + start, send.data(), count * sizeof(float));
+    }
+}
+
+// Shard s of the ring: a contiguous n-th of the buffer; some are empty when there are more ranks than elements.
+std::span<float> ring_shard(std::span<float> data, int size, int s) {
+    const size_t begin = data.size() * size_t(s) / size_t(size), end = data.size() * (size_t(s) + 1) / size_t(size);
+    return data.subspan(begin, end - begin);
+}
+
+void ring_piece(Comm& comm, std::span<float> data, std::vector<float>& incoming) {
+    const int size = comm.size(), rank = comm.rank();
+    const int next = (rank + 1) % size, previous = (rank + size - 1) % size;
+    const auto shard = [&](int s) { return ring_shard(data, size, (s % size + size) % size); };
+    for (int i = 0; i < size - 1; i++) {  // reduce-scatter: the sum of shard s travels from rank s to rank s - 1
+        const auto out = shard(rank - i), in = shard(rank - i - 1);
+        comm.send_recv(out.data(), out.size_bytes(), next, incoming.data(), in.size_bytes(), previous);
+        for (size_t j = 0; j < in.size(); j++) in[j] += incoming[j];
+    }
+    for (int i = 0; i < size - 1; i++) {  // all-gather: the finished shards go round once more
+        const auto out = shard(rank + 1 - i), in = shard(rank - i);
+        comm.send_recv(out.data(), out.size_bytes(), next, in.data(), in.size_bytes(), previous);
+    }
+}
+
+void ring(Comm& comm, std::span<float> data) {
+    const size_t piece = kShard * size_t(comm.size());
+    std::vector<float> incoming(std::min(kShard, data.size() / size_t(comm.size()) + 1));
+    for (size_t start = 0; start < data.size(); start += piece)
+        ring_piece(comm, data.subspan(start, std::min(piece, data.size() - start)), incoming);
+}
+}  // namespace
+
+const char* reduction_name(Reduction r) {
+    switch (r) {
+        case Reduction::ordered:
+            return "ordered";
+        case Reduction::mpi:
+            return "mpi";
+        case Reduction::ring:
+            return "ring";
+    }
+    return "?";
+}
+
+void all_reduce(Comm& comm, std::span<float> data, Reduction how) {
+    if (comm.size() == 1) return;
+    switch (how) {
+        case Reduction::ordered:
+            return ordered(comm, data);
+        case Reduction::mpi:
+            return comm.all_reduce_sum(data);
+        case Reduction::ring:
+            return ring(comm, data);
+    }
+}

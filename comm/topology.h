@@ -1,0 +1,27 @@
+// Who does what: pure functions of (rank, size, shape of the batch).
+//
+// The global batch of G sequences is M = G / micro_batch_size micro-batches, numbered by their place.  M = 2^k q with q
+// odd: 2^k runs of q consecutive micro-batches.  A rank owns consecutive micro-batches; with the ordered reduction also
+// whole runs, so that the order of every sum is fixed by M alone and not by the number of ranks.
+#pragma once
+
+struct BatchShare {
+    int n_micro;      // micro-batches of this rank
+    int first_micro;  // place of the first in the global batch, counted in micro-batches
+    int run_length;   // q: consecutive micro-batches that are summed in place
+    int n_runs;       // runs of this rank (n_micro / run_length); a power of two
+};
+
+// Largest odd divisor, and the power of two that is left: M = 2^k q.
+struct Runs {
+    int q, k;
+};
+Runs split_runs(int n_micro_total);
+
+// The part of the global batch that `rank` of `size` processes.  Throws Error(Exit::usage) when global is not divisible
+// by size * micro, or when `ordered` and size does not divide 2^k: the message shows the arithmetic and sizes that
+// work. Not ordered: one run of all the rank's micro-batches.
+BatchShare batch_share(int global_batch_size, int micro_batch_size, int rank, int size, bool ordered);
+
+// Cores of this host for one of its local ranks: an even share, at least one.
+int core_share(int n_cores, int local_rank, int local_size);
