@@ -1,0 +1,54 @@
+// The order in which a run sees its sequences, and a thread that fetches them ahead.
+#pragma once
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+#include "data/shard.h"
+
+// Position p of the endless stream -> sequence index.  Epoch e = p / N; shuffled by a keyed permutation of [0, N)
+// that is a pure function of (seed, e), or in order.  Needs no memory, so the position in a checkpoint is just a
+// number.
+uint64_t sequence_at(uint64_t position, uint64_t n_sequences, bool shuffle, uint64_t seed);
+
+// Micro-batches of this rank in order, fetched by a thread one step of the pipeline ahead.
+class Loader {
+  public:
+    struct Plan {
+        int global_batch_size, micro_batch_size;  // sequences
+        int n_micro, first_micro;                 // this rank's share of each global batch
+        bool shuffle;
+        uint64_t seed;
+    };
+    struct MicroBatch {
+        std::vector<int32_t> inputs, targets;  // (B, T) each
+        std::vector<uint64_t> sequences;       // (B) indices in the data set: what this rank really read
+    };
+    // Starts at the first micro-batch of global batch `first_step` (counted from 0).
+    Loader(const TokenStream& data, int context_length, Plan plan, uint64_t first_step);
+    ~Loader();
+    Loader(const Loader&) = delete;
+    Loader& operator=(const Loader&) = delete;
+
+    // Next micro-batch of this rank: n_micro of them make a step.  Rethrows what the thread met.  The reference is
+    // valid until the next call.
+    const MicroBatch& next();
+
+  private:
+    void run();
+    void fill(MicroBatch& batch, uint64_t step, int micro) const;
+
+    const TokenStream& data_;
+    const int context_length_;
+    const Plan plan_;
+    uint64_t step_;
+    static constexpr int kSlots = 3;  // one in the caller's hands, one ready, one being filled
+    MicroBatch slot_[kSlots];
+    uint64_t filled_ = 0, taken_ = 0;
+    bool stop_ = false;
+    std::exception_ptr error_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::thread thread_;
+};
