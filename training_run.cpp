@@ -1,0 +1,354 @@
+#include "training_run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "common/hash.h"
+#include "model/generate.h"
+
+namespace {
+using nlohmann::ordered_json;
+constexpr int kMaxBadSteps = 10;  // in a row: the run is dead, not unlucky
+
+GPT2Config model_config(const Config& c) {
+    return {.L = c.model.n_layer,
+            .NH = c.model.n_head,
+            .C = c.model.n_embd,
+            .T = c.model.context_length,
+            .V = c.model.vocab_size,
+            .bias = c.model.bias,
+            .dropout = float(c.model.dropout)};
+}
+
+Reduction choose_reduction(const Config& c, int size) {
+    const std::string& how = c.parallel.allreduce;
+    if (how == "mpi") return Reduction::mpi;
+    if (how == "ring") return Reduction::ring;
+    if (how == "ordered") return Reduction::ordered;
+    const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
+    return (size & (size - 1)) == 0 && runs % size == 0 ? Reduction::ordered : Reduction::mpi;
+}
+
+Schedule schedule_of(const Config& c, int64_t total_steps) {
+    const auto kind = c.schedule.name == "cosine"   ? ScheduleKind::cosine
+                      : c.schedule.name == "linear" ? ScheduleKind::linear
+                      : c.schedule.name == "wsd"    ? ScheduleKind::wsd
+                                                    : ScheduleKind::constant;
+    return {.kind = kind,
+            .learning_rate = c.optimizer.learning_rate,
+            .min_learning_rate = c.schedule.min_learning_rate,
+            .warmup_steps = c.schedule.warmup_steps,
+            .decay_steps = c.schedule.decay_steps,
+            .total_steps = total_steps};
+}
+
+std::vector<DataPart> parts_of(const TokenStream* data) {
+    std::vector<DataPart> parts;
+    if (data)
+        for (const TokenStream::Part& p : data->parts()) parts.push_back({p.file, p.tokens, p.fingerprint});
+    return parts;
+}
+
+int64_t total_steps(const Config& c, const TokenStream& data) {
+    if (c.train.max_steps > 0) return c.train.max_steps;
+    const double steps = c.train.max_epochs * double(data.n_sequences()) / c.train.global_batch_size;
+    return std::max<int64_t>(1, int64_t(steps));
+}
+
+uint64_t eval_sequences(const Config& c, const TokenStream& val) {
+    const uint64_t wanted = uint64_t(c.eval.tokens) / uint64_t(c.model.context_length);
+    return c.eval.tokens == 0 ? val.n_sequences() : std::clamp<uint64_t>(wanted, 1, val.n_sequences());
+}
+
+ordered_json eval_record(int64_t step, const EvalResult& r) {
+    return {{"type", "eval"},         {"step", step},      {"val_loss", r.loss}, {"perplexity", std::exp(r.loss)},
+            {"accuracy", r.accuracy}, {"tokens", r.tokens}};
+}
+
+void require_same_data(const char* key, const std::vector<DataPart>& before, const std::vector<DataPart>& now) {
+    if (before.size() != now.size())
+        fail(Exit::data, "{}: {} shards now, {} when the checkpoint was saved", key, now.size(), before.size());
+    for (size_t i = 0; i < now.size(); i++)
+        if (!(now[i] == before[i]))
+            fail(Exit::data,
+                 "{}: {} ({} tokens, fingerprint {}) is not the shard that the checkpoint was trained on: {} ({} "
+                 "tokens, "
+                 "fingerprint {}); restore it, or start another run with model.init_from",
+                 key, now[i].file, now[i].tokens, hash_text(now[i].fingerprint), before[i].file, before[i].tokens,
+                 hash_text(before[i].fingerprint));
+}
+
+// KILN_RECORD_SEQUENCES=PREFIX: each rank appends the indices of the sequences it read to PREFIX.<rank>, a line per
+// micro-batch.  For the tests, which check that the ranks' shares are disjoint and complete.
+void record_sequences(const Loader::MicroBatch& m, int rank) {
+    const char* prefix = std::getenv("KILN_RECORD_SEQUENCES");
+    if (!prefix) return;
+    OutFile out(fmt::format("{}.{}", prefix, rank), true);
+    out.write(fmt::format("{}\n", fmt::join(m.sequences, " ")));
+}
+}  // namespace
+
+TrainerOptions trainer_options(const Context& x) {
+    const Config& c = x.config;
+    TrainerOptions o;
+    o.model = model_config(c);
+    o.global_batch_size = c.train.global_batch_size;
+    o.micro_batch_size = c.train.micro_batch_size;
+    o.reduction = choose_reduction(c, x.comm.size());
+    o.optimizer.kind = c.optimizer.name == "adamw"  ? OptimizerKind::adamw
+                       : c.optimizer.name == "adam" ? OptimizerKind::adam
+                                                    : OptimizerKind::sgd;
+    o.optimizer.beta1 = float(c.optimizer.beta1);
+    o.optimizer.beta2 = float(c.optimizer.beta2);
+    o.optimizer.eps = float(c.optimizer.eps);
+    o.optimizer.weight_decay = float(c.optimizer.weight_decay);
+    o.optimizer.momentum = float(c.optimizer.momentum);
+    o.grad_clip = float(c.train.grad_clip);
+    o.seed = c.run.seed;
+    return o;
+}
+
+TokenStream open_data(const Context& x, const char* key, const std::vector<std::string>& patterns) {
+    const ShardFormat format = x.config.data.format == "nanogpt" ? ShardFormat::nanogpt : ShardFormat::automatic;
+    return TokenStream(key, patterns, format, x.config.model.context_length, x.config.model.vocab_size, x.log);
+}
+
+EvalResult evaluate_on(const Context& x, Trainer& trainer, const TokenStream& val) {
+    return trainer.evaluate(eval_sequences(x.config, val),
+                            [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) { val.read(i, in, out); });
+}
+
+TrainingRun::TrainingRun(const Context& x, OpenMode mode)
+    : x_(x),
+      train_(open_data(x, "data.train", x.config.data.train)),
+      total_steps_(total_steps(x.config, train_)),
+      schedule_(schedule_of(x.config, total_steps_)),
+      trainer_(x.k, x.comm, trainer_options(x)) {
+    const Config& c = x.config;
+    if (!c.data.val.empty()) val_.emplace(open_data(x, "data.val", c.data.val));
+    if (c.eval.interval > 0 && !val_) fail(Exit::usage, "eval.interval = {} needs data.val", c.eval.interval);
+    if (val_ && val_->n_sequences() == 0)
+        fail(Exit::data, "data.val holds no sequence of model.context_length = {} tokens", c.model.context_length);
+    if (train_.n_sequences() < uint64_t(c.train.global_batch_size))
+        fail(Exit::data,
+             "data.train holds {} sequences of {} tokens, fewer than train.global_batch_size = {}; use more data, "
+             "a shorter context_length or a smaller batch",
+             train_.n_sequences(), c.model.context_length, c.train.global_batch_size);
+    if (!c.eval.sample_prompts.empty()) tokenizer_.emplace(Tokenizer::load(c.data.tokenizer));
+    state_.config = to_yaml(c);
+    state_.train = parts_of(&train_);
+    state_.val = parts_of(val_ ? &*val_ : nullptr);
+    if (x.comm.rank() == 0) open_directory(mode);
+    x.comm.barrier();  // a rank that fails must not write its status into a directory that rank 0 was refused
+    x.place.run_dir = x.run_dir;
+    start(mode);
+}
+
+Exit TrainingRun::run() {
+    const Config& c = x_.config;
+    Loader loader(train_, c.model.context_length,
+                  {.global_batch_size = c.train.global_batch_size,
+                   .micro_batch_size = c.train.micro_batch_size,
+                   .n_micro = trainer_.share().n_micro,
+                   .first_micro = trainer_.share().first_micro,
+                   .shuffle = c.data.shuffle,
+                   .seed = c.run.seed},
+                  state_.sequences / uint64_t(c.train.global_batch_size));
+    const auto next = [&]() -> Trainer::Tokens {
+        const Loader::MicroBatch& m = loader.next();
+        record_sequences(m, x_.comm.rank());
+        return {m.inputs, m.targets};
+    };
+    while (state_.step < total_steps_) {
+        step(next);
+        const bool last = state_.step == total_steps_, stop = !last && out_of_time();
+        const auto due = [&](int64_t interval) {
+            return interval > 0 && (last || stop || state_.step % interval == 0);
+        };
+        if (c.eval.interval > 0 && (last || state_.step % c.eval.interval == 0)) evaluate_and_sample();
+        if (due(c.checkpoint.interval)) save();
+        if (stop) return finish(Exit::stopped);
+    }
+    return finish(Exit::complete);
+}
+
+// Success counts only when every rank has got here.
+Exit TrainingRun::finish(Exit code) {
+    x_.comm.barrier();
+    if (x_.comm.rank() != 0) return code;
+    const char* state = code == Exit::complete ? "complete" : "stopped";
+    x_.log.info("{} at step {}, weights {}", state, state_.step, hash_text(trainer_.weights_hash()));
+    write_status(x_.run_dir, state, state_.step, int(code), "");
+    return code;
+}
+
+void TrainingRun::open_directory(OpenMode mode) {
+    dir_ = std::make_unique<RunDirectory>(x_.run_dir, mode);
+    x_.log.open((x_.run_dir / "train.log").string());
+}
+
+// Random, imported or resumed parameters on rank 0, then the same on all.
+void TrainingRun::start(OpenMode mode) {
+    const bool root = x_.comm.rank() == 0;
+    std::optional<fs::path> found;
+    if (root && mode == OpenMode::resume) {
+        found = find_checkpoint(dir_->checkpoints(), x_.log, true);
+        if (!found) x_.log.info("--resume: no checkpoint in {} yet; starting at step 0", dir_->checkpoints().string());
+    }
+    if (root && found) resume_from(*found);
+    if (root && !found) initialize();
+    uint64_t cursor[3] = {uint64_t(state_.step), state_.tokens, state_.sequences};
+    x_.comm.broadcast(cursor, sizeof cursor, 0);
+    state_.step = int64_t(cursor[0]);
+    state_.tokens = cursor[1];
+    state_.sequences = cursor[2];
+    trainer_.broadcast_state();
+    if (!root) return;
+    dir_->write_config(state_.config);
+    dir_->start_metrics(state_.step);
+    announce();
+}
+
+void TrainingRun::initialize() {
+    const std::string& from = x_.config.model.init_from;
+    if (from.empty()) return trainer_.initialize();
+    const GPT2Config theirs = read_model_config(from);
+    if (theirs.NH != trainer_.config().NH)  // the only size that no tensor's shape shows
+        fail(Exit::checkpoint, "{}/config.json: n_head = {}, the config has model.n_head = {}", from, theirs.NH,
+             trainer_.config().NH);
+    load_weights(from, x_.k, trainer_);
+    x_.log.info("weights from {}", from);
+}
+
+void TrainingRun::resume_from(const fs::path& checkpoint) {
+    const RunState saved = read_state(checkpoint);
+    const Config before = parse_config(saved.config, (checkpoint / "state.json").string() + ": config", {});
+    for (const std::string& key : differing_keys(before, x_.config))
+        if (!may_change_on_resume(key))
+            fail(Exit::usage,
+                 "{} is not what {} was trained with; restore it, or start another run with model.init_from", key,
+                 checkpoint.string());
+    if (before.train.micro_batch_size != x_.config.train.micro_batch_size)
+        x_.log.warn("train.micro_batch_size changed from {} to {}: the run goes on, but not bit for bit",
+                    before.train.micro_batch_size, x_.config.train.micro_batch_size);
+    require_same_data("data.train", saved.train, state_.train);
+    require_same_data("data.val", saved.val, state_.val);
+    load_weights(checkpoint, x_.k, trainer_);
+    load_optimizer(checkpoint, x_.k, trainer_);
+    trainer_.set_updates(saved.updates);
+    state_.step = saved.step;
+    state_.tokens = saved.tokens;
+    state_.sequences = saved.sequences;
+    x_.log.info("resuming from {}", checkpoint.string());
+}
+
+void TrainingRun::announce() {
+    const GPT2Config& c = trainer_.config();
+    const char* reduction = reduction_name(choose_reduction(x_.config, x_.comm.size()));
+    x_.log.info("kiln {}: {} x {} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(), x_.k.name,
+                x_.comm.name(), x_.threads, reduction);
+    x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
+                c.C, c.T, c.V);
+    x_.log.info("{} training sequences; {} steps of {} tokens", train_.n_sequences(), total_steps_, tokens_per_step());
+    x_.log.info("memory of one rank: {}", trainer_.memory_summary());
+    x_.log.detail(trainer_.memory_table());
+    dir_->record({{"type", "run"},
+                  {"step", state_.step},
+                  {"time", utc_now()},
+                  {"commit", x_.commit},
+                  {"config_hash", hash_text(hash64(state_.config))},
+                  {"device", x_.k.name},
+                  {"dtype", x_.config.device.dtype},
+                  {"world", x_.comm.size()},
+                  {"threads", x_.threads},
+                  {"allreduce", reduction},
+                  {"parameters", count_params(c)},
+                  {"flops_per_token", flops_per_token(c)},
+                  {"total_steps", total_steps_}});
+    write_status(x_.run_dir, "running", state_.step, 0, "");
+}
+
+uint64_t TrainingRun::tokens_per_step() const {
+    return uint64_t(x_.config.train.global_batch_size) * uint64_t(x_.config.model.context_length);
+}
+
+void TrainingRun::step(const Trainer::NextMicroBatch& next) {
+    const Config& c = x_.config;
+    const Stopwatch clock;
+    const double lr = learning_rate_at(schedule_, state_.step);
+    const StepResult r = trainer_.step(state_.step, lr, next);
+    state_.step++;
+    state_.tokens += tokens_per_step();
+    state_.sequences += uint64_t(c.train.global_batch_size);
+    state_.updates = trainer_.updates();
+    x_.place.step = state_.step;
+    const double ms = clock.ms(), rate = double(tokens_per_step()) / ms * 1e3;
+    const bool last = state_.step == total_steps_;
+    if (x_.comm.rank() == 0 && (last || state_.step % c.log.interval == 0)) {
+        dir_->record({{"type", "step"},
+                      {"step", state_.step},
+                      {"tokens", state_.tokens},
+                      {"loss", r.loss},
+                      {"grad_norm", r.grad_norm},
+                      {"learning_rate", lr},
+                      {"step_ms", ms},
+                      {"tokens_per_s", rate},
+                      {"mfu", nullptr},
+                      {"phase_ms",
+                       {{"data", r.ms.data},
+                        {"forward", r.ms.forward},
+                        {"backward", r.ms.backward},
+                        {"reduce", r.ms.reduce},
+                        {"optimizer", r.ms.optimizer}}}});
+        const double seconds_left =
+            (run_clock_.ms() / 1e3) / double(++steps_done_) * double(total_steps_ - state_.step);
+        x_.log.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {:.0f} tok/s  {:.0f}%  ETA {}",
+                                    state_.step, total_steps_, r.loss, lr, r.grad_norm, rate,
+                                    100.0 * double(state_.step) / double(total_steps_), human_duration(seconds_left)),
+                        last);
+    }
+    bad_steps_ = r.updated ? 0 : bad_steps_ + 1;
+    if (!r.updated) bad_step(r);
+}
+
+void TrainingRun::bad_step(const StepResult& r) {
+    const std::string what =
+        fmt::format("step {}: loss {} or gradient norm {} is not finite", state_.step, r.loss, r.grad_norm);
+    if (x_.comm.rank() == 0)
+        dir_->record({{"type", "event"}, {"step", state_.step}, {"event", "bad_step"}, {"message", what}});
+    if (x_.config.run.on_bad_step == "stop") fail(Exit::numeric, "{}; run.on_bad_step: stop", what);
+    if (bad_steps_ >= kMaxBadSteps)
+        fail(Exit::numeric, "{}, the {}th in a row; lower optimizer.learning_rate or resume from an older checkpoint",
+             what, bad_steps_);
+    if (x_.comm.rank() == 0) x_.log.warn("{}; the update is skipped", what);
+}
+
+bool TrainingRun::out_of_time() {
+    if (x_.config.run.max_minutes <= 0) return false;
+    uint8_t stop = run_clock_.ms() > x_.config.run.max_minutes * 60e3;
+    x_.comm.broadcast(&stop, 1, 0);  // rank 0's clock decides for all
+    return stop;
+}
+
+void TrainingRun::evaluate_and_sample() {
+    const EvalResult r = evaluate_on(x_, trainer_, *val_);
+    if (x_.comm.rank() != 0) return;
+    dir_->record(eval_record(state_.step, r));
+    x_.log.info("step {}: val loss {:.4f}, accuracy {:.1f}% over {} tokens", state_.step, r.loss, 100 * r.accuracy,
+                r.tokens);
+    for (const std::string& prompt : x_.config.eval.sample_prompts) {
+        SampleOptions options{.max_tokens = 128, .seed = x_.config.run.seed, .stop_token = tokenizer_->end_of_text()};
+        const std::string text =
+            tokenizer_->decode(generate(trainer_, tokenizer_->encode(prompt), options, [](int32_t) {}));
+        dir_->record({{"type", "sample"}, {"step", state_.step}, {"prompt", prompt}, {"text", text}});
+        x_.log.info("sample: {}{}", prompt, text);
+    }
+}
+
+void TrainingRun::save() {
+    if (x_.comm.rank() == 0)
+        save_checkpoint(dir_->checkpoints(), x_.k, trainer_, state_, x_.config.checkpoint.keep,
+                        [&] { dir_->sync_metrics(); });
+    x_.comm.barrier();
+}

@@ -1,0 +1,73 @@
+// A training run from its config to its last checkpoint, and the pieces that the other commands share.
+#pragma once
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "comm/comm.h"
+#include "common/clock.h"
+#include "common/config.h"
+#include "common/run_dir.h"
+#include "data/loader.h"
+#include "data/tokenizer.h"
+#include "model/checkpoint.h"
+#include "model/schedule.h"
+#include "model/trainer.h"
+
+// How far a run has come, for the status that a failure leaves behind.
+struct Place {
+    fs::path run_dir;  // empty until it is open
+    int64_t step = 0;
+};
+
+// What every command works with.
+struct Context {
+    const Backend& k;
+    Comm& comm;
+    Log& log;
+    Config config;
+    fs::path run_dir;
+    int threads;         // of this rank
+    std::string commit;  // of the source this binary was built from
+    Place& place;
+};
+
+TrainerOptions trainer_options(const Context& x);
+TokenStream open_data(const Context& x, const char* key, const std::vector<std::string>& patterns);
+EvalResult evaluate_on(const Context& x, Trainer& trainer, const TokenStream& val);
+
+class TrainingRun {
+  public:
+    // Opens data, takes memory, opens or resumes the run directory, and puts equal parameters on every rank.
+    TrainingRun(const Context& x, OpenMode mode);
+    // Runs to the end (Exit::complete) or to run.max_minutes (Exit::stopped), with the last checkpoint saved.
+    Exit run();
+
+  private:
+    void open_directory(OpenMode mode);
+    void start(OpenMode mode);
+    void initialize();
+    void resume_from(const fs::path& checkpoint);
+    void announce();
+    void step(const Trainer::NextMicroBatch& next);
+    void bad_step(const StepResult& r);
+    bool out_of_time();
+    void evaluate_and_sample();
+    void save();
+    Exit finish(Exit code);
+    uint64_t tokens_per_step() const;
+
+    const Context& x_;
+    TokenStream train_;
+    std::optional<TokenStream> val_;
+    std::optional<Tokenizer> tokenizer_;
+    const int64_t total_steps_;
+    const Schedule schedule_;
+    Trainer trainer_;
+    std::unique_ptr<RunDirectory> dir_;  // rank 0
+    RunState state_;
+    Stopwatch run_clock_;
+    int64_t steps_done_ = 0;
+    int bad_steps_ = 0;
+};
