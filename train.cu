@@ -12,7 +12,6 @@
 #include <cstdio>
 #include <new>
 #include <thread>
-#include <thread>
 
 #include "common/hash.h"
 #include "model/generate.h"
@@ -148,8 +147,6 @@ Exit run_command(const CLI::App& app, const CommandLine& line, Comm& comm, Log& 
 int report(const Comm& comm, const Place& place, Exit code, const char* message) {
     // Ranks mostly fail alike: rank 0 speaks for all, and its abort ends the others while they wait here.
     if (comm.rank() != 0) std::this_thread::sleep_for(std::chrono::milliseconds(400));
-    // An error that every rank meets (a typo in the config) is told once: rank 0 ends the job before the others speak.
-    if (comm.rank() != 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));
     const std::string from = comm.size() > 1 ? fmt::format("[rank {}] ", comm.rank()) : "";
     std::fprintf(stderr, "\n%serror: %s\n", from.c_str(), message);
     std::fflush(stderr);

@@ -295,7 +295,7 @@ std::string to_yaml(const Config& config) {
             key.member(c));
         if (value.empty()) continue;
         if (key.section() != section) section = key.section(), out += section + ":\n";
-        out += fmt::format("  {}: {}\n", key.key(), value);
+        out += fmt::format("  {}:{}{}\n", key.key(), value.starts_with('\n') ? "" : " ", value);
     }
     return out;
 }

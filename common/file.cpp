@@ -61,6 +61,10 @@ void catch_sigbus() {
 MappedFile::MappedFile(const fs::path& path, Exit code) : path_(path), code_(code) {
     catch_sigbus();
     const Fd file(open_regular(path, code, size_));
+    struct stat st {};
+    ::fstat(file.fd, &st);
+    device_ = st.st_dev;
+    inode_ = st.st_ino;
     if (size_ == 0) return;
     void* p = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.fd, 0);
     if (p == MAP_FAILED) fail(code, "{}: cannot map {} bytes: {}", path.string(), size_, errno_text(errno));
@@ -71,7 +75,9 @@ MappedFile::MappedFile(MappedFile&& o) noexcept
     : path_(std::move(o.path_)),
       code_(o.code_),
       data_(std::exchange(o.data_, nullptr)),
-      size_(std::exchange(o.size_, 0)) {}
+      size_(std::exchange(o.size_, 0)),
+      device_(o.device_),
+      inode_(o.inode_) {}
 
 MappedFile::~MappedFile() {
     if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
@@ -83,14 +89,24 @@ void MappedFile::read(size_t offset, void* to, size_t n) const {
     sigjmp_buf here;
     if (sigsetjmp(here, 1) != 0) {
         bus_jump = nullptr;
-        fail(code_, "{}: shrank while it was in use (a read at byte {} of {} failed); restore the file and resume",
-             path_.string(), offset, size_);
+        fail_shrunk(offset);
     }
     bus_jump = &here;
     std::atomic_signal_fence(std::memory_order_seq_cst);
     std::memcpy(to, data_ + offset, n);
     std::atomic_signal_fence(std::memory_order_seq_cst);
     bus_jump = nullptr;
+    // Within the last page a truncated file reads as zeros, without a signal.  A deleted or replaced file (another inode)
+    // stays whole under the map.
+    struct stat st {};
+    if (::stat(path_.c_str(), &st) == 0 && st.st_dev == device_ && st.st_ino == inode_ &&
+        size_t(st.st_size) < offset + n)
+        fail_shrunk(offset);
+}
+
+void MappedFile::fail_shrunk(size_t offset) const {
+    fail(code_, "{}: shrank while it was in use (a read at byte {} of {} failed); restore the file and resume",
+         path_.string(), offset, size_);
 }
 
 OutFile::OutFile(const fs::path& path, bool append) : path_(path) {

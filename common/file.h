@@ -1,5 +1,7 @@
 // Files whose failures are seen: checked writes with fsync, read-only maps, directories.  All throw Error.
 #pragma once
+#include <sys/types.h>
+
 #include <cstddef>
 #include <filesystem>
 #include <span>
@@ -21,15 +23,18 @@ class MappedFile {
     std::span<const std::byte> bytes() const { return {data_, size_}; }
     const fs::path& path() const { return path_; }
 
-    // Copies n bytes at `offset` out of the map.  A file that another process has truncated meanwhile raises SIGBUS in
-    // this thread, which becomes Error(code) that names the file.  [offset, offset + n) must lie in bytes().
+    // Copies n bytes at `offset` out of the map.  A file that another process has truncated below that meanwhile is
+    // Error(code) that names it (the SIGBUS of this thread is caught).  [offset, offset + n) must lie in bytes().
     void read(size_t offset, void* to, size_t n) const;
 
   private:
+    [[noreturn]] void fail_shrunk(size_t offset) const;
     fs::path path_;
     Exit code_;
     const std::byte* data_ = nullptr;
     size_t size_ = 0;
+    dev_t device_ = 0;
+    ino_t inode_ = 0;
 };
 
 // A new file written front to back.  Every write is checked; close() is only good after fsync.  Without close() the

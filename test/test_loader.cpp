@@ -177,9 +177,8 @@ TEST_CASE("loader: every micro-batch before a bad token is delivered") {
     const TokenStream data("data.train", {dir.write("a.bin", shard_bytes(tokens))}, ShardFormat::automatic, T, 1000,
                            log);
     Loader loader(data, T, {1, 1, 1, 0, false, 0}, 0);
-    for (int i = 0; i < 98; i++) loader.next();
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // by now the thread has met it
-    CHECK(loader.next().sequences[0] == 98);
+    for (int i = 0; i < 99; i++) loader.next();
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));  // by now the thread has met it, two ahead
     CHECK(loader.next().sequences[0] == 99);
     CHECK_THROWS_WITH_AS(loader.next(), doctest::Contains("token 301 is 1048576"), Error);
 }

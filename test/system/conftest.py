@@ -1,0 +1,234 @@
+"""What the system tests share: a tiny data set and config, a way to run ./train, readers of what a run leaves."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+TRAIN = REPO / "train"
+MPIRUN = os.environ.get("MPIRUN") or shutil.which("mpirun.mpich") or "mpirun"
+# Threads that wait must sleep: the tests run more threads and ranks than there may be cores.
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("KILN_")} | {"OMP_WAIT_POLICY": "passive"}
+TIMEOUT_S = 120
+T = 16  # context_length of the tiny config
+Settings = Mapping[str, object]
+WORDS = ("all", "auto")
+
+TINY: dict[str, object] = {
+    "model.n_layer": 2,
+    "model.n_head": 2,
+    "model.n_embd": 32,
+    "model.context_length": T,
+    "model.vocab_size": 257,
+    "model.dropout": 0.1,
+    "train.max_steps": 20,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 1,
+    "optimizer.learning_rate": 1e-2,
+    "checkpoint.interval": 10,
+    "device.threads": 1,
+}
+
+
+def shard_bytes(tokens: Sequence[int], *, magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
+    """A token shard in llm.c's layout; `count` overrides what the header states."""
+    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    return header + array.array("H", tokens).tobytes()
+
+
+def some_tokens(n: int, seed: int = 0) -> list[int]:
+    """Letters and spaces: something to learn, different in every sequence."""
+    r = random.Random(seed)
+    return [r.randrange(97, 123) if r.random() < 0.8 else 32 for _ in range(n)]
+
+
+def yaml_text(settings: Settings) -> str:
+    """{"a.b": value} as a config; JSON's values are YAML's, but `all` and `auto` go without quotes."""
+    sections: dict[str, list[str]] = {}
+    for key, value in settings.items():
+        section, name = key.split(".")
+        sections.setdefault(section, []).append(f"  {name}: {value if value in WORDS else json.dumps(value)}")
+    return "".join(f"{section}:\n" + "\n".join(lines) + "\n" for section, lines in sections.items())
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    def error(self) -> str:
+        """The one error message of a job, whatever the number of ranks."""
+        found = re.findall(r"error: (.*)", self.err)
+        assert len(found) == 1, f"expected one error message:\n{self.err}"
+        return found[0]
+
+
+def run(command: Sequence[str | Path], env: Settings | None = None, cwd: Path | None = None) -> Result:
+    start = time.monotonic()
+    p = subprocess.run(
+        [str(c) for c in command],
+        env=ENV | {k: str(v) for k, v in (env or {}).items()},
+        cwd=cwd,
+        text=True,
+        errors="replace",
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=TIMEOUT_S,
+    )
+    return Result(p.returncode, p.stdout, p.stderr, time.monotonic() - start)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Run:
+    """The directory of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def lines(self, kind: str) -> list[str]:
+        text = (self.path / "metrics.jsonl").read_text()
+        return [line for line in text.splitlines() if json.loads(line)["type"] == kind]
+
+    def records(self, kind: str) -> list[dict]:
+        return [json.loads(line) for line in self.lines(kind)]
+
+    def losses(self) -> list[tuple[str, ...]]:
+        """(step, loss, grad_norm) of each step as the text in the file: equal only if every bit is."""
+        pattern = r'"step":(\d+),.*"loss":([^,]+),"grad_norm":([^,]+),'
+        return [re.search(pattern, line).groups() for line in self.lines("step")]  # type: ignore[union-attr]
+
+    def val_losses(self) -> list[str]:
+        return [re.search(r'"val_loss":([^,]+),', line).group(1) for line in self.lines("eval")]  # type: ignore[union-attr]
+
+    def steps_saved(self) -> list[int]:
+        names = [re.fullmatch(r"step_(\d+)", p.name) for p in self.checkpoints.glob("step_*")]
+        return sorted(int(m.group(1)) for m in names if m)
+
+    def hashes(self, step: int) -> tuple[str, str]:
+        """Weights and optimizer state, every byte."""
+        at = self.checkpoints / f"step_{step}"
+        return sha256(at / "model.safetensors"), sha256(at / "optimizer.safetensors")
+
+    def status(self) -> dict:
+        return json.loads((self.path / "status.json").read_text())
+
+    def snapshot(self) -> dict[str, str]:
+        """Every file of the run below checkpoints/ with its content."""
+        return {str(p.relative_to(self.path)): sha256(p) for p in self.checkpoints.rglob("*") if p.is_file()}
+
+
+class Lab:
+    """A folder with a data set, configs and runs."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root = root
+        self.data = data
+        self.defaults = TINY | {
+            "run.out_dir": str(root / "runs"),
+            "data.train": [f"{data}/train_*.bin"],
+            "data.val": [f"{data}/val.bin"],
+        }
+
+    def settings(self, name: str, settings: Settings | None = None) -> dict[str, object]:
+        merged = {"run.name": name} | self.defaults | dict(settings or {})
+        return {k: v for k, v in merged.items() if v is not None}  # None takes a default away
+
+    def config(self, name: str, settings: Settings | None = None, file: str | None = None) -> Path:
+        path = self.root / f"{file or name}.yaml"
+        path.write_text(yaml_text(self.settings(name, settings)))
+        return path
+
+    def run(self, name: str) -> Run:
+        return Run(self.root / "runs" / name)
+
+    def command(self, name: str, settings: Settings | None = None, np: int = 1, flags: Sequence[str] = ()) -> list[str]:
+        launcher = [MPIRUN, "-np", str(np)] if np > 1 else []
+        return [*launcher, str(TRAIN), *flags, "--config", str(self.config(name, settings))]
+
+    def train(
+        self,
+        name: str,
+        settings: Settings | None = None,
+        np: int = 1,
+        flags: Sequence[str] = (),
+        expect: int = 0,
+        env: Settings | None = None,
+    ) -> Result:
+        """Runs ./train (np = 1: without mpirun) and checks its exit code."""
+        result = run(self.command(name, settings, np, flags), env)
+        assert result.code == expect, f"exit {result.code}, expected {expect}\n{result.out}\n{result.err}"
+        return result
+
+    def start(self, name: str, settings: Settings | None = None, np: int = 1) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(name, settings, np),
+            env=ENV,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    def wait_for_step(self, name: str, step: int, process: subprocess.Popen[str]) -> None:
+        """Returns once a run in the background has recorded that step."""
+        metrics = self.run(name).path / "metrics.jsonl"
+        end = time.monotonic() + TIMEOUT_S
+        while not metrics.exists() or f'"step":{step},' not in metrics.read_text():
+            assert process.poll() is None and time.monotonic() < end, f"no step {step}"
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """436 training sequences in two shards; 13 validation sequences.  Tests that spoil data make their own."""
+    path = tmp_path_factory.mktemp("data")
+    (path / "train_0.bin").write_bytes(shard_bytes(some_tokens(4000, 1)))
+    (path / "train_1.bin").write_bytes(shard_bytes(some_tokens(3001, 2)))
+    (path / "val.bin").write_bytes(shard_bytes(some_tokens(13 * T + 1, 3)))
+    (path / "tokenizer.json").write_text('{"type": "bytes", "vocab_size": 257, "end_of_text": 256}')
+    return path
+
+
+@pytest.fixture
+def lab(tmp_path: Path, data: Path) -> Lab:
+    return Lab(tmp_path, data)
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, data: Path) -> Path:
+    """A copy of the data set that a test may spoil."""
+    return Path(shutil.copytree(data, tmp_path / "data"))
+
+
+@pytest.fixture
+def own_lab(tmp_path: Path, own_data: Path) -> Lab:
+    return Lab(tmp_path, own_data)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Lab:
+    """Run `base`: twenty steps on one rank, evaluated and saved at 10 and 20.  Tests copy it before they change it."""
+    lab = Lab(tmp_path_factory.mktemp("trained"), data)
+    lab.defaults |= {"eval.interval": 10, "data.tokenizer": f"{data}/tokenizer.json"}
+    lab.train("base")
+    return lab
