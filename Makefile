@@ -33,16 +33,20 @@ $(shell mkdir -p build; c=$$(git describe --always --dirty --abbrev=12 2>/dev/nu
 all: $(B)/train ## build ./train
 	@ln -sf $(B)/train train
 
-demo: deps all ## prepare text, train about 90 seconds on 2 ranks, plot, generate
-	PYTHON=$(PYTHON) MPIRUN=$(MPIRUN) scripts/demo.sh configs/demo.yaml $(DEMO_ARGS)
+demo: deps ## prepare text, train about 90 seconds on 2 ranks, plot, generate
+	@$(MAKE) --no-print-directory all
+	scripts/demo.sh configs/demo.yaml $(DEMO_ARGS)
 
-test: deps $(B)/test $(B)/test_mpi $(if $(SANITIZE),,all) ## all tests; the last line is "N passed, N failed"
+test: deps ## all tests; the last line is "N passed, N failed"
+	@$(MAKE) --no-print-directory $(B)/test $(B)/test_mpi $(if $(SANITIZE),,all $(B)/fault_shim.so)
 	$(PYTHON) test/run.py --build $(B) --mpirun $(MPIRUN) $(if $(SANITIZE),--no-system)
 
 parity: all ## losses and gradient norms against PyTorch, made afresh
+	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
 	$(PYTHON) scripts/parity.py
 
 bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; writes benchmarks/results/
+	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
 	$(PYTHON) scripts/bench_cpu.py
 
 lint: ## formatting, include directions, shell scripts

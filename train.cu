@@ -6,8 +6,11 @@
 //   ./train eval --config F         loss on the val shards
 #include <CLI/CLI.hpp>
 #include <omp.h>
+#include <sched.h>
+#include <unistd.h>
 
 #include <chrono>
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <new>
@@ -59,25 +62,23 @@ void describe(CLI::App& app, CommandLine& line) {
 
 const Backend& choose_backend(const Config&) { return cpu_backend(); }  // config.cpp refuses every other kind
 
-// This rank's share of the host's cores, unless the config says how many.
-int set_threads(const Config& c, const Comm& comm) {
-    const int threads =
-        c.device.threads > 0 ? c.device.threads : core_share(omp_get_num_procs(), comm.local_rank(), comm.local_size());
-    omp_set_num_threads(threads);
-    return threads;
-}
-
-// Ranks read the config file each for itself; a rank with another one would train another model.
-void require_same_config(Comm& comm, const Config& config) {
-    const uint64_t mine = hash64(to_yaml(config));
+// This rank's share of the cores it may use, unless the config says how many.  Ranks of one host with the same affinity
+// mask share it; a launcher that binds each rank has shared the cores out already.
+int set_threads(const Config& c, Comm& comm) {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    sched_getaffinity(0, sizeof mask, &mask);
+    char host[256] = "";
+    gethostname(host, sizeof host - 1);
+    const std::string text = std::string(host) + '\0' + std::string(reinterpret_cast<const char*>(&mask), sizeof mask);
+    const uint64_t mine = hash64(text);
     std::vector<uint64_t> all(size_t(comm.size()));
     comm.all_gather(&mine, all.data(), sizeof mine);
-    std::string others;
-    for (int r = 0; r < comm.size(); r++)
-        if (all[size_t(r)] != all[0]) others += (others.empty() ? "" : ", ") + std::to_string(r);
-    if (!others.empty())
-        fail(Exit::usage, "rank(s) {} read another config than rank 0; give every host the same file and --set options",
-             others);
+    const auto sharing = int(std::count(all.begin(), all.end(), mine));
+    const auto place = int(std::count(all.begin(), all.begin() + comm.rank(), mine));
+    const int threads = c.device.threads > 0 ? c.device.threads : core_share(omp_get_num_procs(), place, sharing);
+    omp_set_num_threads(threads);
+    return threads;
 }
 
 fs::path checkpoint_to_use(const Context& x, const CommandLine& line) {
@@ -92,7 +93,10 @@ TrainerOptions inference_options(const Context& x, int micro_batch_size) {
     TrainerOptions o = trainer_options(x);
     o.inference = true;
     o.micro_batch_size = micro_batch_size;
-    o.global_batch_size = micro_batch_size * x.comm.size();
+    const int64_t global = int64_t(micro_batch_size) * x.comm.size();
+    if (global > INT32_MAX)
+        fail(Exit::usage, "train.micro_batch_size = {} on {} ranks", micro_batch_size, x.comm.size());
+    o.global_batch_size = int(global);
     o.reduction = Reduction::mpi;
     return o;
 }
@@ -100,18 +104,15 @@ TrainerOptions inference_options(const Context& x, int micro_batch_size) {
 Exit run_generate(const Context& x, const CommandLine& line) {
     if (x.comm.size() > 1)
         fail(Exit::usage, "generate runs on one rank; start it without mpirun -np {}", x.comm.size());
-    const Tokenizer tokenizer = Tokenizer::load(x.config.data.tokenizer);
+    const Tokenizer tokenizer = open_tokenizer(x.config);
     Trainer model(x.k, x.comm, inference_options(x, 1));
     load_weights(checkpoint_to_use(x, line), x.k, model);
-    std::vector<int32_t> prompt = tokenizer.encode(line.prompt);
     SampleOptions options = line.sample;
     options.stop_token = tokenizer.end_of_text();
-    if (prompt.empty() && tokenizer.end_of_text() < 0)
-        fail(Exit::usage, "--prompt is empty and the tokenizer has no end-of-text to start from");
-    if (prompt.empty()) prompt.push_back(tokenizer.end_of_text());
     std::fputs(line.prompt.c_str(), stdout);
-    generate(model, prompt, options, [&](int32_t token) {
-        std::fputs(tokenizer.decode({token}).c_str(), stdout);
+    generate(model, prompt_tokens(tokenizer, line.prompt), options, [&](int32_t token) {
+        const std::string text = tokenizer.decode({token});
+        std::fwrite(text.data(), 1, text.size(), stdout);
         std::fflush(stdout);
     });
     std::fputc('\n', stdout);
@@ -131,8 +132,12 @@ Exit run_eval(const Context& x, const CommandLine& line) {
 }
 
 Exit run_command(const CLI::App& app, const CommandLine& line, Comm& comm, Log& log, Place& place) {
+    const bool training = !app.got_subcommand("generate") && !app.got_subcommand("eval");
+    if (!training && (line.resume || line.overwrite)) fail(Exit::usage, "--resume and --overwrite are for training");
     const Config config = load_config(line.config, line.set);
-    require_same_config(comm, config);
+    // Ranks read the file each for itself; a rank with another one would train another model.
+    require_same(comm, hash64(to_yaml(config)), Exit::usage,
+                 "another config than rank 0; give every host the same file and --set options");
     const fs::path dir = fs::path(config.run.out_dir) / config.run.name;
     const Context x{choose_backend(config), comm, log, config, dir, set_threads(config, comm), KILN_COMMIT, place};
     if (app.got_subcommand("generate")) return run_generate(x, line);

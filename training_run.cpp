@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "common/hash.h"
+#include "common/json.h"
 #include "model/generate.h"
 
 namespace {
@@ -79,6 +80,19 @@ void require_same_data(const char* key, const std::vector<DataPart>& before, con
                  hash_text(before[i].fingerprint));
 }
 
+// Every host opens its own copy of the data: another file set would train on other tokens, or for another time.
+void require_same_data_everywhere(Comm& comm, const RunState& state, int64_t total_steps) {
+    Hasher hasher;
+    for (const auto* parts : {&state.train, &state.val})
+        for (const DataPart& p : *parts) {
+            hasher.update(p.file.data(), p.file.size());
+            hasher.update(&p.tokens, sizeof p.tokens);
+            hasher.update(&p.fingerprint, sizeof p.fingerprint);
+        }
+    hasher.update(&total_steps, sizeof total_steps);
+    require_same(comm, hasher.digest(), Exit::data, "data files other than rank 0's; give every host the same shards");
+}
+
 // KILN_RECORD_SEQUENCES=PREFIX: each rank appends the indices of the sequences it read to PREFIX.<rank>, a line per
 // micro-batch.  For the tests, which check that the ranks' shares are disjoint and complete.
 void record_sequences(const Loader::MicroBatch& m, int rank) {
@@ -114,6 +128,23 @@ TokenStream open_data(const Context& x, const char* key, const std::vector<std::
     return TokenStream(key, patterns, format, x.config.model.context_length, x.config.model.vocab_size, x.log);
 }
 
+Tokenizer open_tokenizer(const Config& c) {
+    if (c.data.tokenizer.empty()) fail(Exit::usage, "data.tokenizer is not set; generate and samples need it");
+    const Tokenizer tokenizer = Tokenizer::load(c.data.tokenizer);
+    if (tokenizer.vocab_size() > c.model.vocab_size)
+        fail(Exit::data, "{}: {} tokens, but model.vocab_size = {}", c.data.tokenizer, tokenizer.vocab_size(),
+             c.model.vocab_size);
+    return tokenizer;
+}
+
+std::vector<int32_t> prompt_tokens(const Tokenizer& tokenizer, const std::string& prompt) {
+    std::vector<int32_t> tokens = tokenizer.encode(prompt);
+    if (tokens.empty() && tokenizer.end_of_text() < 0)
+        fail(Exit::usage, "an empty prompt, and the tokenizer has no end-of-text to start from");
+    if (tokens.empty()) tokens.push_back(tokenizer.end_of_text());
+    return tokens;
+}
+
 EvalResult evaluate_on(const Context& x, Trainer& trainer, const TokenStream& val) {
     return trainer.evaluate(eval_sequences(x.config, val),
                             [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) { val.read(i, in, out); });
@@ -127,21 +158,26 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
       trainer_(x.k, x.comm, trainer_options(x)) {
     const Config& c = x.config;
     if (!c.data.val.empty()) val_.emplace(open_data(x, "data.val", c.data.val));
-    if (c.eval.interval > 0 && !val_) fail(Exit::usage, "eval.interval = {} needs data.val", c.eval.interval);
-    if (val_ && val_->n_sequences() == 0)
-        fail(Exit::data, "data.val holds no sequence of model.context_length = {} tokens", c.model.context_length);
     if (train_.n_sequences() < uint64_t(c.train.global_batch_size))
         fail(Exit::data,
              "data.train holds {} sequences of {} tokens, fewer than train.global_batch_size = {}; use more data, "
              "a shorter context_length or a smaller batch",
              train_.n_sequences(), c.model.context_length, c.train.global_batch_size);
-    if (!c.eval.sample_prompts.empty()) tokenizer_.emplace(Tokenizer::load(c.data.tokenizer));
+    if (!c.eval.sample_prompts.empty()) tokenizer_.emplace(open_tokenizer(c));
+    for (const std::string& prompt : c.eval.sample_prompts)
+        prompt_tokens(*tokenizer_, prompt);  // refused now, not later
+    if (c.schedule.warmup_steps >= total_steps_ && c.train.max_epochs > 0)
+        fail(Exit::usage, "schedule.warmup_steps = {}, but train.max_epochs = {} makes {} steps",
+             c.schedule.warmup_steps, c.train.max_epochs, total_steps_);
     state_.config = to_yaml(c);
     state_.train = parts_of(&train_);
     state_.val = parts_of(val_ ? &*val_ : nullptr);
-    if (x.comm.rank() == 0) open_directory(mode);
-    x.comm.barrier();  // a rank that fails must not write its status into a directory that rank 0 was refused
-    x.place.run_dir = x.run_dir;
+    require_same_data_everywhere(x.comm, state_, total_steps_);
+    // Parameters first: what is wrong with init_from, or with another rank, must not cost the files of an earlier run.
+    const bool root = x.comm.rank() == 0;
+    if (root && mode != OpenMode::resume) initialize();
+    x.comm.barrier();
+    if (root) open_directory(mode);
     start(mode);
 }
 
@@ -163,11 +199,9 @@ Exit TrainingRun::run() {
     while (state_.step < total_steps_) {
         step(next);
         const bool last = state_.step == total_steps_, stop = !last && out_of_time();
-        const auto due = [&](int64_t interval) {
-            return interval > 0 && (last || stop || state_.step % interval == 0);
-        };
-        if (c.eval.interval > 0 && (last || state_.step % c.eval.interval == 0)) evaluate_and_sample();
-        if (due(c.checkpoint.interval)) save();
+        const auto due = [&](int64_t interval) { return interval > 0 && (last || state_.step % interval == 0); };
+        if (due(c.eval.interval)) evaluate_and_sample();
+        if (stop || due(c.checkpoint.interval)) save();
         if (stop) return finish(Exit::stopped);
     }
     return finish(Exit::complete);
@@ -188,35 +222,35 @@ void TrainingRun::open_directory(OpenMode mode) {
     x_.log.open((x_.run_dir / "train.log").string());
 }
 
-// Random, imported or resumed parameters on rank 0, then the same on all.
+// The parameters of rank 0 - random, imported or resumed - go to all; then the run may write.
 void TrainingRun::start(OpenMode mode) {
     const bool root = x_.comm.rank() == 0;
-    std::optional<fs::path> found;
     if (root && mode == OpenMode::resume) {
-        found = find_checkpoint(dir_->checkpoints(), x_.log, true);
+        const auto found = find_checkpoint(dir_->checkpoints(), x_.log, true);
+        if (found) resume_from(*found);
+        if (!found) initialize();
         if (!found) x_.log.info("--resume: no checkpoint in {} yet; starting at step 0", dir_->checkpoints().string());
     }
-    if (root && found) resume_from(*found);
-    if (root && !found) initialize();
     uint64_t cursor[3] = {uint64_t(state_.step), state_.tokens, state_.sequences};
     x_.comm.broadcast(cursor, sizeof cursor, 0);
     state_.step = int64_t(cursor[0]);
     state_.tokens = cursor[1];
     state_.sequences = cursor[2];
     trainer_.broadcast_state();
+    x_.place.run_dir = x_.run_dir;  // from here on a failure shows in status.json
+    x_.place.step = first_step_ = state_.step;
     if (!root) return;
     dir_->write_config(state_.config);
     dir_->start_metrics(state_.step);
     announce();
+    if (state_.step > total_steps_)
+        x_.log.warn("the checkpoint is at step {}, beyond train.max_steps = {}: nothing to do", state_.step,
+                    total_steps_);
 }
 
 void TrainingRun::initialize() {
     const std::string& from = x_.config.model.init_from;
     if (from.empty()) return trainer_.initialize();
-    const GPT2Config theirs = read_model_config(from);
-    if (theirs.NH != trainer_.config().NH)  // the only size that no tensor's shape shows
-        fail(Exit::checkpoint, "{}/config.json: n_head = {}, the config has model.n_head = {}", from, theirs.NH,
-             trainer_.config().NH);
     load_weights(from, x_.k, trainer_);
     x_.log.info("weights from {}", from);
 }
@@ -251,8 +285,7 @@ void TrainingRun::announce() {
     x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
                 c.C, c.T, c.V);
     x_.log.info("{} training sequences; {} steps of {} tokens", train_.n_sequences(), total_steps_, tokens_per_step());
-    x_.log.info("memory of one rank: {}", trainer_.memory_summary());
-    x_.log.detail(trainer_.memory_table());
+    x_.log.info("memory of one rank\n{}", trainer_.memory_table());
     dir_->record({{"type", "run"},
                   {"step", state_.step},
                   {"time", utc_now()},
@@ -302,7 +335,7 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
                         {"reduce", r.ms.reduce},
                         {"optimizer", r.ms.optimizer}}}});
         const double seconds_left =
-            (run_clock_.ms() / 1e3) / double(++steps_done_) * double(total_steps_ - state_.step);
+            (run_clock_.ms() / 1e3) / double(state_.step - first_step_) * double(total_steps_ - state_.step);
         x_.log.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {:.0f} tok/s  {:.0f}%  ETA {}",
                                     state_.step, total_steps_, r.loss, lr, r.grad_norm, rate,
                                     100.0 * double(state_.step) / double(total_steps_), human_duration(seconds_left)),
@@ -339,8 +372,8 @@ void TrainingRun::evaluate_and_sample() {
                 r.tokens);
     for (const std::string& prompt : x_.config.eval.sample_prompts) {
         SampleOptions options{.max_tokens = 128, .seed = x_.config.run.seed, .stop_token = tokenizer_->end_of_text()};
-        const std::string text =
-            tokenizer_->decode(generate(trainer_, tokenizer_->encode(prompt), options, [](int32_t) {}));
+        const auto tokens = generate(trainer_, prompt_tokens(*tokenizer_, prompt), options, [](int32_t) {});
+        const std::string text = as_utf8(tokenizer_->decode(tokens));
         dir_->record({{"type", "sample"}, {"step", state_.step}, {"prompt", prompt}, {"text", text}});
         x_.log.info("sample: {}{}", prompt, text);
     }

@@ -35,6 +35,10 @@ struct Context {
 
 TrainerOptions trainer_options(const Context& x);
 TokenStream open_data(const Context& x, const char* key, const std::vector<std::string>& patterns);
+// data.tokenizer, checked against model.vocab_size.
+Tokenizer open_tokenizer(const Config& c);
+// What a model is given to continue: the prompt, or end-of-text where it is empty.
+std::vector<int32_t> prompt_tokens(const Tokenizer& tokenizer, const std::string& prompt);
 EvalResult evaluate_on(const Context& x, Trainer& trainer, const TokenStream& val);
 
 class TrainingRun {
@@ -68,6 +72,6 @@ class TrainingRun {
     std::unique_ptr<RunDirectory> dir_;  // rank 0
     RunState state_;
     Stopwatch run_clock_;
-    int64_t steps_done_ = 0;
+    int64_t first_step_ = 0;  // where this process began
     int bad_steps_ = 0;
 };

@@ -4,6 +4,7 @@
 // the caller's buffers may be reused.  Buffers are host memory.  A failure throws Error(Exit::peer_lost).
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
@@ -34,6 +35,9 @@ class Comm {
 };
 
 std::unique_ptr<Comm> make_self_comm();
+
+// All ranks hold this value; else Error(code): "rank(s) 1, 3 have <what>".
+void require_same(Comm& comm, uint64_t value, Exit code, const std::string& what);
 
 // Owns MPI_Init_thread / MPI_Finalize; make one in main() before anything else.  The world communicator lives as long.
 // Throws Error(Exit::usage) when this process was started as one of several ranks but sees a world of one

@@ -1,6 +1,7 @@
 #include "comm/topology.h"
 
 #include <algorithm>
+#include <cstdint>
 
 #include "common/error.h"
 
@@ -11,12 +12,13 @@ Runs split_runs(int n_micro_total) {
 }
 
 BatchShare batch_share(int global_batch_size, int micro_batch_size, int rank, int size, bool ordered) {
-    if (global_batch_size % (size * micro_batch_size) != 0)
+    const int64_t pass = int64_t(size) * micro_batch_size;  // sequences of one forward pass on all ranks
+    if (global_batch_size % pass != 0)
         fail(Exit::usage,
              "train.global_batch_size = {} is not divisible by ranks * train.micro_batch_size = {} * {} = {}; change "
              "one of "
              "them or the number of ranks",
-             global_batch_size, size, micro_batch_size, size * micro_batch_size);
+             global_batch_size, size, micro_batch_size, pass);
     const int total = global_batch_size / micro_batch_size, mine = total / size;
     const Runs runs = split_runs(total);
     if (!ordered) return {mine, rank * mine, mine, 1};

@@ -113,3 +113,7 @@ nlohmann::json parse_json(std::string_view text, const std::string& name, Exit c
     if (!json::sax_parse(first, last, &builder)) builder.refuse("not valid JSON");
     return std::move(builder.root);
 }
+
+std::string as_utf8(const std::string& text) {
+    return nlohmann::json::parse(nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+}

@@ -12,3 +12,6 @@
 // (also 1e999), integers that do not fit 64 bits, NUL bytes, more than max_bytes.  `name` stands for the file in
 // messages.
 nlohmann::json parse_json(std::string_view text, const std::string& name, Exit code, size_t max_bytes = 100'000'000);
+
+// The text with every byte that is not UTF-8 replaced by U+FFFD: what a model of bytes writes may be anything.
+std::string as_utf8(const std::string& text);

@@ -1,4 +1,5 @@
-// Messages for people: to the terminal (rank 0 only) and to the run's train.log.  A full disk or a closed terminal
+// Messages for people, from rank 0: to the terminal and to the run's train.log.  Other ranks say nothing here; their
+// failures are told by main().  A full disk or a closed terminal
 // never stops a run: what cannot be written is dropped.
 #pragma once
 #include <fmt/format.h>
@@ -15,7 +16,7 @@ class Log {
     Log(const Log&) = delete;
     Log& operator=(const Log&) = delete;
 
-    // From now on also append to this file.  Call on rank 0 only; failure to open is Error(Exit::io).
+    // From now on also append to this file, beginning with what was said before.  Rank 0 only; failure is Error(Exit::io).
     void open(const std::string& path);
 
     template <class... A>
@@ -26,16 +27,16 @@ class Log {
     void warn(fmt::format_string<A...> f, A&&... a) {
         write("warning: ", fmt::format(f, std::forward<A>(a)...));
     }
-    // For the file only: long tables.
-    void detail(const std::string& text);
     // A line that replaces itself on a terminal; elsewhere it is printed when `always` or ten seconds after the last.
     void progress(const std::string& line, bool always);
 
   private:
     void write(const char* prefix, const std::string& message);
+    void to_file(const std::string& line);
     int rank_;
     FILE* file_ = nullptr;
-    bool line_open_ = false;  // a progress line stands on the terminal without its newline
-    double last_progress_ms_ = -1e9;
+    std::string before_file_;  // lines said before open()
+    bool line_open_ = false;   // a progress line stands on the terminal without its newline
+    double last_progress_ms_ = -1e9, last_live_ms_ = -1e9;
     std::mutex mutex_;  // the loader's thread warns too
 };

@@ -9,7 +9,7 @@
 
 namespace {
 constexpr const char* kOwnFiles[] = {"config.yaml", "config.yaml.tmp", "metrics.jsonl", "metrics.jsonl.tmp",
-                                     "status.json", "status.json.tmp", "train.log",     "checkpoints"};
+                                     "status.json", "status.json.tmp", "train.log"};
 constexpr size_t kMaxMetrics = size_t(16) << 30;
 
 // Keeps what belongs to the steps up to `step`.
@@ -21,17 +21,51 @@ std::string kept_metrics(const std::string& text, int64_t step) {
         const std::string line = text.substr(at, end - at);
         at = end + 1;
         const nlohmann::json j = nlohmann::json::parse(line, nullptr, false);
-        if (!j.is_object()) continue;
-        const std::string type = j.value("type", "");
-        if (type == "run" || type == "event" || j.value("step", int64_t(0)) <= step) kept += line + '\n';
+        if (!j.is_object() || !j.contains("type") || !j.contains("step") || !j["step"].is_number_integer()) continue;
+        if (j["type"] == "run" || j["type"] == "event" || j["step"].get<int64_t>() <= step) kept += line + '\n';
     }
     return kept;
+}
+
+// The text of a record.  Bytes that are not UTF-8 (a model of bytes may write any) become U+FFFD.
+std::string one_line(const nlohmann::ordered_json& j) {
+    return j.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + '\n';
+}
+
+void remove_path(const fs::path& path) {
+    std::error_code error;
+    fs::remove_all(path, error);
+    if (error) fail(Exit::io, "{}: cannot remove: {}", path.string(), error.message());
+}
+
+// The files of an earlier run, and nothing else.
+void remove_run(const fs::path& run) {
+    for (const char* name : kOwnFiles) remove_path(run / name);
+    const fs::path checkpoints = run / "checkpoints";
+    std::vector<fs::path> own;
+    std::error_code error;
+    for (fs::directory_iterator e(checkpoints, error), end; !error && e != end; e.increment(error)) {
+        const std::string name = e->path().filename().string();
+        if (name.starts_with("step_") || name == "latest" || name.starts_with("latest.tmp-")) own.push_back(e->path());
+    }
+    for (const fs::path& p : own) remove_path(p);
+    fs::remove(checkpoints, error);  // stays while it holds somebody else's files
+}
+
+// Nothing there but the lock of a run that never began.
+bool is_unused(const fs::path& path) {
+    std::error_code error;
+    if (!fs::exists(path, error) && !error) return true;
+    bool unused = true;
+    for (fs::directory_iterator e(path, error), end; !error && e != end; e.increment(error))
+        unused = unused && e->path().filename() == "lock";
+    if (error) fail(Exit::io, "{}: cannot list the directory: {}", path.string(), error.message());
+    return unused;
 }
 }  // namespace
 
 RunDirectory::RunDirectory(const fs::path& path, OpenMode mode) : path_(path) {
-    const bool empty = !fs::exists(path_) || (fs::is_directory(path_) && fs::is_empty(path_));
-    if (mode == OpenMode::fresh && !empty)
+    if (mode == OpenMode::fresh && !is_unused(path_))
         fail(Exit::usage, "{}: is not empty; use --resume to go on, --overwrite to start afresh, or another run.name",
              path_.string());
     make_directories(path_);
@@ -50,16 +84,11 @@ RunDirectory::RunDirectory(const fs::path& path, OpenMode mode) : path_(path) {
     const std::string owner = fmt::format("host {}, process {}", host, ::getpid());
     if (::ftruncate(lock_, 0) != 0 || ::pwrite(lock_, owner.data(), owner.size(), 0) < 0)
         fail(Exit::io, "{}: cannot write: {}", lock.string(), errno_text(errno));
-    if (mode == OpenMode::overwrite)
-        for (const char* name : kOwnFiles) {
-            std::error_code error;
-            fs::remove_all(path_ / name, error);
-            if (error) fail(Exit::io, "{}: cannot remove: {}", (path_ / name).string(), error.message());
-        }
+    if (mode == OpenMode::overwrite) remove_run(path_);
 }
 
 RunDirectory::~RunDirectory() {
-    if (lock_ >= 0) ::close(lock_);  // releases the lock; the file stays, empty of meaning
+    if (lock_ >= 0) ::close(lock_);  // releases the lock; the file stays and names a process that is gone
 }
 
 void RunDirectory::start_metrics(int64_t step) {
@@ -71,11 +100,11 @@ void RunDirectory::start_metrics(int64_t step) {
     metrics_ = std::make_unique<OutFile>(path, true);
 }
 
-void RunDirectory::record(const nlohmann::ordered_json& line) { metrics_->write(line.dump() + '\n'); }
+void RunDirectory::record(const nlohmann::ordered_json& line) { metrics_->write(one_line(line)); }
 void RunDirectory::sync_metrics() { metrics_->sync(); }
 
 void write_status(const fs::path& run, const std::string& state, int64_t step, int exit_code,
                   const std::string& message) {
     const nlohmann::ordered_json j = {{"state", state}, {"step", step}, {"exit_code", exit_code}, {"message", message}};
-    replace_file(run / "status.json", j.dump() + "\n");
+    replace_file(run / "status.json", one_line(j));
 }

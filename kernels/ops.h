@@ -10,8 +10,8 @@
 // Error(Exit::internal); the CPU backend also checks tokens and targets, Error(Exit::data).
 //
 // What changes from step to step reaches an op as a Buf in backend memory, never by value, so that a step can be
-// captured as a graph.  No op allocates, and none depends on the number of threads: all partition their work by shape
-// alone.
+// captured as a graph.  No op allocates backend memory (the CPU's keep a little host scratch per thread), and none depends
+// on the number of threads: all partition their work by shape alone.
 #pragma once
 #include "common/arena.h"
 #include "common/buf.h"

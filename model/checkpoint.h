@@ -5,16 +5,15 @@
 //   state.json                        step, tokens seen, updates, position in the data, what the data was, the config
 //   manifest.json                     format version, size and XXH3 of each file, XXH3 of itself; written last
 //
-// Saving: all into step_N.tmp-<nonce>, every write and fsync checked; manifest; fsync of the directory; rename; fsync
-// of the parent; only then are older ones pruned and `latest` moved.  Loading never trusts `latest`.
+// checkpoint_store.h has the protocol that makes a directory complete; this is what is in it.
 #pragma once
 #include <cstdint>
-#include <optional>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "common/file.h"
-#include "common/log.h"
+#include "model/checkpoint_store.h"
 #include "model/gpt2.h"
 #include "model/trainer.h"
 
@@ -37,13 +36,6 @@ struct RunState {
 // disk but the name: the place to make the logs durable.
 void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, const RunState& state, int keep,
                      const std::function<void()>& before_rename);
-
-// The newest directory whose manifest verifies, or none; damaged ones that are newer are named in the log.
-// Error(Exit::checkpoint) when there are some but none is valid, or when the newest was written by a newer format: then
-// nothing is changed, and asking again gives the same answer.  `tidy` is for the run that holds the directory's lock:
-// damaged ones are renamed to step_N.damaged-<nonce>, as step_N will be saved again, and leftovers of interrupted saves
-// are removed.  Others only look.
-std::optional<fs::path> find_checkpoint(const fs::path& root, Log& log, bool tidy);
 
 RunState read_state(const fs::path& checkpoint);
 void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer);    // model.safetensors

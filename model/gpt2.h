@@ -38,7 +38,7 @@ struct Init {
     static Init zeros() { return {0, 0}; }
     static Init ones() { return {1, 0}; }
 };
-// Which axis tensor parallelism will divide; kept beside the shape so that the list stays the only one.
+// The axis that tensor parallelism (not built yet) divides; it stands here so that the list stays the only one.
 enum class Split : uint8_t { none, rows, columns };
 
 struct ParamInfo {

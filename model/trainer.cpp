@@ -101,19 +101,15 @@ void Trainer::mark_decay() {
 }
 
 std::string Trainer::memory_table() const {
-    std::string out;
-    for (const Arena* a : arenas()) out += a->table();
-    return out;
-}
-
-std::string Trainer::memory_summary() const {
     size_t total = 0;
-    std::string parts;
+    std::string out;
     for (const Arena* a : arenas()) {
         total += a->n_bytes();
-        parts += fmt::format("{}{} {}", parts.empty() ? "" : ", ", a->name(), human_bytes(a->n_bytes()));
+        // The fold's further gradient buffers hold the same tensors: a line instead of a table.
+        const bool repeated = !grad_arena_.empty() && a->name() == "gradients" && a != &grad_arena_.front();
+        out += repeated ? fmt::format("gradients, another buffer: {}\n", human_bytes(a->n_bytes())) : a->table();
     }
-    return fmt::format("{} ({})", human_bytes(total), parts);
+    return out + fmt::format("total: {}", human_bytes(total));
 }
 
 std::vector<const Arena*> Trainer::arenas() const {

@@ -80,8 +80,7 @@ class Trainer {
     uint64_t weights_hash();
     const BatchShare& share() const { return share_; }
     const GPT2Config& config() const { return o_.model; }
-    std::string memory_table() const;    // a line per kind of tensor
-    std::string memory_summary() const;  // one line: the arenas and their sum
+    std::string memory_table() const;  // a line for each kind of tensor, and the sum
     // Test hook: called with this rank's gradient (n) just before the reduction.
     std::function<void(std::span<float>)> before_reduce;
 

@@ -1,6 +1,7 @@
 #!/bin/bash
 # make demo: text from this machine -> shards -> training on 2 ranks -> loss picture and generated text.
 # Usage: scripts/demo.sh CONFIG [--set key=value ...]     (PYTHON and MPIRUN name the programs to use)
+# Fails unless the last val loss is below DEMO_MAX_VAL_LOSS (1.75 nats per byte).
 set -euo pipefail
 config=$1
 shift
@@ -14,4 +15,9 @@ echo "== picture: runs/demo/loss.png"
 "$python" scripts/plot_loss.py runs/demo
 echo "== generated text"
 ./train generate --config "$config" "$@" --prompt "def " --max-tokens 400 --temperature 0.7 --seed 3
-grep '"type":"eval"' runs/demo/metrics.jsonl | tail -1 | sed -E 's/.*"step":([0-9]+).*"val_loss":([0-9.]+).*/== val loss after step \1: \2 nats per byte/'
+"$python" - "${DEMO_MAX_VAL_LOSS:-1.75}" <<'END'
+import json, sys
+last = [r for r in map(json.loads, open("runs/demo/metrics.jsonl")) if r["type"] == "eval"][-1]
+print(f"== val loss after step {last['step']}: {last['val_loss']:.4f} nats per byte (bound {sys.argv[1]})")
+sys.exit(not last["val_loss"] < float(sys.argv[1]))
+END

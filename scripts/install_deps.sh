@@ -1,12 +1,13 @@
 #!/bin/bash
 # Installs what kiln needs that is missing.  Debian 12: tested.  Ubuntu 22.04: same names, untested.
-# Without root it prints the exact command and stops.  --torch adds PyTorch, which only `make parity` and `make bench` use.
+# Without root or sudo it prints the exact command and stops.  --torch adds PyTorch, which only `make parity` and `make bench` use.
 set -euo pipefail
 
 # Build and run; then plots; then tests and development.
 packages=(g++ make mpich libmpich-dev libcli11-dev doctest-dev libyaml-cpp-dev libdnnl-dev nlohmann-json3-dev libfmt-dev
-          libxxhash-dev python3 python3-matplotlib python3-venv python3-pytest clang-format shellcheck)
-[ "${1:-}" = --torch ] && packages+=(python3-torch)
+          libxxhash-dev python3 python3-matplotlib python3-venv python3-pytest python3-xxhash clang-format shellcheck)
+# OpenBLAS: the reference BLAS that PyTorch gets otherwise would make a straw man of it.
+[ "${1:-}" = --torch ] && packages+=(python3-torch libopenblas0-openmp)
 
 missing=()
 for p in "${packages[@]}"; do
@@ -17,8 +18,8 @@ done
 command="apt-get install -y --no-install-recommends ${missing[*]}"
 if [ "$(id -u)" -eq 0 ]; then
     sudo=()
-elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
-    sudo=(sudo)
+elif command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
+    sudo=(sudo)  # asks for the password where a person can type it
 else
     echo "kiln needs these packages; run as root, then make again:"
     echo "    apt-get update && $command"

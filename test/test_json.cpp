@@ -36,6 +36,13 @@ TEST_CASE("json: values survive") {
     CHECK(parse_json("[[], {}, [{}]]", "f.json", Exit::data).dump() == "[[],{},[{}]]");
 }
 
+TEST_CASE("json: as_utf8 keeps text and replaces what is none") {
+    CHECK(as_utf8("plain \"\\ \u00e9\n") == "plain \"\\ \u00e9\n");
+    CHECK(as_utf8("a\xff"
+                  "b\xc3") == "a\ufffdb\ufffd");
+    CHECK(as_utf8("") == "");
+}
+
 TEST_CASE("json: refusals name the file and the byte") {
     CHECK(refusal(R"({"a": 1, "a": 2})") == "f.json: byte 12: duplicate key \"a\"");
     CHECK(refusal(R"({"x": {"a": 1}, "y": {"a": 1}})") == "");  // the same key in two objects is no duplicate

@@ -281,12 +281,16 @@ void attention_forward(const Attention& a, Stream) {
     with_real(a.qkv.dtype, [&]<class Real>() {
         expect_dtype<Real>({a.y, a.lse});
         const int groups = (a.T + kGroup - 1) / kGroup;
+        FirstError error;  // out of memory for scratch
 #pragma omp parallel for collapse(3) schedule(dynamic)
         for (int g = groups - 1; g >= 0; g--)  // the longest first
             for (int b = 0; b < a.B; b++)
                 for (int h = 0; h < a.NH; h++)
-                    forward_group(a, head_of<Real>(a.qkv, a.T, a.NH, a.HS, b, h), g * kGroup,
-                                  std::min(kGroup, a.T - g * kGroup), mask);
+                    error.run([&] {
+                        forward_group(a, head_of<Real>(a.qkv, a.T, a.NH, a.HS, b, h), g * kGroup,
+                                      std::min(kGroup, a.T - g * kGroup), mask);
+                    });
+        error.rethrow();
     });
 }
 
@@ -301,9 +305,12 @@ void attention_backward(const AttentionGrad& a, Stream) {
     const Mask mask("attention.dropout.where", a.dropout);
     with_real(a.qkv.dtype, [&]<class Real>() {
         expect_dtype<Real>({a.dqkv, a.dy, a.y, a.lse, a.scratch});
+        FirstError error;  // out of memory for scratch
 #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int b = 0; b < a.B; b++)
-            for (int h = 0; h < a.NH; h++) backward_head(a, head_of<Real>(a.qkv, a.T, a.NH, a.HS, b, h), mask);
+            for (int h = 0; h < a.NH; h++)
+                error.run([&] { backward_head(a, head_of<Real>(a.qkv, a.T, a.NH, a.HS, b, h), mask); });
+        error.rethrow();
     });
 }
 }  // namespace cpu

@@ -1,7 +1,9 @@
 // The CPU backend: one function per op, templates on float and double; the double instance is the tests' reference.
 // Every op splits its work by shape alone, so the bits of a result do not depend on the number of threads.
 #pragma once
+#include <exception>
 #include <initializer_list>
+#include <mutex>
 
 #include "kernels/ops.h"
 
@@ -42,6 +44,27 @@ template <class T>
 void expect_dtype(std::initializer_list<Buf> buffers) {
     for (const Buf& b : buffers) b.as<T>();
 }
+
+// Carries the first exception out of a parallel region, where none may escape: run() in it, rethrow() after it.
+class FirstError {
+  public:
+    template <class F>
+    void run(F&& f) noexcept {
+        try {
+            f();
+        } catch (...) {
+            const std::lock_guard lock(mutex_);
+            if (!error_) error_ = std::current_exception();
+        }
+    }
+    void rethrow() {
+        if (error_) std::rethrow_exception(error_);
+    }
+
+  private:
+    std::mutex mutex_;
+    std::exception_ptr error_;
+};
 
 // Below this many elements an elementwise loop is left to one thread: starting a team costs about as much as the loop.
 constexpr size_t kParallelFrom = size_t(1) << 14;

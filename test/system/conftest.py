@@ -12,11 +12,12 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import xxhash
 
 REPO = Path(__file__).resolve().parents[2]
 TRAIN = REPO / "train"
@@ -94,8 +95,37 @@ def run(command: Sequence[str | Path], env: Settings | None = None, cwd: Path | 
     return Result(p.returncode, p.stdout, p.stderr, time.monotonic() - start)
 
 
+def bound_by_modes() -> list[str]:
+    """What to put before a command so that files of mode 000 are closed to it: root reads everything."""
+    if os.geteuid() != 0:
+        return []
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if not shutil.which("setpriv") or run([*prefix, "true"]).code != 0:
+        pytest.skip("root that cannot give up its power to read all files")
+    return prefix
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    """One wrong bit in a file; `at` < 0 counts from its end."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def seal(checkpoint: Path, edit: Callable[[dict], object]) -> None:
+    """Changes a manifest and gives it the checksum it must then have, computed here by the rule in the format's words:
+    XXH3 of the compact text of the object without its "xxh3", keys as in the file."""
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    del manifest["xxh3"]
+    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
+    manifest["xxh3"] = xxhash.xxh3_64_hexdigest(text.encode())
+    path.write_text(json.dumps(manifest, indent=2))
 
 
 class Run:
@@ -134,7 +164,12 @@ class Run:
 
     def snapshot(self) -> dict[str, str]:
         """Every file of the run below checkpoints/ with its content."""
-        return {str(p.relative_to(self.path)): sha256(p) for p in self.checkpoints.rglob("*") if p.is_file()}
+        return {name: content for name, content in self.everything().items() if name.startswith("checkpoints/")}
+
+    def everything(self) -> dict[str, str]:
+        """Every file of the run with its content, but for the lock, which names the last process that held it."""
+        files = [p for p in self.path.rglob("*") if p.is_file()]
+        return {str(p.relative_to(self.path)): sha256(p) for p in files if p.name != "lock"}
 
 
 class Lab:
@@ -231,4 +266,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Lab:
     lab = Lab(tmp_path_factory.mktemp("trained"), data)
     lab.defaults |= {"eval.interval": 10, "data.tokenizer": f"{data}/tokenizer.json"}
     lab.train("base")
+    return lab
+
+
+@pytest.fixture
+def base(trained: Lab, lab: Lab) -> Lab:
+    """A lab with a copy of the run `base`, saved at steps 10 and 20."""
+    shutil.copytree(trained.run("base").path, lab.run("base").path, symlinks=True)
+    lab.defaults |= {k: v for k, v in trained.defaults.items() if k != "run.out_dir"}
     return lab

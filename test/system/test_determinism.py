@@ -9,22 +9,6 @@ import pytest
 from conftest import Lab, Run
 
 STEPS = 10
-# (micro-batches M = 2^k q, ranks, threads of each).  M = 12 has runs of q = 3.
-ORDERED = [
-    (8, 1, 1),
-    (8, 2, 1),
-    (8, 4, 1),
-    (8, 1, 2),
-    (8, 1, 3),
-    (8, 1, 4),
-    (8, 2, 2),
-    (12, 1, 1),
-    (12, 2, 1),
-    (12, 4, 1),
-    (12, 1, 3),
-]
-
-
 def settings(m: int, reduction: str, threads: int = 1) -> dict[str, object]:
     return {
         "train.max_steps": STEPS,
@@ -36,19 +20,42 @@ def settings(m: int, reduction: str, threads: int = 1) -> dict[str, object]:
     }
 
 
+# Wide enough that every op shares its work among the threads: they do from 2^14 elements of (B T, C), (B T, Vp) or a
+# tensor's moments, and matrix products from 2^18 multiplications.  B T C = 4 * 64 * 128 = 2^15.
+WIDE: dict[str, object] = {
+    "model.n_head": 4,
+    "model.n_embd": 128,
+    "model.context_length": 64,
+    "train.micro_batch_size": 4,
+    "train.max_steps": 3,
+    "checkpoint.interval": 3,
+}
+
+
+def expect_same_bits(lab: Lab, s: dict[str, object], sizes: list[tuple[int, int]], isa: str) -> None:
+    """A run for each (ranks, threads of each)."""
+    seen: dict[tuple[object, ...], str] = {}
+    steps = int(str(s["train.max_steps"]))
+    for np, threads in sizes:
+        name = f"np{np}-threads{threads}"
+        lab.train(name, s | {"device.threads": threads}, np, env={"ONEDNN_MAX_CPU_ISA": isa} if isa else None)
+        run = lab.run(name)
+        assert len(run.losses()) == steps
+        seen.setdefault((tuple(run.losses()), run.hashes(steps)), name)
+    assert len(seen) == 1, f"these differ: {list(seen.values())}"
+
+
+@pytest.mark.parametrize("isa", ["", "AVX2"])
+@pytest.mark.parametrize("m", [8, 12])  # micro-batches M = 2^k q: eight runs of one, four runs of three
+def test_ordered_gives_the_same_bits_on_any_ranks(lab: Lab, m: int, isa: str) -> None:
+    expect_same_bits(lab, settings(m, "ordered"), [(1, 1), (2, 1), (4, 1), (1, 3)], isa)
+
+
 @pytest.mark.parametrize("isa", ["", "AVX2"])
 @pytest.mark.parametrize("m", [8, 12])
-def test_ordered_gives_the_same_bits_on_any_ranks_and_threads(lab: Lab, m: int, isa: str) -> None:
-    seen: dict[tuple[object, ...], str] = {}
-    for micro_batches, np, threads in ORDERED:
-        if micro_batches != m:
-            continue
-        name = f"np{np}-threads{threads}"
-        lab.train(name, settings(m, "ordered", threads), np, env={"ONEDNN_MAX_CPU_ISA": isa} if isa else None)
-        run = lab.run(name)
-        assert len(run.losses()) == STEPS
-        seen[(tuple(run.losses()), run.hashes(STEPS))] = name
-    assert len(seen) == 1, f"these differ: {list(seen.values())}"
+def test_ordered_gives_the_same_bits_on_any_threads(lab: Lab, m: int, isa: str) -> None:
+    wide = settings(m, "ordered") | WIDE | {"train.global_batch_size": 4 * m}
+    expect_same_bits(lab, wide, [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2)], isa)
 
 
 def numbers(run: Run) -> list[float]:
@@ -66,6 +73,17 @@ def test_mpi_and_ring_agree_with_ordered(lab: Lab) -> None:
             assert len(got) == 2 * STEPS
             # Other orders of summation: a few roundings of the gradient, far below what one wrong share would do.
             assert got == pytest.approx(want, rel=1e-6), name
+
+
+def test_many_ranks_agree_with_one(lab: Lab) -> None:
+    """Rank counts that are prime, more than there may be cores: 35 micro-batches in shares of 7 and of 5."""
+    many: dict[str, object] = {"train.max_steps": 5, "train.global_batch_size": 35, "parallel.allreduce": "mpi"}
+    lab.train("np1", many)
+    want = numbers(lab.run("np1"))
+    for np in (5, 7):
+        lab.train(f"np{np}", many, np)
+        got = numbers(lab.run(f"np{np}"))
+        assert len(got) == 2 * 5 and got == pytest.approx(want, rel=1e-6), np
 
 
 def test_dropout_depends_on_the_seed(lab: Lab) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,36 @@ def test_without_a_checkpoint(lab: Lab, trained: Lab, command: str) -> None:
 def test_tokenizer_that_is_none(trained: Lab, tmp_path: object) -> None:
     message = trained.train("base", {"data.tokenizer": f"{tmp_path}/absent.json"}, flags=["generate"], expect=3).error()
     assert "absent.json" in message
+
+
+@pytest.mark.parametrize("flags", [[], ["generate"]])
+def test_tokenizer_with_tokens_that_the_model_has_not(trained: Lab, tmp_path: Path, flags: list[str]) -> None:
+    """Refused at the start, not at the first evaluation or where text has such a token."""
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text('{"type": "bytes", "vocab_size": 300, "end_of_text": 299}')
+    settings = {"data.tokenizer": str(tokenizer), "eval.sample_prompts": ["a"]}
+    message = trained.train("base" if flags else "new", settings, flags=flags, expect=3).error()
+    assert "tokenizer.json" in message and "300" in message and "model.vocab_size = 257" in message
+    assert not trained.run("new").path.exists()
+
+
+@pytest.mark.parametrize("np", [1, 2])
+def test_samples_of_an_untrained_model(lab: Lab, trained: Lab, np: int) -> None:
+    """It draws from all bytes alike, so its text is hardly ever UTF-8.  An empty prompt is the start of a document."""
+    settings = {
+        "data.tokenizer": trained.defaults["data.tokenizer"],
+        "eval.sample_prompts": ["abc", "", "été"],
+        "eval.interval": 1,
+        "train.max_steps": 2,
+        "optimizer.learning_rate": 1e-30,
+    }
+    lab.train("run", settings, np)
+    run = lab.run("run")
+    lines = (run.path / "metrics.jsonl").read_bytes().decode("utf-8").splitlines()
+    assert [json.loads(line)["type"] for line in lines] == ["run", *(["step", "eval"] + 3 * ["sample"]) * 2]
+    samples = run.records("sample")
+    assert [(s["step"], s["prompt"]) for s in samples] == [(s, p) for s in (1, 2) for p in ("abc", "", "été")]
+    assert all(len(s["text"]) > 10 for s in samples) and "\ufffd" in "".join(s["text"] for s in samples)
 
 
 @pytest.mark.parametrize("np", [1, 2, 3])

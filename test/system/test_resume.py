@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -86,10 +87,13 @@ def test_overwrite_removes_only_what_a_run_writes(lab: Lab) -> None:
     lab.train("run")
     path = lab.run("run").path
     (path / "notes.txt").write_text("mine")
+    (path / "checkpoints" / "notes").mkdir()
+    (path / "checkpoints" / "notes" / "best.txt").write_text("mine too")
     (path / "checkpoints" / "step_10" / "extra").write_text("")
     (path / "status.json.tmp").write_text("left by a crash")
     lab.train("run", {"train.max_steps": 2, "checkpoint.interval": 2}, flags=["--overwrite"])
     assert (path / "notes.txt").read_text() == "mine"
+    assert (path / "checkpoints" / "notes" / "best.txt").read_text() == "mine too"
     assert lab.run("run").steps_saved() == [2] and len(lab.run("run").losses()) == 2
     assert {p.name for p in path.iterdir()} == {
         "notes.txt",
@@ -100,6 +104,15 @@ def test_overwrite_removes_only_what_a_run_writes(lab: Lab) -> None:
         "status.json",
         "checkpoints",
     }
+
+
+@pytest.mark.parametrize("np", [1, 2])
+def test_overwrite_removes_nothing_before_the_new_run_is_sure(lab: Lab, tmp_path: Path, np: int) -> None:
+    lab.train("run")
+    before = lab.run("run").everything()
+    bad = {"model.init_from": str(tmp_path / "absent")}
+    assert "absent" in lab.train("run", bad, np, flags=["--overwrite"], expect=4).error()
+    assert lab.run("run").everything() == before
 
 
 @pytest.mark.parametrize("np", [1, 2])
@@ -116,6 +129,14 @@ def test_out_of_time_saves_and_exits_85(lab: Lab, np: int) -> None:
     lab.train("run", np=np, flags=["--resume"])
     assert lab.run("run").losses() == lab.run("straight").losses()
     assert lab.run("run").hashes(20) == lab.run("straight").hashes(20)
+
+
+def test_out_of_time_saves_even_if_no_interval_asks_for_it(lab: Lab) -> None:
+    lab.train("run", {"run.max_minutes": 1e-6, "checkpoint.interval": 0}, expect=85)
+    assert lab.run("run").steps_saved() == [1]
+    lab.train("run", {"checkpoint.interval": 20}, flags=["--resume"])
+    lab.train("straight")
+    assert lab.run("run").losses() == lab.run("straight").losses()
 
 
 def test_two_runs_on_one_directory(lab: Lab) -> None:
@@ -150,10 +171,11 @@ def test_two_runs_on_one_directory(lab: Lab) -> None:
     ],
 )
 def test_resume_with_another_config_names_the_key(trained: Lab, key: str, value: object) -> None:
-    before = trained.run("base").snapshot()
+    before = trained.run("base").everything()
     message = trained.train("base", {key: value}, np=2, flags=["--resume"], expect=2).error()
     assert key in message and "step_20" in message
-    assert trained.run("base").snapshot() == before
+    assert trained.run("base").everything() == before
+    assert trained.run("base").status()["state"] == "complete", "the run that was refused is not the one that failed"
 
 
 def test_resume_may_change_what_leaves_the_numbers_alone(lab: Lab) -> None:

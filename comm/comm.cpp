@@ -1,0 +1,12 @@
+#include "comm/comm.h"
+
+#include <vector>
+
+void require_same(Comm& comm, uint64_t value, Exit code, const std::string& what) {
+    std::vector<uint64_t> all(size_t(comm.size()));
+    comm.all_gather(&value, all.data(), sizeof value);
+    std::string others;
+    for (int r = 0; r < comm.size(); r++)
+        if (all[size_t(r)] != all[0]) others += (others.empty() ? "" : ", ") + std::to_string(r);
+    if (!others.empty()) fail(code, "rank(s) {} have {}", others, what);
+}
