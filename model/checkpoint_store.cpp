@@ -141,13 +141,15 @@ struct NewerFormat : Error {
 };
 void verify(const fs::path& dir) {
     const ordered_json j = read_manifest(dir);
-    const int64_t version = j.contains("format_version") && j["format_version"].is_number_integer()
-                                ? j["format_version"].get<int64_t>()
-                                : 0;
-    if (version > kFormatVersion)
+    const std::string name = (dir / kManifest).string();
+    const ordered_json version = j.value("format_version", ordered_json());
+    if (version.is_number_unsigned() && version.get<uint64_t>() > kFormatVersion)
         throw NewerFormat(Exit::checkpoint,
-                          fmt::format("{}: format version {}; this build reads up to {}: use the kiln that wrote it",
-                                      (dir / kManifest).string(), version, kFormatVersion));
+                          fmt::format("{}: format version {}; this build reads up to {}: use the kiln "
+                                      "that wrote it",
+                                      name, version.dump(), kFormatVersion));
+    if (version != kFormatVersion)
+        fail(Exit::checkpoint, "{}: format version {}, expected {}", name, version.dump(), kFormatVersion);
     verify_manifest(dir, j);
 }
 }  // namespace

@@ -14,7 +14,7 @@ echo "== training: mpirun -np 2 ./train --config $config --overwrite"
 echo "== picture: runs/demo/loss.png"
 "$python" scripts/plot_loss.py runs/demo
 echo "== generated text"
-./train generate --config "$config" "$@" --prompt "def " --max-tokens 400 --temperature 0.7 --seed 3
+./train generate --config "$config" "$@" --prompt "def " --max-tokens 400 --temperature 0.8 --seed 4
 "$python" - "${DEMO_MAX_VAL_LOSS:-1.75}" <<'END'
 import json, sys
 last = [r for r in map(json.loads, open("runs/demo/metrics.jsonl")) if r["type"] == "eval"][-1]

@@ -167,7 +167,7 @@ TEST_CASE("gpt2: padded vocabulary rows stay zero through training") {
 }
 
 // Wide enough that every op really shares its work out: B T C = 4 * 64 * 128 = 2^15, ops do so from 2^14 elements and
-// matrix products from 2^18 multiplications.  Seen to fail with: layernorm's sums over rows cut by the number of threads.
+// matrix products from 2^18 multiplications.  Seen to fail with: layernorm's sums over rows cut by the thread count.
 TEST_CASE("gpt2: bits do not depend on the number of threads") {
     const auto comm = make_self_comm();
     GPT2Config c{.L = 2, .NH = 4, .C = 128, .T = 64, .V = 300, .bias = true, .dropout = 0.1f};

@@ -43,7 +43,7 @@ def edit_config(directory: Path, changes: dict[str, object]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def add_tensor(directory: Path, name: str, like: str, change: Callable[[bytearray], object] = lambda data: None) -> None:
+def add_tensor(directory: Path, name: str, like: str, change: Callable[[bytearray], object] = bytes) -> None:
     """A copy of the tensor `like`, changed, at the end of model.safetensors."""
     path = directory / "model.safetensors"
     content = path.read_bytes()
@@ -60,7 +60,7 @@ def add_tensor(directory: Path, name: str, like: str, change: Callable[[bytearra
 @pytest.mark.parametrize("how", USES)
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_flipped_bit_in_a_named_checkpoint_is_found(base: Lab, how: str, file: str) -> None:
-    """Without the manifest nothing would tell: one weight, or the number of layers, is another valid one."""
+    """Without the manifest nothing would tell: it is another weight, another dropout, as valid as before."""
     at = base.run("base").checkpoints / "step_20"
     flip(at / file, -2 if file == "model.safetensors" else (at / file).read_bytes().index(b"0.1"))
     before = base.run("base").snapshot()

@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py: what goes in comes out, whatever the jobs.  Failures are in test_prepare_data_failures.py."""
+"""scripts/prepare_data.py: what goes in comes out, whatever the jobs.  For failures: test_prepare_data_failures.py."""
 import hashlib
 import json
 import os
