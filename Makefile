@@ -50,7 +50,7 @@ bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; write
 	$(PYTHON) scripts/bench_cpu.py
 
 lint: ## formatting, include directions, shell scripts
-	clang-format --dry-run -Werror $(FORMATTED)
+	@clang-format --dry-run -Werror $(FORMATTED)
 	scripts/check_includes.sh
 	shellcheck $$(git ls-files '*.sh') .ci/run
 
