@@ -18,7 +18,7 @@ CCACHE     ?= $(call first,ccache)
 export MPIRUN PYTHON
 
 VARIANT    := $(if $(SANITIZE),sanitize,$(if $(DEBUG),debug,release))
-B          := build/$(VARIANT)
+B          := build/$(VARIANT)$(patsubst %,-%,$(filter-out native,$(CPU)))
 O          := $(B)/obj
 SAN        := $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
 CXXFLAGS   += -std=c++20 -I. -Wall -Wextra -Werror -Wno-missing-field-initializers -Wno-restrict -fopenmp -g -march=$(CPU) $(SAN) \
@@ -35,7 +35,7 @@ all: $(B)/train ## build ./train
 
 demo: deps ## prepare text, train about 90 seconds on 2 ranks, plot, generate
 	@$(MAKE) --no-print-directory all
-	scripts/demo.sh configs/demo.yaml $(DEMO_ARGS)
+	scripts/demo.sh $(DEMO_ARGS)
 
 test: deps ## all tests; the last line is "N passed, N failed"
 	@$(MAKE) --no-print-directory $(B)/test $(B)/test_mpi $(if $(SANITIZE),,all $(B)/fault_shim.so)

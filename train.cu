@@ -82,7 +82,10 @@ int set_threads(const Config& c, Comm& comm) {
 }
 
 fs::path checkpoint_to_use(const Context& x, const CommandLine& line) {
-    if (!line.checkpoint.empty()) return line.checkpoint;
+    if (!line.checkpoint.empty()) {
+        verify_checkpoint(line.checkpoint);
+        return line.checkpoint;
+    }
     const fs::path root = x.run_dir / "checkpoints";
     const auto found = find_checkpoint(root, x.log, false);
     if (!found) fail(Exit::checkpoint, "{}: no checkpoint; train first, or give --checkpoint", root.string());
@@ -113,7 +116,7 @@ Exit run_generate(const Context& x, const CommandLine& line) {
     generate(model, prompt_tokens(tokenizer, line.prompt), options, [&](int32_t token) {
         const std::string text = tokenizer.decode({token});
         std::fwrite(text.data(), 1, text.size(), stdout);
-        std::fflush(stdout);
+        if (std::fflush(stdout) != 0) fail(Exit::io, "standard output: cannot write the text");
     });
     std::fputc('\n', stdout);
     return Exit::complete;
@@ -122,6 +125,7 @@ Exit run_generate(const Context& x, const CommandLine& line) {
 Exit run_eval(const Context& x, const CommandLine& line) {
     if (x.config.data.val.empty()) fail(Exit::usage, "eval needs data.val");
     const TokenStream val = open_data(x, "data.val", x.config.data.val);
+    require_same(x.comm, val.fingerprint(), Exit::data, kOtherData);
     Trainer model(x.k, x.comm, inference_options(x, x.config.train.micro_batch_size));
     if (x.comm.rank() == 0) load_weights(checkpoint_to_use(x, line), x.k, model);
     model.broadcast_state();
@@ -166,8 +170,10 @@ int report(const Comm& comm, const Place& place, Exit code, const char* message)
 int main(int argc, char** argv) {
     std::signal(SIGPIPE, SIG_IGN);  // a closed terminal does not end a run
     std::optional<MpiSession> mpi;
+    std::optional<Log> log;
     Place place;
     const auto failed = [&](Exit code, const char* message) {
+        if (log) log->failure(message);
         const int status = mpi ? report(mpi->world(), place, code, message)
                                : (std::fprintf(stderr, "error: %s\n", message), int(code));
         if (mpi && mpi->world().size() > 1) {
@@ -179,19 +185,18 @@ int main(int argc, char** argv) {
     };
     try {
         mpi.emplace(&argc, &argv);
-        Log log(mpi->world().rank());
+        log.emplace(mpi->world().rank());
         CommandLine line;
         CLI::App app("kiln: GPT training in C++.  Train: ./train --config F");
         describe(app, line);
         try {
             app.parse(argc, argv);
         } catch (const CLI::ParseError& e) {
-            const bool help = e.get_exit_code() == 0;
+            if (e.get_exit_code() != 0) fail(Exit::usage, "{}; ./train --help lists the options", e.what());
             if (mpi->world().rank() == 0) app.exit(e);
-            mpi->world().barrier();
-            return help ? 0 : int(Exit::usage);
+            return 0;
         }
-        return int(run_command(app, line, mpi->world(), log, place));
+        return int(run_command(app, line, mpi->world(), *log, place));
     } catch (const Error& e) { return failed(e.code, e.what()); } catch (const std::bad_alloc&) {
         return failed(Exit::memory, "out of memory; lower train.micro_batch_size or the model's size");
     } catch (const std::exception& e) { return failed(Exit::internal, e.what()); }

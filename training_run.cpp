@@ -80,17 +80,12 @@ void require_same_data(const char* key, const std::vector<DataPart>& before, con
                  hash_text(before[i].fingerprint));
 }
 
-// Every host opens its own copy of the data: another file set would train on other tokens, or for another time.
-void require_same_data_everywhere(Comm& comm, const RunState& state, int64_t total_steps) {
-    Hasher hasher;
-    for (const auto* parts : {&state.train, &state.val})
-        for (const DataPart& p : *parts) {
-            hasher.update(p.file.data(), p.file.size());
-            hasher.update(&p.tokens, sizeof p.tokens);
-            hasher.update(&p.fingerprint, sizeof p.fingerprint);
-        }
-    hasher.update(&total_steps, sizeof total_steps);
-    require_same(comm, hasher.digest(), Exit::data, "data files other than rank 0's; give every host the same shards");
+// With max_epochs the number of steps, and whether the schedule fits into it, is known only with the data.
+void check_schedule(Config c, int64_t steps) {
+    const std::string name = fmt::format("train.max_epochs = {} makes {} steps", c.train.max_epochs, steps);
+    c.train.max_epochs = 0;
+    c.train.max_steps = steps;
+    parse_config(to_yaml(c), name, {});
 }
 
 // KILN_RECORD_SEQUENCES=PREFIX: each rank appends the indices of the sequences it read to PREFIX.<rank>, a line per
@@ -166,18 +161,17 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
     if (!c.eval.sample_prompts.empty()) tokenizer_.emplace(open_tokenizer(c));
     for (const std::string& prompt : c.eval.sample_prompts)
         prompt_tokens(*tokenizer_, prompt);  // refused now, not later
-    if (c.schedule.warmup_steps >= total_steps_ && c.train.max_epochs > 0)
-        fail(Exit::usage, "schedule.warmup_steps = {}, but train.max_epochs = {} makes {} steps",
-             c.schedule.warmup_steps, c.train.max_epochs, total_steps_);
+    if (c.train.max_epochs > 0) check_schedule(c, total_steps_);
     state_.config = to_yaml(c);
     state_.train = parts_of(&train_);
     state_.val = parts_of(val_ ? &*val_ : nullptr);
-    require_same_data_everywhere(x.comm, state_, total_steps_);
+    const uint64_t data[] = {train_.fingerprint(), val_ ? val_->fingerprint() : 0, uint64_t(total_steps_)};
+    require_same(x.comm, hash64(data, sizeof data), Exit::data, kOtherData);
     // Parameters first: what is wrong with init_from, or with another rank, must not cost the files of an earlier run.
     const bool root = x.comm.rank() == 0;
     if (root && mode != OpenMode::resume) initialize();
     x.comm.barrier();
-    if (root) open_directory(mode);
+    if (root) dir_ = std::make_unique<RunDirectory>(x.run_dir, mode);
     start(mode);
 }
 
@@ -201,6 +195,8 @@ Exit TrainingRun::run() {
         const bool last = state_.step == total_steps_, stop = !last && out_of_time();
         const auto due = [&](int64_t interval) { return interval > 0 && (last || state_.step % interval == 0); };
         if (due(c.eval.interval)) evaluate_and_sample();
+        if (bad_steps_ > 0 && !last && !stop) continue;  // nothing is saved until a step is good again
+        if (bad_steps_ > 0) fail(Exit::numeric, "the run ends on {} bad step(s) in a row", bad_steps_);
         if (stop || due(c.checkpoint.interval)) save();
         if (stop) return finish(Exit::stopped);
     }
@@ -215,11 +211,6 @@ Exit TrainingRun::finish(Exit code) {
     x_.log.info("{} at step {}, weights {}", state, state_.step, hash_text(trainer_.weights_hash()));
     write_status(x_.run_dir, state, state_.step, int(code), "");
     return code;
-}
-
-void TrainingRun::open_directory(OpenMode mode) {
-    dir_ = std::make_unique<RunDirectory>(x_.run_dir, mode);
-    x_.log.open((x_.run_dir / "train.log").string());
 }
 
 // The parameters of rank 0 - random, imported or resumed - go to all; then the run may write.
@@ -240,6 +231,7 @@ void TrainingRun::start(OpenMode mode) {
     x_.place.run_dir = x_.run_dir;  // from here on a failure shows in status.json
     x_.place.step = first_step_ = state_.step;
     if (!root) return;
+    x_.log.open((x_.run_dir / "train.log").string());
     dir_->write_config(state_.config);
     dir_->start_metrics(state_.step);
     announce();
@@ -251,6 +243,7 @@ void TrainingRun::start(OpenMode mode) {
 void TrainingRun::initialize() {
     const std::string& from = x_.config.model.init_from;
     if (from.empty()) return trainer_.initialize();
+    verify_checkpoint(from);
     load_weights(from, x_.k, trainer_);
     x_.log.info("weights from {}", from);
 }
@@ -380,6 +373,12 @@ void TrainingRun::evaluate_and_sample() {
 }
 
 void TrainingRun::save() {
+    // An update can overflow while its own loss and norm are finite.  Such weights must not push good ones out.
+    if (!trainer_.finite())
+        fail(Exit::numeric,
+             "step {}: parameters or optimizer state are not finite; no checkpoint was saved, earlier ones "
+             "stand; lower optimizer.learning_rate and --resume",
+             state_.step);
     if (x_.comm.rank() == 0)
         save_checkpoint(dir_->checkpoints(), x_.k, trainer_, state_, x_.config.checkpoint.keep,
                         [&] { dir_->sync_metrics(); });

@@ -33,6 +33,9 @@ struct Context {
     Place& place;
 };
 
+// Every host opens its own copy of the data: another file set would train on other tokens, or for another time.
+constexpr const char* kOtherData = "data files other than rank 0's; give every host the same shards";
+
 TrainerOptions trainer_options(const Context& x);
 TokenStream open_data(const Context& x, const char* key, const std::vector<std::string>& patterns);
 // data.tokenizer, checked against model.vocab_size.
@@ -49,7 +52,6 @@ class TrainingRun {
     Exit run();
 
   private:
-    void open_directory(OpenMode mode);
     void start(OpenMode mode);
     void initialize();
     void resume_from(const fs::path& checkpoint);

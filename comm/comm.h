@@ -17,7 +17,7 @@ class Comm {
     virtual const char* name() const = 0;
     virtual int rank() const = 0;
     virtual int size() const = 0;
-    // Position among the ranks of this host, and how many share it: for cores and devices.
+    // Position among the ranks of this host, and how many share it.
     virtual int local_rank() const = 0;
     virtual int local_size() const = 0;
 

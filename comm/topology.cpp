@@ -34,7 +34,7 @@ BatchShare batch_share(int global_batch_size, int micro_batch_size, int rank, in
     return {mine, rank * mine, runs.q, (1 << runs.k) / size};
 }
 
-int core_share(int n_cores, int local_rank, int local_size) {
-    const int extra = local_rank < n_cores % local_size ? 1 : 0;
-    return std::max(1, n_cores / local_size + extra);
+int core_share(int n_cores, int place, int sharing) {
+    const int extra = place < n_cores % sharing ? 1 : 0;
+    return std::max(1, n_cores / sharing + extra);
 }

@@ -23,5 +23,5 @@ Runs split_runs(int n_micro_total);
 // work. Not ordered: one run of all the rank's micro-batches.
 BatchShare batch_share(int global_batch_size, int micro_batch_size, int rank, int size, bool ordered);
 
-// Cores of this host for one of its local ranks: an even share, at least one.
-int core_share(int n_cores, int local_rank, int local_size);
+// Cores for the rank at `place` of `sharing` ranks that share n_cores: an even share, at least one.
+int core_share(int n_cores, int place, int sharing);

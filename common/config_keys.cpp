@@ -51,7 +51,7 @@ std::vector<Key> table() {
         {KEY(optimizer.learning_rate), .required = true, .low = 0, .high = 1000, .exclusive_low = true},
         {KEY(optimizer.beta1), .low = 0, .high = 0.999999},
         {KEY(optimizer.beta2), .low = 0, .high = 0.999999},
-        {KEY(optimizer.eps), .low = 0, .high = 1, .exclusive_low = true},
+        {KEY(optimizer.eps), .low = 1.2e-38, .high = 1},
         {KEY(optimizer.weight_decay), .low = 0, .high = 1000},
         {KEY(optimizer.momentum), .low = 0, .high = 0.999999},
         {KEY(schedule.name), .values = {"constant", "cosine", "linear", "wsd"}},

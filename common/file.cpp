@@ -26,10 +26,18 @@ struct Fd {  // closes on every way out
     }
 };
 
+// What the system refuses says nothing about the file: Exit::io.  What the file is (absent, a directory, not permitted to
+// this user) is the caller's kind of error.
+Exit refusal(Exit code) {
+    const bool about_the_file = errno == ENOENT || errno == ENOTDIR || errno == EACCES || errno == ELOOP ||
+                                errno == ENAMETOOLONG || errno == EISDIR;
+    return about_the_file ? code : Exit::io;
+}
+
 // Opens a regular file for reading and reports its size.
 int open_regular(const fs::path& path, Exit code, size_t& size) {
     const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) fail(code, "{}: cannot open: {}", path.string(), errno_text(errno));
+    if (fd < 0) fail(refusal(code), "{}: cannot open: {}", path.string(), errno_text(errno));
     struct stat st {};
     if (::fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
         ::close(fd);
@@ -67,7 +75,7 @@ MappedFile::MappedFile(const fs::path& path, Exit code) : path_(path), code_(cod
     inode_ = st.st_ino;
     if (size_ == 0) return;
     void* p = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.fd, 0);
-    if (p == MAP_FAILED) fail(code, "{}: cannot map {} bytes: {}", path.string(), size_, errno_text(errno));
+    if (p == MAP_FAILED) fail(Exit::io, "{}: cannot map {} bytes: {}", path.string(), size_, errno_text(errno));
     data_ = static_cast<const std::byte*>(p);
 }
 
@@ -147,7 +155,7 @@ std::string read_text(const fs::path& path, size_t max_bytes, Exit code) {
     while (got < size) {
         const ssize_t n = ::read(file.fd, text.data() + got, size - got);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) fail(code, "{}: cannot read: {}", path.string(), errno_text(errno));
+        if (n < 0) fail(refusal(code), "{}: cannot read: {}", path.string(), errno_text(errno));
         if (n == 0) break;
         got += size_t(n);
     }

@@ -161,6 +161,16 @@ void TokenStream::read(uint64_t i, std::span<int32_t> inputs, std::span<int32_t>
     shards_[s].read(first + T, targets.last(1), vocab_size_);
 }
 
+uint64_t TokenStream::fingerprint() const {
+    Hasher hasher;
+    for (const Part& p : parts()) {
+        hasher.update(p.file.data(), p.file.size());
+        hasher.update(&p.tokens, sizeof p.tokens);
+        hasher.update(&p.fingerprint, sizeof p.fingerprint);
+    }
+    return hasher.digest();
+}
+
 std::vector<TokenStream::Part> TokenStream::parts() const {
     std::vector<Part> parts;
     for (const Shard& s : shards_) parts.push_back({s.path().filename().string(), s.count(), s.fingerprint()});

@@ -46,6 +46,7 @@ class TokenStream {
         uint64_t tokens, fingerprint;
     };
     std::vector<Part> parts() const;
+    uint64_t fingerprint() const;  // of all parts, names included
 
   private:
     std::vector<Shard> shards_;

@@ -5,7 +5,8 @@
 //
 // One struct per op, outputs first, named fields; each op is a free function of the struct and a stream.  `=`
 // overwrites, `+=` adds.  Buffers are in the backend's memory; `real` is the computing type: f32 or bf16 (f64 in the double
-// instance of the CPU backend, which is the tests' reference).  `stat` is f32 (f64 in the double instance).  A null Buf
+// instance of the CPU backend, which is the tests' reference).  `stat` is f32 (f64 in the double instance); gradients of
+// parameters are stat.  A null Buf
 // is an absent optional argument.  Every backend checks every size before it touches memory and throws
 // Error(Exit::internal); the CPU backend also checks tokens and targets, Error(Exit::data).
 //
@@ -167,7 +168,7 @@ struct OptimizerUpdate {
 struct GradNorm {        // norm = sqrt(sum grad^2), clip = max_norm > 0 and norm > max_norm ? max_norm / norm : 1
     Buf norm;            // (1)  out  =  stat
     Buf clip;            // (1)  out  =  stat
-    Buf grad;            // (n)  real
+    Buf grad;            // (n)  stat
     Buf scratch;         // (grad_norm_scratch(n))  stat
     float max_norm = 0;  // 0: never clip
 };

@@ -197,7 +197,6 @@ GPT2Config read_model_config(const fs::path& directory) {
 }
 
 void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer) {
-    verify_checkpoint(directory);
     if (const int theirs = read_model_config(directory).NH, ours = trainer.config().NH; theirs != ours)
         fail(Exit::checkpoint, "{}/config.json: n_head = {}, the config has model.n_head = {}", directory.string(),
              theirs,

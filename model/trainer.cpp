@@ -139,6 +139,17 @@ uint64_t Trainer::weights_hash() {
     return hasher.digest();
 }
 
+bool Trainer::finite() {
+    const Buf params = param_arena_.flat(o_.real), moments = moment_arena_.flat(stat_of(o_.real));
+    std::vector<Buf> parts = {params};
+    for (size_t i = 0; i < moments.count; i += params.count) parts.push_back(moments.slice(i, params.count));
+    for (const Buf& part : parts) {  // any infinity or NaN shows in the norm; so does a norm that itself overflows
+        k_.grad_norm({.norm = norm_, .clip = clip_, .grad = part, .scratch = norm_scratch_}, stream_);
+        if (!std::isfinite(download_stat(k_, norm_, stream_)[0])) return false;
+    }
+    return true;
+}
+
 void Trainer::broadcast_state() {
     const size_t piece = size_t(16) << 20;  // bytes
     std::vector<char> host;

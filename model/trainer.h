@@ -78,6 +78,8 @@ class Trainer {
     uint64_t updates() const { return updates_; }
     void set_updates(uint64_t n) { updates_ = n; }  // Adam's bias correction, from a checkpoint
     uint64_t weights_hash();
+    // Every parameter and moment is a finite number.
+    bool finite();
     const BatchShare& share() const { return share_; }
     const GPT2Config& config() const { return o_.model; }
     std::string memory_table() const;  // a line for each kind of tensor, and the sum
