@@ -34,11 +34,11 @@ all: $(B)/train ## build ./train
 	@ln -sf $(B)/train train
 
 demo: deps ## prepare text, train about 90 seconds on 2 ranks, plot, generate
-	@$(MAKE) --no-print-directory all
+	@$(MAKE) --no-print-directory -j$$(nproc) all
 	scripts/demo.sh $(DEMO_ARGS)
 
 test: deps ## all tests; the last line is "N passed, N failed"
-	@$(MAKE) --no-print-directory $(B)/test $(B)/test_mpi $(if $(SANITIZE),,all $(B)/fault_shim.so)
+	@$(MAKE) --no-print-directory -j$$(nproc) $(B)/test $(B)/test_mpi $(if $(SANITIZE),,all $(B)/fault_shim.so)
 	$(PYTHON) test/run.py --build $(B) --mpirun $(MPIRUN) $(if $(SANITIZE),--no-system)
 
 parity: all ## losses and gradient norms against PyTorch, made afresh
@@ -61,7 +61,8 @@ deps:
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh
 
 LINK = @echo "link $@"; $(MPICXX) -fopenmp $(SAN) $(filter %.o,$^) $(LIBS) -o $@
-COMPILE = @mkdir -p $(@D); echo "compile $<"; $(CCACHE) $(MPICXX) $(CXXFLAGS) -MMD -MP
+COMPILE = @[ -n "$(MPICXX)" ] || { echo "mpicxx not found; run scripts/install_deps.sh first"; exit 2; }; \
+          mkdir -p $(@D); echo "compile $<"; $(CCACHE) $(MPICXX) $(CXXFLAGS) -MMD -MP
 $(B)/train: $(O)/train.o $(O)/training_run.o $(LIB_OBJ); $(LINK)
 $(B)/test: $(TEST_OBJ) $(LIB_OBJ); $(LINK)
 $(B)/test_mpi: $(patsubst %.cpp,$(O)/%.o,$(wildcard test/mpi/*.cpp)) $(LIB_OBJ); $(LINK)

@@ -25,7 +25,7 @@ else
     echo "    apt-get update && $command"
     exit 2
 fi
-echo "installing: ${missing[*]}"
+echo "installing (some minutes, without further output): ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
 "${sudo[@]}" apt-get update -qq
 # shellcheck disable=SC2086
