@@ -60,8 +60,6 @@ void describe(CLI::App& app, CommandLine& line) {
             [later] { fail(Exit::usage, "./train {}: not available in this build", later); });
 }
 
-const Backend& choose_backend(const Config&) { return cpu_backend(); }  // config.cpp refuses every other kind
-
 // This rank's share of the cores it may use, unless the config says how many.  Ranks of one host with the same affinity
 // mask share it; a launcher that binds each rank has shared the cores out already.
 int set_threads(const Config& c, Comm& comm) {
@@ -108,8 +106,8 @@ Exit run_generate(const Context& x, const CommandLine& line) {
     if (x.comm.size() > 1)
         fail(Exit::usage, "generate runs on one rank; start it without mpirun -np {}", x.comm.size());
     const Tokenizer tokenizer = open_tokenizer(x.config);
-    Trainer model(x.k, x.comm, inference_options(x, 1));
-    load_weights(checkpoint_to_use(x, line), x.k, model);
+    Trainer model(x.device.k, x.comm, inference_options(x, 1));
+    load_weights(checkpoint_to_use(x, line), x.device.k, model);
     SampleOptions options = line.sample;
     options.stop_token = tokenizer.end_of_text();
     std::fputs(line.prompt.c_str(), stdout);
@@ -126,9 +124,10 @@ Exit run_eval(const Context& x, const CommandLine& line) {
     if (x.config.data.val.empty()) fail(Exit::usage, "eval needs data.val");
     const TokenStream val = open_data(x, "data.val", x.config.data.val);
     require_same(x.comm, val.fingerprint(), Exit::data, kOtherData);
-    Trainer model(x.k, x.comm, inference_options(x, x.config.train.micro_batch_size));
-    if (x.comm.rank() == 0) load_weights(checkpoint_to_use(x, line), x.k, model);
+    Trainer model(x.device.k, x.comm, inference_options(x, x.config.train.micro_batch_size));
+    if (x.comm.rank() == 0) load_weights(checkpoint_to_use(x, line), x.device.k, model);
     model.broadcast_state();
+    if (!x.device.note.empty()) x.log.info("{}", x.device.note);
     const EvalResult r = evaluate_on(x, model, val);
     x.log.info("val loss {:.6f}  perplexity {:.4f}  accuracy {:.4f}  tokens {}", r.loss, std::exp(r.loss), r.accuracy,
                r.tokens);
@@ -143,7 +142,8 @@ Exit run_command(const CLI::App& app, const CommandLine& line, Comm& comm, Log& 
     require_same(comm, hash64(to_yaml(config)), Exit::usage,
                  "another config than rank 0; give every host the same file and --set options");
     const fs::path dir = fs::path(config.run.out_dir) / config.run.name;
-    const Context x{choose_backend(config), comm, log, config, dir, set_threads(config, comm), KILN_COMMIT, place};
+    const int threads = set_threads(config, comm);
+    const Context x{choose_device(config, comm, log), comm, log, config, dir, threads, KILN_COMMIT, place};
     if (app.got_subcommand("generate")) return run_generate(x, line);
     if (app.got_subcommand("eval")) return run_eval(x, line);
     return TrainingRun(x, line.resume      ? OpenMode::resume

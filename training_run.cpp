@@ -22,11 +22,16 @@ GPT2Config model_config(const Config& c) {
             .dropout = float(c.model.dropout)};
 }
 
-Reduction choose_reduction(const Config& c, int size) {
+// The reduction that parallel.allreduce names; auto is never chosen by timing.
+Reduction choose_reduction(const Config& c, const RunDevice& device, int size) {
     const std::string& how = c.parallel.allreduce;
     if (how == "mpi") return Reduction::mpi;
     if (how == "ring") return Reduction::ring;
     if (how == "ordered") return Reduction::ordered;
+    if (how == "nccl" && !device.own)
+        fail(Exit::usage, "parallel.allreduce: nccl needs a GPU of its own for every rank; this run has {}; use auto",
+             device.name);
+    if (device.own) return Reduction::nccl;
     const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
     return (size & (size - 1)) == 0 && runs % size == 0 ? Reduction::ordered : Reduction::mpi;
 }
@@ -104,7 +109,9 @@ TrainerOptions trainer_options(const Context& x) {
     o.model = model_config(c);
     o.global_batch_size = c.train.global_batch_size;
     o.micro_batch_size = c.train.micro_batch_size;
-    o.reduction = choose_reduction(c, x.comm.size());
+    o.reduction = choose_reduction(c, x.device, x.comm.size());
+    o.nccl = x.device.nccl.get();
+    o.real = c.device.dtype == "bf16" ? DType::bf16 : DType::f32;
     o.optimizer.kind = c.optimizer.name == "adamw"  ? OptimizerKind::adamw
                        : c.optimizer.name == "adam" ? OptimizerKind::adam
                                                     : OptimizerKind::sgd;
@@ -150,7 +157,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
       train_(open_data(x, "data.train", x.config.data.train)),
       total_steps_(total_steps(x.config, train_)),
       schedule_(schedule_of(x.config, total_steps_)),
-      trainer_(x.k, x.comm, trainer_options(x)) {
+      trainer_(x.device.k, x.comm, trainer_options(x)) {
     const Config& c = x.config;
     if (!c.data.val.empty()) val_.emplace(open_data(x, "data.val", c.data.val));
     if (train_.n_sequences() < uint64_t(c.train.global_batch_size))
@@ -244,7 +251,7 @@ void TrainingRun::initialize() {
     const std::string& from = x_.config.model.init_from;
     if (from.empty()) return trainer_.initialize();
     verify_checkpoint(from);
-    load_weights(from, x_.k, trainer_);
+    load_weights(from, x_.device.k, trainer_);
     x_.log.info("weights from {}", from);
 }
 
@@ -259,10 +266,13 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     if (before.train.micro_batch_size != x_.config.train.micro_batch_size)
         x_.log.warn("train.micro_batch_size changed from {} to {}: the run goes on, but not bit for bit",
                     before.train.micro_batch_size, x_.config.train.micro_batch_size);
+    if (before.device.dtype != x_.config.device.dtype)
+        x_.log.warn("device.dtype changed from {} to {}: the run goes on, but not bit for bit", before.device.dtype,
+                    x_.config.device.dtype);
     require_same_data("data.train", saved.train, state_.train);
     require_same_data("data.val", saved.val, state_.val);
-    load_weights(checkpoint, x_.k, trainer_);
-    load_optimizer(checkpoint, x_.k, trainer_);
+    load_weights(checkpoint, x_.device.k, trainer_);
+    load_optimizer(checkpoint, x_.device.k, trainer_);
     trainer_.set_updates(saved.updates);
     state_.step = saved.step;
     state_.tokens = saved.tokens;
@@ -272,9 +282,10 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
 
 void TrainingRun::announce() {
     const GPT2Config& c = trainer_.config();
-    const char* reduction = reduction_name(choose_reduction(x_.config, x_.comm.size()));
-    x_.log.info("kiln {}: {} x {} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(), x_.k.name,
-                x_.comm.name(), x_.threads, reduction);
+    const char* reduction = reduction_name(trainer_options(x_).reduction);
+    x_.log.info("kiln {}: {} x {} in {} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(),
+                x_.device.name, x_.config.device.dtype, x_.comm.name(), x_.threads, reduction);
+    if (!x_.device.note.empty()) x_.log.info("{}", x_.device.note);
     x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
                 c.C, c.T, c.V);
     x_.log.info("{} training sequences; {} steps of {} tokens", train_.n_sequences(), total_steps_, tokens_per_step());
@@ -284,7 +295,7 @@ void TrainingRun::announce() {
                   {"time", utc_now()},
                   {"commit", x_.commit},
                   {"config_hash", hash_text(hash64(state_.config))},
-                  {"device", x_.k.name},
+                  {"device", x_.device.name},
                   {"dtype", x_.config.device.dtype},
                   {"world", x_.comm.size()},
                   {"threads", x_.threads},
@@ -380,7 +391,7 @@ void TrainingRun::save() {
              "stand; lower optimizer.learning_rate and --resume",
              state_.step);
     if (x_.comm.rank() == 0)
-        save_checkpoint(dir_->checkpoints(), x_.k, trainer_, state_, x_.config.checkpoint.keep,
+        save_checkpoint(dir_->checkpoints(), x_.device.k, trainer_, state_, x_.config.checkpoint.keep,
                         [&] { dir_->sync_metrics(); });
     x_.comm.barrier();
 }

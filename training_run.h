@@ -14,6 +14,7 @@
 #include "model/checkpoint.h"
 #include "model/schedule.h"
 #include "model/trainer.h"
+#include "run_device.h"
 
 // How far a run has come, for the status that a failure leaves behind.
 struct Place {
@@ -23,7 +24,7 @@ struct Place {
 
 // What every command works with.
 struct Context {
-    const Backend& k;
+    RunDevice device;
     Comm& comm;
     Log& log;
     Config config;

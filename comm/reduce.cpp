@@ -58,17 +58,21 @@ void ring_piece(Comm& comm, std::span<float> data, std::vector<float>& incoming)
 }
 
 void ring(Comm& comm, std::span<float> data) {
-    const size_t piece = kShard * size_t(comm.size());
+    const size_t piece = reduction_piece(comm.size());
     std::vector<float> incoming(std::min(kShard, data.size() / size_t(comm.size()) + 1));
     for (size_t start = 0; start < data.size(); start += piece)
         ring_piece(comm, data.subspan(start, std::min(piece, data.size() - start)), incoming);
 }
 }  // namespace
 
+size_t reduction_piece(int size) { return kShard * size_t(size); }
+
 const char* reduction_name(Reduction r) {
     switch (r) {
         case Reduction::ordered:
             return "ordered";
+        case Reduction::nccl:
+            return "nccl";
         case Reduction::mpi:
             return "mpi";
         case Reduction::ring:
@@ -82,6 +86,8 @@ void all_reduce(Comm& comm, std::span<float> data, Reduction how) {
     switch (how) {
         case Reduction::ordered:
             return ordered(comm, data);
+        case Reduction::nccl:
+            fail(Exit::internal, "the nccl reduction needs gradients in device memory");
         case Reduction::mpi:
             return comm.all_reduce_sum(data);
         case Reduction::ring:

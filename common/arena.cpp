@@ -23,6 +23,7 @@ std::string fold_layer(const std::string& name) {
 Arena::Arena(Arena&& o) noexcept
     : name_(std::move(o.name_)),
       tensors_(std::move(o.tensors_)),
+      align_(o.align_),
       n_bytes_(o.n_bytes_),
       base_(std::exchange(o.base_, nullptr)),
       allocator_(o.allocator_) {}
@@ -34,10 +35,10 @@ Arena::~Arena() {
 void Arena::add(Buf& where, std::string tensor, size_t count, DType dtype) {
     CHECK_THAT(!base_, "arena {}: add({}) after allocate()", name_, tensor);
     tensors_.push_back({&where, std::move(tensor), count, n_bytes_, dtype});
-    n_bytes_ += (count * dtype_bytes(dtype) + kAlign - 1) / kAlign * kAlign;
+    n_bytes_ += (count * dtype_bytes(dtype) + align_ - 1) / align_ * align_;
 }
 
-void Arena::allocate(Allocator allocator, void (*zero)(void*, size_t)) {
+void Arena::allocate(Allocator allocator, const std::function<void(void*, size_t)>& zero) {
     CHECK_THAT(!base_, "arena {}: allocate() twice", name_);
     allocator_ = allocator;
     if (n_bytes_ == 0) return;

@@ -1,6 +1,7 @@
 // Arena: many named tensors in one flat allocation.  First add() them all, then allocate() once: sizes are known and
-// printable before any memory is taken.  Tensors lie in the order of add(), each on a 512-byte boundary, zeroed.
+// printable before any memory is taken.  Tensors lie in the order of add(), each on an aligned boundary, zeroed.
 #pragma once
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -16,7 +17,7 @@ class Arena {
   public:
     static constexpr size_t kAlign = 512;  // bytes: 64 doubles
 
-    explicit Arena(std::string name) : name_(std::move(name)) {}
+    explicit Arena(std::string name, size_t align = kAlign) : name_(std::move(name)), align_(align) {}
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
     Arena(Arena&& o) noexcept;
@@ -26,7 +27,7 @@ class Arena {
     // Plans a tensor; `where` is filled in by allocate() and must stay at its address until then.
     void add(Buf& where, std::string tensor, size_t count, DType dtype);
     // Takes the memory and fills in every planned Buf.  `zero` writes n bytes of zero into the backend's memory.
-    void allocate(Allocator allocator, void (*zero)(void*, size_t n_bytes));
+    void allocate(Allocator allocator, const std::function<void(void*, size_t n_bytes)>& zero);
 
     const std::string& name() const { return name_; }
     size_t n_bytes() const { return n_bytes_; }
@@ -44,7 +45,7 @@ class Arena {
     };
     std::string name_;
     std::vector<Tensor> tensors_;
-    size_t n_bytes_ = 0;
+    size_t align_, n_bytes_ = 0;
     void* base_ = nullptr;
     Allocator allocator_{};
 };

@@ -5,16 +5,31 @@
 #include <cstdint>
 
 #include "common/error.h"
+#include "common/host_device.h"
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#endif
 
-// Storage type of two bytes; arithmetic is always in float.  Round to nearest even, NaN stays NaN.
+// Storage type of two bytes; arithmetic is always in float.  Round to nearest even, NaN stays NaN.  No default member
+// value: arrays of it live in registers and shared memory.
 struct bf16 {
-    uint16_t bits = 0;
+    uint16_t bits;
     bf16() = default;
-    explicit bf16(float f) {
+    HOST_DEVICE explicit bf16(float f) {
+#ifdef __CUDA_ARCH__
+        bits = __bfloat16_as_ushort(__float2bfloat16_rn(f));
+#else
         const uint32_t u = std::bit_cast<uint32_t>(f);
         bits = (u & 0x7fffffffu) > 0x7f800000u ? 0x7fff : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+#endif
     }
-    explicit operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+    HOST_DEVICE explicit operator float() const {
+#ifdef __CUDA_ARCH__
+        return __uint_as_float(uint32_t(bits) << 16);
+#else
+        return std::bit_cast<float>(uint32_t(bits) << 16);
+#endif
+    }
 };
 
 enum class DType : uint8_t { f32, f64, bf16, i32, u32, u8 };

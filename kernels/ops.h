@@ -44,9 +44,12 @@ struct EmbeddingGrad {
     Buf dwpe;    // (>= T, C)  out  =, or += when accumulate; with =, rows from T on become zero
     Buf dy;      // (B, T, C)
     Buf tokens;  // (B, T) i32
+    Buf order;   // (B*T)  i32: rows sorted by token, equal tokens in row order (sort_rows_by_token); CPU: may be absent
     int B = 0, T = 0, C = 0, V = 0;
     bool accumulate = false;
 };
+// order (n) of EmbeddingGrad, on the host.  Tokens outside [0, V) are an Error(Exit::data).
+void sort_rows_by_token(const int32_t* tokens, int32_t* order, size_t n, int V);
 
 struct LayerNorm {   // y = (x - mean) * rstd * w + b, over the last axis
     Buf y;           // (BT, C)  out  =
@@ -149,6 +152,22 @@ struct Add {  // y += x: folding gradient buffers
     Buf x;    // (n)  stat
 };
 
+struct TreeSum {  // y = the balanced binary tree over the parts' numbers, ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
+    Buf y;        // (n)         out  =   f32; may be the first part
+    Buf x;        // (parts, n)  f32, destroyed; parts is a power of two
+    int parts = 0;
+};
+
+struct Cast {  // y = x, rounded to nearest even
+    Buf y;     // (n)  out  =   bf16 or f32
+    Buf x;     // (n)  f32
+};
+
+struct Hash {  // y = sum of hash_word(i, x's word i) (common/hash.h), modulo 2^64
+    Buf y;     // (2)  out  =   u32: low, high
+    Buf x;     // (n)  of any dtype, a multiple of 4 bytes
+};
+
 // The three optimizers share one struct.  All moments and master parameters are f32 (f64 in the double instance).
 //   g = grad * clip[0];   adamw: decoupled decay, p -= lr * weight_decay * p where decay[] says so
 //   adam:  g += weight_decay * p where decay[] says so, then as adamw without its decay
@@ -156,16 +175,18 @@ struct Add {  // y += x: folding gradient buffers
 enum class OptimizerKind : uint8_t { adamw, adam, sgd };
 struct OptimizerUpdate {
     Buf param;  // (n)     out  +=  master
+    Buf copy;   // (n)     out  =   bf16: param rounded, for the next forward pass; absent where param itself is used
     Buf m, v;   // (n)     out  =   first and second moment
     Buf grad;   // (n)     of the whole global batch, before clipping
     Buf decay;  // (ceil(n/64))  u8: 1 where weight decay applies to this block of 64 elements
     Buf rate;   // (3)     stat: learning rate, 1 - beta1^t, 1 - beta2^t
-    Buf clip;   // (1)     stat: factor on the gradient
+    Buf clip;   // (1)     stat: factor on the gradient; not finite: nothing is updated
     OptimizerKind kind = OptimizerKind::adamw;
     float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0, momentum = 0;
 };
 
-struct GradNorm {        // norm = sqrt(sum grad^2), clip = max_norm > 0 and norm > max_norm ? max_norm / norm : 1
+struct GradNorm {        // norm = sqrt(sum grad^2), clip = max_norm > 0 and norm > max_norm ? max_norm / norm : 1;
+                         // clip = NaN where norm is not finite: the update that reads it is skipped
     Buf norm;            // (1)  out  =  stat
     Buf clip;            // (1)  out  =  stat
     Buf grad;            // (n)  stat
@@ -175,14 +196,26 @@ struct GradNorm {        // norm = sqrt(sum grad^2), clip = max_norm > 0 and nor
 constexpr size_t kGradNormChunk = size_t(1) << 16;  // elements summed by one partial
 constexpr size_t grad_norm_scratch(size_t n) { return (n + kGradNormChunk - 1) / kGradNormChunk; }
 
-// A constant table of functions, chosen at run time.  test_backend.cpp checks that no field is null.
+struct Mark;  // a point in the work given to a stream
+
+// A constant table of functions, chosen at run time.  test_backend.cpp checks that no field is null.  Work given to one
+// stream runs in order; the host may be ahead of it until it waits.  A null stream is the device's default one.
 struct Backend {
     const char* name;
-    Allocator memory;
-    void (*zero)(void* to, size_t n_bytes);
+    Allocator memory;       // of the device
+    Allocator host_memory;  // of the host, pinned: upload and download from here do not wait
+    Stream (*open_stream)();
+    void (*close_stream)(Stream);
+    void (*zero)(void* to, size_t n_bytes, Stream);
+    // From or to host memory.  Where that is pinned it must stay as it is until the stream has come past.
     void (*upload)(void* to, const void* from_host, size_t n_bytes, Stream);
     void (*download)(void* to_host, const void* from, size_t n_bytes, Stream);
-    void (*synchronize)(Stream);
+    void (*synchronize)(Stream);  // the host waits for all work given to the stream
+    Mark* (*new_mark)();
+    void (*free_mark)(Mark*);
+    void (*set_mark)(Mark*, Stream);  // after all work given to the stream so far; an earlier place is forgotten
+    void (*wait_mark)(const Mark*);   // the host waits until the stream has come past; at once if it was never set
+    double (*ms_between)(const Mark* from, const Mark* to);  // after wait_mark(to)
 
     void (*embedding_forward)(const Embedding&, Stream);
     void (*embedding_backward)(const EmbeddingGrad&, Stream);
@@ -198,10 +231,27 @@ struct Backend {
     void (*cross_entropy)(const CrossEntropy&, Stream);
     void (*row_sum)(const RowSum&, Stream);
     void (*add)(const Add&, Stream);
+    void (*tree_sum)(const TreeSum&, Stream);
+    void (*cast)(const Cast&, Stream);
+    void (*hash)(const Hash&, Stream);
     void (*optimizer_update)(const OptimizerUpdate&, Stream);
     void (*grad_norm)(const GradNorm&, Stream);
 };
 const Backend& cpu_backend();
+
+// The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary without
+// it has none of these three; KILN_CUDA tells run_device.cpp.
+const Backend& cuda_backend();
+// Usable devices; 0 on a machine without a driver, with the reason in `why`.
+int cuda_device_count(std::string* why);
+// Device `ordinal` for this process, its workspace and library handles.  Error(Exit::usage) when it is not usable.
+struct CudaDevice {
+    std::string name;
+    int ordinal = 0, capability = 0;  // 90 for 9.0
+    size_t memory_bytes = 0;
+    std::string bus_id;  // tells which ranks of a host share a device
+};
+CudaDevice open_cuda_device(int ordinal);
 
 // The size check that every backend starts with: "layernorm.x holds 32 elements, expected BT*C = 36".
 inline void expect_size(const char* what, const Buf& b, size_t expected, const char* formula) {

@@ -217,6 +217,7 @@ void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer)
         if (t.name == "wte.weight") wte = entry->second;
         left.erase(entry);
     }
+    trainer.parameters_changed();
     // Hugging Face files carry these beside the parameters; with bias: false, biases of zero are dropped.
     for (const auto& [name, entry] : left) {
         const bool buffer = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");

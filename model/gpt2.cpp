@@ -129,7 +129,7 @@ void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, G
     const bool acc = accumulate;
     k.linear_backward({.dx = a.d_ln, .dw = g.wte, .dy = a.logits, .x = a.lnf, .w = p.wte,
                        .BT = BT, .C = C, .OC = c.Vp(), .w_transposed = true, .accumulate = acc}, s);
-    k.zero(a.d_res.data, a.d_res.n_bytes());
+    k.zero(a.d_res.data, a.d_res.n_bytes(), s);
     k.layernorm_backward({.dx = a.d_res, .dw = g.lnfw, .db = g.lnfb, .dy = a.d_ln,
                           .x = a.block.back().res_mlp, .w = p.lnfw, .mean = a.lnf_mean, .rstd = a.lnf_rstd,
                           .BT = BT, .C = C, .accumulate = acc}, s);
@@ -164,7 +164,7 @@ void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, G
     }
     if (const DropoutMask m = mask(c, batch, 0, DropoutKind::embedding, true); m.p > 0)
         k.dropout({.y = a.d_res, .x = a.d_res, .mask = m, .B = B, .T = T, .C = C}, s);
-    k.embedding_backward({.dwte = g.wte, .dwpe = g.wpe, .dy = a.d_res, .tokens = batch.inputs,
+    k.embedding_backward({.dwte = g.wte, .dwpe = g.wpe, .dy = a.d_res, .tokens = batch.inputs, .order = batch.order,
                           .B = B, .T = T, .C = C, .V = c.V, .accumulate = acc}, s);
 }
 // clang-format on

@@ -173,6 +173,7 @@ void visit_activations(GPT2Acts& a, const GPT2Config& c, int B, int T, DType rea
 // One micro-batch and where its dropout masks come from.
 struct GPT2Batch {
     Buf inputs, targets;  // (B, T) i32
+    Buf order;            // (B*T) i32: see EmbeddingGrad
     int B = 0, T = 0;     // T may be shorter than the context length
     Buf where;            // (2) u32: step and place of sequence 0, for dropout
     uint64_t seed = 0;

@@ -3,15 +3,18 @@
 #pragma once
 #include <array>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "comm/comm.h"
-#include "comm/reduce.h"
+#include "comm/reducer.h"
 #include "comm/run_fold.h"
 #include "comm/topology.h"
 #include "common/clock.h"
+#include "kernels/owners.h"
 #include "model/gpt2.h"
 
 struct TrainerOptions {
@@ -21,14 +24,15 @@ struct TrainerOptions {
     OptimizerUpdate optimizer;  // its scalars: kind, betas, eps, weight_decay, momentum
     float grad_clip = 0;        // 0: off
     uint64_t seed = 0;
-    DType real = DType::f32;  // f64: the double instance, for tests
-    bool inference = false;   // no gradients, moments or backward activations: evaluate() and next_logits() only
+    DType real = DType::f32;  // bf16: activations and the parameters that ops read; f64: the double instance, for tests
+    NcclComm* nccl = nullptr;  // where every rank has a GPU of its own
+    bool inference = false;    // no gradients, moments or backward activations: evaluate() and next_logits() only
 };
 
 struct StepResult {
     double loss = 0;       // mean over the tokens of the global batch, before the update
     double grad_norm = 0;  // before clipping
-    bool updated = true;   // false: loss or norm not finite, parameters left as they were
+    bool updated = true;   // false: norm not finite, parameters left as they were
     struct Phases {
         double data = 0, forward = 0, backward = 0, reduce = 0, optimizer = 0;
     } ms;
@@ -73,7 +77,9 @@ class Trainer {
     // Logits of the token after `tokens` (at most T of them), (V).  Rank-local.
     std::vector<float> next_logits(std::span<const int32_t> tokens);
 
+    // The masters: f32 also where ops read bf16.  After writing to them call parameters_changed().
     std::vector<StateTensor> parameters();
+    void parameters_changed();
     std::vector<StateTensor> moments();  // "m.<name>", "v.<name>"
     uint64_t updates() const { return updates_; }
     void set_updates(uint64_t n) { updates_ = n; }  // Adam's bias correction, from a checkpoint
@@ -83,17 +89,40 @@ class Trainer {
     const BatchShare& share() const { return share_; }
     const GPT2Config& config() const { return o_.model; }
     std::string memory_table() const;  // a line for each kind of tensor, and the sum
-    // Test hook: called with this rank's gradient (n) just before the reduction.
-    std::function<void(std::span<float>)> before_reduce;
+    // Test hook: sees this rank's gradient (n) just before the reduction, and may change it.
+    std::function<void(std::span<double>)> before_reduce;
 
   private:
+    // Pinned host memory that a micro-batch is sent from; reused when the device has come past `sent`.
+    struct Slot {
+        HostBuffer inputs, targets, order;  // (B, T), (B, T), (B*T) i32
+        HostBuffer where;                   // (2) u32
+        MarkOwner sent;
+        Slot(const Backend& k, size_t BT)
+            : inputs(k, BT * 4), targets(k, BT * 4), order(k, BT * 4), where(k, 8), sent(k) {}
+    };
+    // The points of a step that its phases are measured between.
+    struct Marks {
+        std::vector<MarkOwner> start, forward, backward;  // (n_micro)
+        MarkOwner reduced, end;
+        Marks(const Backend& k, int n_micro);
+    };
+
     std::vector<const Arena*> arenas() const;
     void plan_memory();
     void plan_io(size_t n_params);
     void mark_decay();
+    bool has_masters() const { return o_.real == DType::bf16; }
+    GPT2Params& masters() { return has_masters() ? masters_ : params_; }
+    Buf flat_masters() const;
+    Buf flat_moments() const;
+    Buf flat_gradient(int buffer) const;
+    void send(const Tokens& tokens, int64_t step, int micro);
     void accumulate_micro_batches(int64_t step, const NextMicroBatch& next, StepResult& result);
-    double gather_loss();
-    void update(double learning_rate);
+    void show_gradient(Buf grad);
+    double gather_loss(const std::vector<double>& mine);
+    void update(double learning_rate, Buf grad);
+    void collect(StepResult& result);
     GPT2Batch batch() const;
     std::vector<StateTensor> list(GPT2Params& p, const std::string& prefix);
 
@@ -101,23 +130,34 @@ class Trainer {
     Comm& comm_;
     const TrainerOptions o_;
     const BatchShare share_;
-    const Stream stream_ = nullptr;
+    const StreamOwner stream_owner_;
+    const Stream stream_;
     RunFold fold_;
     uint64_t updates_ = 0;
 
-    Arena param_arena_{"parameters"}, moment_arena_{"optimizer state"}, act_arena_{"activations"},
-        io_arena_{"batch and scalars"};
+    Arena param_arena_, master_arena_, moment_arena_, act_arena_{"activations"}, io_arena_{"batch and scalars"};
     std::vector<Arena> grad_arena_;  // one for each buffer of the fold
-    GPT2Params params_, m_, v_;
+    GPT2Params params_;              // what the ops read
+    GPT2Params masters_;             // f32; absent where params_ are the masters
+    GPT2Params m_, v_;
     std::vector<GPT2Params> grads_;
     GPT2Acts acts_;
     Buf inputs_, targets_;    // (B, T) i32
+    Buf order_;               // (B*T) i32: rows sorted by token
     Buf where_;               // (2) u32
     Buf losses_;              // (n_micro * B) stat: sum over each sequence
     Buf decay_;               // (n/64) u8
     Buf rate_, clip_, norm_;  // (3), (1), (1) stat
     Buf norm_scratch_;        // (grad_norm_scratch(n)) stat
+    Buf hash_;                // (2) u32
+    std::unique_ptr<Reducer> reducer_;
+    std::vector<Slot> slots_;                        // (2): one is filled while the other is on its way
+    std::optional<Marks> marks_;                     // absent when only evaluating
+    std::optional<HostBuffer> rate_host_, outcome_;  // pinned: rate_ on its way there, losses_ and norm_ back
 };
 
+// Numbers in host memory - f32, f64 or bf16 - as doubles.
+std::vector<double> as_doubles(const Buf& host);
+
 // Shapes kiln cannot run, named before any memory is taken: Error(Exit::usage).
-void check_model(const GPT2Config& c);
+void check_model(const GPT2Config& c, DType real);

@@ -22,7 +22,14 @@ struct Target {  // a backend and the dtype of its `real` tensors
     DType stat() const { return real == DType::f64 ? DType::f64 : DType::f32; }
 };
 inline Target reference() { return {&cpu_backend(), DType::f64, "cpu f64"}; }
-inline std::vector<Target> targets() { return {{&cpu_backend(), DType::f32, "cpu f32"}}; }
+inline std::vector<Target> targets() {
+    return {
+#ifndef KILN_RACE  // the race check watches kernels only
+        {&cpu_backend(), DType::f32, "cpu f32"},
+#endif
+        {&cuda_backend(), DType::f32, "cuda f32"},
+        {&cuda_backend(), DType::bf16, "cuda bf16"}};
+}
 
 inline double rounded(double v, DType t) {
     switch (t) {

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Runs every test suite and closes with one line: N passed, N failed (, N skipped).
 
-Suites: the C++ tests, the same communication tests on 1 to 5 ranks, and the system tests that run ./train.
+Suites: the C++ tests (every op on the CPU and on the emulated GPU), the emulator's own, both again with the race check,
+the communication tests on 1 to 5 ranks, and the system tests that run ./train and ./train-emulated.
 """
 import argparse
 import os
@@ -44,9 +45,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", default="build/release")
     parser.add_argument("--mpirun", default="mpirun")
+    parser.add_argument("--race", help="folder of the binaries with the race check")
     parser.add_argument("--no-system", action="store_true", help="C++ tests only")
     args = parser.parse_args()
-    suites: list[tuple[list[str], bool]] = [([f"{args.build}/test"], False)]
+    binaries = [f"{args.build}/test", f"{args.build}/test_emulator"]
+    if args.race:
+        binaries += [f"{args.race}/test_emulator", f"{args.race}/test_race"]
+    suites: list[tuple[list[str], bool]] = [([binary], False) for binary in binaries]
     suites += [([args.mpirun, "-np", str(n), f"{args.build}/test_mpi"], False) for n in range(1, 6)]
     if not args.no_system:
         os.environ["MPIRUN"] = args.mpirun

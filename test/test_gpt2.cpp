@@ -46,7 +46,8 @@ struct Rig {
         io.add(inputs, "inputs", BT, DType::i32);
         io.add(targets, "targets", BT, DType::i32);
         io.add(where, "where", 2, DType::u32);
-        for (Arena* arena : {&params, &grads, &acts, &io}) arena->allocate(k.memory, k.zero);
+        for (Arena* arena : {&params, &grads, &acts, &io})
+            arena->allocate(k.memory, [&](void* p, size_t n) { k.zero(p, n, nullptr); });
         const auto in = random_tokens(BT, 1, c.V), out = random_tokens(BT, 2, c.V);
         const uint32_t place[2] = {5, 3};
         std::memcpy(inputs.data, in.data(), inputs.n_bytes());

@@ -1,11 +1,16 @@
 // Linear.  Broken on purpose once, each seen to fail here: bias left out (with GELU and without), a tile's row or
 // column offset one too small, a tile one row short, the last k skipped, accumulate ignored (dw, db), residual added
 // twice when it is y, gelu' left out of dx, the last row left out of db, w not transposed for dx, operands of dw
-// mixed up, OneThread removed.
+// mixed up, OneThread removed.  On the GPU: the barrier of the column sums removed, a row, a warp or a column left out of
+// them, the second pass not adding, vectors where a tensor is not aligned, the unfused bias or GELU left out, an epilogue
+// mistaken for another, a plan used for another product or with old addresses, beta always 0 or 1, the key's alignment
+// wrong.
 #include <omp.h>
 
 #include <cstring>
+#include <utility>
 
+#include "kernels/cuda/gemm.h"
 #include "test/op_test.h"
 
 namespace {
@@ -15,7 +20,9 @@ struct Shape {
     size_t out() const { return size_t(BT) * OC; }
     size_t weights() const { return size_t(C) * OC; }
 };
-const Shape small[] = {{1, 1, 1}, {1, 7, 1}, {5, 1, 3}, {13, 29, 31}, {33, 40, 100}, {300, 17, 500}, {600, 70, 500}};
+// Also what the GPU's GEMM treats apart: multiples of 8 in all (bias and GELU fused), in some, in none; one row.
+const Shape small[] = {{1, 1, 1},  {1, 7, 1},     {5, 1, 3},    {13, 29, 31},   {33, 40, 100}, {1, 64, 128},
+                       {7, 8, 24}, {16, 128, 40}, {72, 24, 13}, {300, 17, 500}, {600, 70, 500}};
 const Shape real = {64, 768, 2304};
 
 enum class Residual { none, apart, in_place };
@@ -37,6 +44,8 @@ std::vector<Flags> all_flags() {
 
 // A float sum of n products differs from the exact one by at most n 2^-24 sum |a_i b_i|; no factor on top of that.
 constexpr double kUnit = 0x1p-24;
+// Of a number that was stored in bf16, whose spacing is at most 2^-7 of it.
+double stored(const Target& t, double v) { return t.real == DType::bf16 ? 0x1p-8 * std::abs(v) : 0; }
 // gelu and gelu' themselves: see test_gelu.cpp.
 constexpr double kGelu = 2.5e-6, kGeluGrad = 1e-5, kMaxSlope = 1.13;
 
@@ -67,13 +76,36 @@ Inputs inputs(const Shape& s, DType t) {
 }
 Inputs abs(const Inputs& i) { return {abs(i.x), abs(i.w), abs(i.b), abs(i.residual)}; }
 
+// A tensor that begins `skip` elements into its memory: skip = 1 is off every boundary that vectors need.  In the sets
+// `off` below, bit i is set where the i-th tensor of an op begins so.
+class Skipped {
+  public:
+    Skipped(const Target& t, DType dtype, const Doubles& values, size_t skip)
+        : n_(values.size()), skip_(skip), memory_(t, dtype, shifted(values, skip)) {}
+    operator Buf() const { return Buf(memory_).slice(skip_, n_); }
+    Doubles host() const {
+        const Doubles all = memory_.host();
+        for (size_t i = 0; i < skip_; i++) CHECK(std::isnan(all[i]));  // nothing is written before the tensor
+        return {all.begin() + ptrdiff_t(skip_), all.end()};
+    }
+
+  private:
+    static Doubles shifted(const Doubles& values, size_t skip) {
+        Doubles all = poison(skip);
+        all.insert(all.end(), values.begin(), values.end());
+        return all;
+    }
+    size_t n_, skip_;
+    Dev memory_;
+};
+
 struct Outputs {
     Doubles y, pre_gelu;  // (BT, OC)
 };
-Outputs forward(const Target& t, const Shape& s, const Flags& f, const Inputs& i) {
-    Dev y(t, t.real, f.residual == Residual::in_place ? i.residual : poison(s.out()));
-    Dev pre(t, t.real, poison(s.out())), x(t, t.real, i.x), w(t, t.real, i.w), b(t, t.real, i.b);
-    Dev residual(t, t.real, i.residual);
+Outputs forward(const Target& t, const Shape& s, const Flags& f, const Inputs& i, unsigned off = 0) {
+    const auto real = [&](const Doubles& v) { return Skipped(t, t.real, v, std::exchange(off, off >> 1) & 1); };
+    Skipped y = real(f.residual == Residual::in_place ? i.residual : poison(s.out())), pre = real(poison(s.out()));
+    Skipped x = real(i.x), w = real(i.w), b = real(i.b), residual = real(i.residual);
     t.k->linear_forward(
         {.y = y,
          .pre_gelu = f.gelu ? Buf(pre) : Buf(),
@@ -96,16 +128,23 @@ struct GradInputs {
     Doubles dy, x, w, pre, dw, db;  // dw and db: what is there before
 };
 GradInputs grad_inputs(const Shape& s, DType t) {
-    return {rounded(normal(s.out(), 5), t), rounded(normal(s.in(), 6), t),      rounded(normal(s.weights(), 7), t),
-            rounded(normal(s.in(), 8), t),  rounded(normal(s.weights(), 9), t), rounded(normal(s.OC, 10), t)};
+    const DType stat = t == DType::f64 ? t : DType::f32;
+    return {.dy = rounded(normal(s.out(), 5), t),
+            .x = rounded(normal(s.in(), 6), t),
+            .w = rounded(normal(s.weights(), 7), t),
+            .pre = rounded(normal(s.in(), 8), t),
+            .dw = rounded(normal(s.weights(), 9), stat),
+            .db = rounded(normal(s.OC, 10), stat)};
 }
 struct Grads {
     Doubles dx, dw, db;  // (BT, C), as w, (OC)
 };
-Grads backward(const Target& t, const Shape& s, const GradFlags& f, const GradInputs& i) {
-    Dev dx(t, t.real, poison(s.in())), dw(t, t.real, f.accumulate ? i.dw : poison(s.weights()));
-    Dev db(t, t.real, f.accumulate ? i.db : poison(s.OC)), dy(t, t.real, i.dy), x(t, t.real, i.x), w(t, t.real, i.w);
-    Dev pre(t, t.real, i.pre);
+Grads backward(const Target& t, const Shape& s, const GradFlags& f, const GradInputs& i, unsigned off = 0) {
+    const auto next = [&] { return std::exchange(off, off >> 1) & 1; };
+    const auto real = [&](const Doubles& v) { return Skipped(t, t.real, v, next()); };
+    const auto stat = [&](const Doubles& v) { return Skipped(t, t.stat(), v, next()); };
+    Skipped dx = real(poison(s.in())), dy = real(i.dy), x = real(i.x), w = real(i.w), pre = real(i.pre);
+    Skipped dw = stat(f.accumulate ? i.dw : poison(s.weights())), db = stat(f.accumulate ? i.db : poison(s.OC));
     t.k->linear_backward({.dx = f.dx ? Buf(dx) : Buf(),
                           .dw = dw,
                           .db = f.db ? Buf(db) : Buf(),
@@ -122,33 +161,48 @@ Grads backward(const Target& t, const Shape& s, const GradFlags& f, const GradIn
     return {f.dx ? dx.host() : Doubles(), dw.host(), f.db ? db.host() : Doubles()};
 }
 
-void check_forward(const Target& t, const Shape& s, const Flags& f) {
-    INFO(std::string(t.name), " BT ", s.BT, " C ", s.C, " OC ", s.OC);
+void check_forward(const Target& t, const Shape& s, const Flags& f, unsigned off = 0) {
+    INFO(std::string(t.name), " BT ", s.BT, " C ", s.C, " OC ", s.OC, " off ", off);
     INFO(" bias ", f.bias, " gelu ", f.gelu, " residual ", int(f.residual), " w_transposed ", f.w_transposed);
     const Inputs in = inputs(s, t.real);
-    const Outputs got = forward(t, s, f, in), want = forward(reference(), s, f, in);
+    const Outputs got = forward(t, s, f, in, off), want = forward(reference(), s, f, in);
     Flags linear = f;
     linear.gelu = false;
     Doubles bound = forward(reference(), s, linear, abs(in)).y;
     for (double& b : bound) b *= (s.C + f.bias + (f.residual != Residual::none)) * kUnit;
+    const Doubles& sum = f.gelu ? want.pre_gelu : want.y;
+    for (size_t i = 0; i < bound.size(); i++) {
+        bound[i] += stored(t, sum[i]);
+        // a bias that is not fused is first added to the residual and stored
+        if (f.bias && f.residual != Residual::none) bound[i] += stored(t, in.b[i % size_t(s.OC)] + in.residual[i]);
+    }
     if (f.gelu) {
         CHECK(worst_bound(got.pre_gelu, want.pre_gelu, bound) <= 1);
-        for (size_t i = 0; i < bound.size(); i++) bound[i] = kMaxSlope * bound[i] + kGelu * std::abs(want.y[i]) + 1e-7;
+        // gelu carries the error of pre_gelu on by its slope: its rounding too, where gelu reads what was stored
+        for (size_t i = 0; i < bound.size(); i++)
+            bound[i] = kMaxSlope * bound[i] + kGelu * std::abs(want.y[i]) + 1e-7 + stored(t, want.y[i]);
     }
     CHECK(worst_bound(got.y, want.y, bound) <= 1);
 }
 
-void check_backward(const Target& t, const Shape& s, const GradFlags& f) {
-    INFO(std::string(t.name), " BT ", s.BT, " C ", s.C, " OC ", s.OC);
+// Rounding errors of a column sum: the CPU's order has short chains, elsewhere any order is allowed.
+int column_sum_roundings(const Target& t, int BT) {
+    return t.k == &cpu_backend() ? std::min(BT, 32) + (BT + 31) / 32 : BT;
+}
+
+void check_backward(const Target& t, const Shape& s, const GradFlags& f, unsigned off = 0) {
+    INFO(std::string(t.name), " BT ", s.BT, " C ", s.C, " OC ", s.OC, " off ", off);
     INFO(" dx ", f.dx, " db ", f.db, " gelu ", f.gelu, " w_transposed ", f.w_transposed, " accumulate ", f.accumulate);
     const GradInputs in = grad_inputs(s, t.real);
-    const Grads got = backward(t, s, f, in), want = backward(reference(), s, f, in);
+    const Grads got = backward(t, s, f, in, off), want = backward(reference(), s, f, in);
     GradFlags linear = f;
     linear.gelu = false;
     Grads bound = backward(reference(), s, linear, {abs(in.dy), abs(in.x), abs(in.w), in.pre, abs(in.dw), abs(in.db)});
     for (double& b : bound.dx) b *= f.gelu ? kMaxSlope * (s.OC * kUnit + kGeluGrad) : s.OC * kUnit;
+    // a gelu' that is not fused multiplies a dx that was stored: two roundings, both relative to the result
+    for (size_t i = 0; i < bound.dx.size(); i++) bound.dx[i] += (1 + f.gelu) * stored(t, want.dx[i]);
     for (double& b : bound.dw) b *= (s.BT + f.accumulate) * kUnit;
-    for (double& b : bound.db) b *= (std::min(s.BT, 32) + (s.BT + 31) / 32 + f.accumulate) * kUnit;
+    for (double& b : bound.db) b *= (column_sum_roundings(t, s.BT) + f.accumulate) * kUnit;
     CHECK(worst_bound(got.dx, want.dx, bound.dx) <= 1);
     CHECK(worst_bound(got.dw, want.dw, bound.dw) <= 1);
     CHECK(worst_bound(got.db, want.db, bound.db) <= 1);
@@ -221,6 +275,38 @@ TEST_CASE("linear backward: every backend agrees with the fp64 reference") {
     }
 }
 
+TEST_CASE("linear: tensors may begin anywhere, and the bits of db do not depend on where") {
+    for (const Target& t : targets())
+        for (const Shape& s : {Shape{24, 40, 64}, Shape{7, 13, 3}, Shape{200, 16, 264}}) {
+            for (unsigned off : {~0u, 1u, 2u, 4u, 8u, 16u, 32u}) {
+                check_forward(t, s, {true, true, Residual::none, false}, off);
+                check_forward(t, s, {true, false, Residual::apart, true}, off);
+                check_forward(t, s, {false, false, Residual::in_place, false}, off);
+            }
+            for (unsigned off : {~0u, 1u, 2u, 4u, 8u, 16u, 32u, 64u})
+                for (bool gelu : {false, true}) check_backward(t, s, {true, true, gelu, gelu, true}, off);
+            const GradInputs in = grad_inputs(s, t.real);
+            const GradFlags f = {false, true, false, false, true};
+            CHECK(worst(backward(t, s, f, in, 0).db, backward(t, s, f, in, ~0u).db, 1e-300, 0) == 0);
+        }
+}
+
+// All partial sums are whole numbers below 2^24, so an error is a row left out or taken twice.
+TEST_CASE("linear backward: column sums of small whole numbers are exact") {
+    for (const Target& t : targets())
+        for (int BT : {1, 8, 63, 64, 65, 257, 2049})
+            for (int OC : {1, 8, 31, 256, 264, 521}) {
+                if (BT > 300 && OC > 300 && t.k != &cpu_backend()) continue;  // slow on an emulated GPU
+                INFO(std::string(t.name), " BT ", BT, " OC ", OC);
+                const Shape s = {BT, 1, OC};
+                GradInputs in = grad_inputs(s, t.real);
+                in.dy = integers(s.out(), 11, 9);
+                Doubles want(size_t(OC), 0.0);
+                for (size_t i = 0; i < in.dy.size(); i++) want[i % size_t(OC)] += in.dy[i];
+                CHECK(worst(backward(t, s, {false, true, false, false, false}, in).db, want, 1e-300, 0) == 0);
+            }
+}
+
 TEST_CASE("linear backward: directional finite differences in fp64") {
     const Target t = reference();
     for (const Shape& s : {Shape{1, 1, 1}, Shape{5, 7, 3}, Shape{33, 29, 40}})
@@ -261,6 +347,7 @@ TEST_CASE("linear: the same bits at every thread count, which is left as it was"
          {Shape{1, 4096, 8}, Shape{32, 4096, 32}, Shape{4096, 32, 32}, Shape{32, 32, 4096}, Shape{300, 128, 500}, real})
         for (const Target& t : targets())
             for (bool transposed : {false, true}) {
+                if (t.k != &cpu_backend()) continue;  // no ops of a GPU see the host's threads
                 INFO(std::string(t.name), " BT ", s.BT, " C ", s.C, " OC ", s.OC, " transposed ", transposed);
                 const Inputs in = inputs(s, t.real);
                 const GradInputs grad_in = grad_inputs(s, t.real);
@@ -296,4 +383,16 @@ TEST_CASE("linear rejects a short buffer, and GELU together with a residual") {
         g.pre_gelu = y;
         CHECK_THROWS_WITH_AS(t.k->linear_backward(g, nullptr), doctest::Contains("linear.pre_gelu holds 6"), Error);
     }
+}
+
+TEST_CASE("linear on a GPU: a product that the library refuses is named, with its shape") {
+    const Target t = {&cuda_backend(), DType::f32, "cuda f32"};
+    Dev a(t, DType::f32, poison(6)), b(t, DType::bf16, poison(12)), d(t, DType::f32, poison(8)), i(t, DType::i32, {1});
+    CHECK_THROWS_WITH_AS(
+        cuda::gemm({.d = d, .a = a, .b = b, .M = 2, .N = 4, .K = 3}, nullptr),
+        doctest::Contains("cuBLASLt: CUBLAS_STATUS_NOT_SUPPORTED for M x N x K = 2 x 4 x 3, f32 x bf16"), Error);
+    CHECK_THROWS_WITH_AS(cuda::gemm({.d = d, .a = a, .b = b, .M = 2, .N = 4, .K = 4}, nullptr),
+                         doctest::Contains("gemm.a holds 6 elements, expected M*K = 8"), Error);
+    CHECK_THROWS_WITH_AS(cuda::gemm({.d = i, .a = i, .b = i, .M = 1, .N = 1, .K = 1}, nullptr),
+                         doctest::Contains("i32; products are of f32 and bf16"), Error);
 }

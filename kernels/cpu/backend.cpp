@@ -1,4 +1,5 @@
 // The table of the CPU backend, and its memory: 64-byte aligned, exactly as long as asked for: ASan sees overruns.
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -20,7 +21,7 @@ void* alloc(size_t n_bytes) {
     return p;
 }
 
-void zero(void* to, size_t n_bytes) {
+void zero(void* to, size_t n_bytes, Stream) {
     const size_t pieces = (n_bytes + kPiece - 1) / kPiece;
 #pragma omp parallel for schedule(static) if (pieces > 1)
     for (size_t i = 0; i < pieces; i++) {
@@ -33,16 +34,40 @@ void transfer(void* to, const void* from, size_t n_bytes, Stream) {
     if (n_bytes) std::memcpy(to, from, n_bytes);
 }
 void synchronize(Stream) {}
+Stream open_stream() { return nullptr; }  // the CPU's work is done when a call returns
+void close_stream(Stream) {}
+}  // namespace
+
+struct Mark {
+    std::chrono::steady_clock::time_point at;
+};
+
+namespace {
+Mark* new_mark() { return new Mark; }
+void free_mark(Mark* m) { delete m; }
+void set_mark(Mark* m, Stream) { m->at = std::chrono::steady_clock::now(); }
+void wait_mark(const Mark*) {}
+double ms_between(const Mark* from, const Mark* to) {
+    return std::chrono::duration<double, std::milli>(to->at - from->at).count();
+}
 }  // namespace
 
 const Backend& cpu_backend() {
     static constexpr Backend backend = {
         .name = "cpu",
         .memory = {.alloc = alloc, .free = std::free},
+        .host_memory = {.alloc = alloc, .free = std::free},
+        .open_stream = open_stream,
+        .close_stream = close_stream,
         .zero = zero,
         .upload = transfer,
         .download = transfer,
         .synchronize = synchronize,
+        .new_mark = new_mark,
+        .free_mark = free_mark,
+        .set_mark = set_mark,
+        .wait_mark = wait_mark,
+        .ms_between = ms_between,
         .embedding_forward = cpu::embedding_forward,
         .embedding_backward = cpu::embedding_backward,
         .layernorm_forward = cpu::layernorm_forward,
@@ -57,6 +82,9 @@ const Backend& cpu_backend() {
         .cross_entropy = cpu::cross_entropy,
         .row_sum = cpu::row_sum,
         .add = cpu::add,
+        .tree_sum = cpu::tree_sum,
+        .cast = cpu::cast,
+        .hash = cpu::hash,
         .optimizer_update = cpu::optimizer_update,
         .grad_norm = cpu::grad_norm,
     };

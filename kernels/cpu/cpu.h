@@ -22,6 +22,9 @@ void dropout(const Dropout&, Stream);
 void cross_entropy(const CrossEntropy&, Stream);
 void row_sum(const RowSum&, Stream);
 void add(const Add&, Stream);
+void tree_sum(const TreeSum&, Stream);
+void cast(const Cast&, Stream);
+void hash(const Hash&, Stream);
 void optimizer_update(const OptimizerUpdate&, Stream);
 void grad_norm(const GradNorm&, Stream);
 

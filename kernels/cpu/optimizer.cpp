@@ -4,16 +4,20 @@
 //   adamw   m = b1 m + (1-b1) g     v = b2 v + (1-b2) g^2     p -= lr (m/c1 / (sqrt(v/c2) + eps) + d p)
 //   adam    g += d p, then as adamw with d = 0
 //   sgd     g += d p;   m = momentum m + g;   p -= lr m
-//   norm    sqrt(sum grad^2),   clip = max_norm > 0 and norm > max_norm ? max_norm / norm : 1
+//   copy    p rounded to bf16, where given
+//   norm    sqrt(sum grad^2)
+//   clip    max_norm > 0 and norm > max_norm ? max_norm / norm : 1;  NaN where norm is not finite
 //
-//   shapes     param, m, v, grad (n)    decay (ceil(n/64))    rate = lr, c1 = 1-b1^t, c2 = 1-b2^t
+//   shapes     param, m, v, grad, copy (n)    decay (ceil(n/64))    rate = lr, c1 = 1-b1^t, c2 = 1-b2^t
 //   traffic    adam 4 reads and 3 writes per element, sgd 3 and 2, norm 1 read.   bound: memory
-//   limits     any n >= 1; the last block of decay may be partly filled
+//   limits     any n >= 1; the last block of decay may be partly filled; clip not finite: nothing is written.  In fp32
+//              a norm from 2^64 on counts as infinite, because a chunk's sum of squares is kept in fp32
 //   order      norm: SIMD lanes in double within chunks of kGradNormChunk, chunks ascending
 #include "kernels/cpu/cpu.h"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace {
 constexpr size_t kDecayBlock = 64;    // elements under one decay flag
@@ -75,25 +79,33 @@ namespace cpu {
 void optimizer_update(const OptimizerUpdate& a, Stream) {
     const size_t n = a.param.count;
     const bool sgd = a.kind == OptimizerKind::sgd;
+    expect_size("optimizer.param", a.param, n, "n");
     expect_size("optimizer.grad", a.grad, n, "n");
     expect_size("optimizer.m", a.m, n, "n");
     if (!sgd) expect_size("optimizer.v", a.v, n, "n");
     expect_size("optimizer.decay", a.decay, (n + kDecayBlock - 1) / kDecayBlock, "ceil(n/64)");
     expect_size("optimizer.rate", a.rate, 3, "3");
     expect_size("optimizer.clip", a.clip, 1, "1");
+    if (a.copy) expect_size("optimizer.copy", a.copy, n, "n");
     with_real(a.param.dtype, [&]<class T>() {
         const Pointers<T> at = {a.param.as<T>(), a.m.as<T>(), a.v.as<T>(), a.grad.as<T>(), a.decay.as<uint8_t>()};
         const T* rate = a.rate.as<T>();  // (3)
+        expect_dtype<bf16>({a.copy});
+        if (!std::isfinite(a.clip.as<T>()[0])) return;
         const Factors<T> f = {rate[0],    rate[1],  rate[2],           a.clip.as<T>()[0], T(a.beta1),
                               T(a.beta2), T(a.eps), T(a.weight_decay), T(a.momentum)};
         switch (a.kind) {
             case OptimizerKind::adamw:
-                return update<OptimizerKind::adamw>(at, f, n);
+                update<OptimizerKind::adamw>(at, f, n);
+                break;
             case OptimizerKind::adam:
-                return update<OptimizerKind::adam>(at, f, n);
+                update<OptimizerKind::adam>(at, f, n);
+                break;
             case OptimizerKind::sgd:
-                return update<OptimizerKind::sgd>(at, f, n);
+                update<OptimizerKind::sgd>(at, f, n);
+                break;
         }
+        if (a.copy) cast({.y = a.copy, .x = a.param}, nullptr);
     });
 }
 
@@ -101,6 +113,7 @@ void grad_norm(const GradNorm& a, Stream) {
     const size_t n = a.grad.count, chunks = grad_norm_scratch(n);
     expect_size("grad_norm.norm", a.norm, 1, "1");
     expect_size("grad_norm.clip", a.clip, 1, "1");
+    expect_size("grad_norm.grad", a.grad, n, "n");
     expect_size("grad_norm.scratch", a.scratch, chunks, "ceil(n/65536)");
     with_real(a.grad.dtype, [&]<class T>() {
         const T* grad = a.grad.as<T>();  // (n)
@@ -113,7 +126,8 @@ void grad_norm(const GradNorm& a, Stream) {
         for (size_t i = 0; i < chunks; i++) sum += double(partial[i]);
         const T norm = T(std::sqrt(sum));
         a.norm.as<T>()[0] = norm;
-        a.clip.as<T>()[0] = a.max_norm > 0 && norm > T(a.max_norm) ? T(a.max_norm) / norm : T(1);
+        const T factor = a.max_norm > 0 && norm > T(a.max_norm) ? T(a.max_norm) / norm : T(1);
+        a.clip.as<T>()[0] = std::isfinite(norm) ? factor : std::numeric_limits<T>::quiet_NaN();
     });
 }
 }  // namespace cpu

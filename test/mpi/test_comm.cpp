@@ -1,26 +1,10 @@
 // The Comm contract and the three reductions.
 #include <doctest/doctest.h>
 
-#include <cmath>
-#include <cstring>
-
 #include "comm/reduce.h"
-#include "common/hash.h"
-#include "common/rng.h"
-#include "test/mpi/world.h"
+#include "test/mpi/addends.h"
 
 namespace {
-// Element i of rank r's buffer: a pure function, so that each rank knows what all others hold.
-float value(int r, size_t i) {
-    const Philox4 p = philox(7, uint32_t(i), uint32_t(r), 0, 0);
-    return (uniform_open0(p.v[0]) - 0.5f) *
-           std::exp2(float(p.v[1] % 20));  // 2^0..2^19: any other order gives other bits
-}
-std::vector<float> mine(size_t n) {
-    std::vector<float> v(n);
-    for (size_t i = 0; i < n; i++) v[i] = value(world().rank(), i);
-    return v;
-}
 // Lengths around the number of ranks, not divisible by it, empty, and longer than one piece of the message.
 std::vector<size_t> lengths() {
     return {0, 1, 2, 3, 5, 7, 1000, 4099, (size_t(1) << 18) * size_t(world().size()) + 13};
@@ -58,36 +42,50 @@ TEST_CASE("split groups ranks by color") {
 // Seen to fail with: ring shards by a size that does not divide the length; the last padded shard not cut off.
 TEST_CASE("every reduction is the sum over ranks, equal on all ranks") {
     for (const Reduction how : {Reduction::mpi, Reduction::ring, Reduction::ordered}) {
-        if (how == Reduction::ordered && (world().size() & (world().size() - 1)) != 0) continue;
+        if (how == Reduction::ordered && !power_of_two_ranks()) continue;
         CAPTURE(reduction_name(how));
         for (const size_t n : lengths()) {
             CAPTURE(n);
-            std::vector<float> v = mine(n);
+            std::vector<float> v = my_addends(n);
             all_reduce(world(), v, how);
             CHECK(same_everywhere(v.data(), v.size() * sizeof(float)));
-            double worst = 0;
-            for (size_t i = 0; i < n; i++) {
-                double sum = 0, magnitude = 0;
-                for (int r = 0; r < world().size(); r++) sum += value(r, i), magnitude += std::abs(value(r, i));
-                worst = std::max(worst, std::abs(v[i] - sum) / (magnitude * world().size() * 0x1p-24 + 1e-30));
-            }
-            CHECK(worst <= 1);  // size-1 roundings, each at most 2^-24 of the magnitude
+            CHECK(worst_error(v) <= world().size() * 0x1p-24);  // size-1 roundings
         }
     }
 }
 
+// Staged gradients rely on it.
+TEST_CASE("a call for each piece gives the bits of one call") {
+    const size_t piece = reduction_piece(world().size());
+    for (const Reduction how : {Reduction::mpi, Reduction::ring, Reduction::ordered}) {
+        if (how == Reduction::ordered && !power_of_two_ranks()) continue;
+        CAPTURE(reduction_name(how));
+        std::vector<float> whole = my_addends(piece + 13), pieces = whole;
+        all_reduce(world(), whole, how);
+        all_reduce(world(), std::span(pieces).first(piece), how);
+        all_reduce(world(), std::span(pieces).subspan(piece), how);
+        CHECK(whole == pieces);
+    }
+}
+
+TEST_CASE("the nccl reduction is not for host memory") {
+    if (world().size() == 1) return;
+    std::vector<float> v(3);
+    CHECK_THROWS_WITH_AS(all_reduce(world(), v, Reduction::nccl), doctest::Contains("device memory"), Error);
+}
+
 // Seen to fail with: rank order instead of the tree.
 TEST_CASE("ordered: exactly the balanced tree over ranks") {
-    if ((world().size() & (world().size() - 1)) != 0) {
+    if (!power_of_two_ranks()) {
         CHECK_THROWS_WITH_AS(all_reduce(world(), std::span<float>(), Reduction::ordered),
                              doctest::Contains("power of two"), Error);
         return;
     }
-    std::vector<float> v = mine(5000);
+    std::vector<float> v = my_addends(5000);
     all_reduce(world(), v, Reduction::ordered);
     for (size_t i = 0; i < v.size(); i++) {
         std::vector<float> level(static_cast<size_t>(world().size()));
-        for (int r = 0; r < world().size(); r++) level[size_t(r)] = value(r, i);
+        for (int r = 0; r < world().size(); r++) level[size_t(r)] = addend(r, i);
         while (level.size() > 1) {
             std::vector<float> up;
             for (size_t j = 0; j < level.size(); j += 2) up.push_back(level[j] + level[j + 1]);

@@ -9,7 +9,7 @@
 #include "test/mpi/world.h"
 
 namespace {
-using Hook = std::function<void(std::span<float>)>;
+using Hook = std::function<void(std::span<double>)>;
 constexpr int kSteps = 3;
 
 struct Outcome {
@@ -61,8 +61,8 @@ TEST_CASE("a change of one rank's gradient changes every rank's weights alike") 
         const Outcome plain = train(r, {}), again = train(r, {});
         CHECK(plain.weights == again.weights);
         for (size_t n_changed : {size_t(1), size_t(0)}) {  // the first element only; all of them
-            const Outcome other = train(r, [&](std::span<float> g) {
-                for (float& x : g.first(n_changed ? n_changed : g.size())) x += 1e-3f;
+            const Outcome other = train(r, [&](std::span<double> g) {
+                for (double& x : g.first(n_changed ? n_changed : g.size())) x += 1e-3;
             });
             CHECK(other.weights != plain.weights);
         }
@@ -74,7 +74,7 @@ TEST_CASE("NaN on one rank: all ranks skip that update, and the run goes on") {
         CAPTURE(int(r));
         const Outcome plain = train(r, {});
         const Outcome out = train(
-            r, [](std::span<float> g) { g[3] = std::numeric_limits<float>::quiet_NaN(); }, 1);
+            r, [](std::span<double> g) { g[3] = std::numeric_limits<double>::quiet_NaN(); }, 1);
         CHECK(out.updated == std::vector<bool>{true, false, true});
         CHECK(out.updates == kSteps - 1);
         CHECK(out.weights != plain.weights);

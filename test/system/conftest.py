@@ -21,6 +21,7 @@ import xxhash
 
 REPO = Path(__file__).resolve().parents[2]
 TRAIN = REPO / "train"
+EMULATED = REPO / "train-emulated"  # the GPU program over the emulator
 MPIRUN = os.environ.get("MPIRUN") or shutil.which("mpirun.mpich") or "mpirun"
 # Threads that wait must sleep: the tests run more threads and ranks than there may be cores.
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("KILN_")} | {"OMP_WAIT_POLICY": "passive"}
@@ -178,6 +179,7 @@ class Lab:
     def __init__(self, root: Path, data: Path) -> None:
         self.root = root
         self.data = data
+        self.program = TRAIN
         self.defaults = TINY | {
             "run.out_dir": str(root / "runs"),
             "data.train": [f"{data}/train_*.bin"],
@@ -198,7 +200,7 @@ class Lab:
 
     def command(self, name: str, settings: Settings | None = None, np: int = 1, flags: Sequence[str] = ()) -> list[str]:
         launcher = [MPIRUN, "-np", str(np)] if np > 1 else []
-        return [*launcher, str(TRAIN), *flags, "--config", str(self.config(name, settings))]
+        return [*launcher, str(self.program), *flags, "--config", str(self.config(name, settings))]
 
     def train(
         self,

@@ -1,0 +1,186 @@
+// DeviceComm over NCCL.  The only file that sees nccl.h.
+//
+// The communicator is non-blocking: a call may return ncclInProgress, and is then asked for until it has ended.  No
+// call and no wait is without a deadline.  What ends badly is aborted before the exception is thrown: a kernel that
+// waits for a lost rank would else hold up the release of the device's memory.
+#include "comm/nccl.h"
+
+#include <cuda_runtime.h>
+#include <nccl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <thread>
+
+namespace {
+using Clock = std::chrono::steady_clock;
+
+// Between two looks: first the host stays awake, then it naps, so that a long step costs no core.
+class Patience {
+  public:
+    explicit Patience(double seconds) : seconds_(seconds) {}
+    bool over() const { return waited() > seconds_; }
+    void rest() const {
+        if (waited() < 1e-3) return std::this_thread::yield();
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+
+  private:
+    double waited() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
+    double seconds_;
+    Clock::time_point start_ = Clock::now();
+};
+
+// NCCL's words without its advice in parentheses, which all of its errors get here.
+std::string text_of(ncclResult_t result) {
+    const std::string text = ncclGetErrorString(result);
+    return text.substr(0, text.find(" ("));
+}
+
+ncclUniqueId agree_on_id(Comm& comm) {
+    int version = 0;
+    ncclGetVersion(&version);
+    require_same(comm, uint64_t(version), Exit::usage,
+                 "another version of NCCL than rank 0; install the same everywhere");
+    ncclUniqueId id{};
+    const ncclResult_t made = comm.rank() == 0 ? ncclGetUniqueId(&id) : ncclSuccess;
+    if (made != ncclSuccess)
+        fail(Exit::internal, "NCCL: {} in ncclGetUniqueId; NCCL_DEBUG=WARN tells more", text_of(made));
+    comm.broadcast(&id, sizeof id, 0);
+    return id;
+}
+}  // namespace
+
+struct NcclComm::State {
+    ncclComm_t nccl = nullptr;  // null before it is made and after it was given up
+    int rank, size;
+    double timeout_s;
+    std::string call;  // the last one, for messages: "ncclAllReduce of 1000 floats over 4 ranks"
+    int n_exceptions = std::uncaught_exceptions();
+
+    void begin(const char* name, size_t n) {
+        if (!nccl) fail(Exit::internal, "NCCL: {} after a failure in {}", name, call);
+        call = fmt::format("{} of {} floats over {} ranks", name, n, size);
+    }
+
+    // Aborts the communicator, then throws.
+    [[noreturn]] void give_up(Exit code, const std::string& what) {
+        std::string detail = nccl ? ncclGetLastError(nccl) : "";
+        if (!detail.empty()) detail = fmt::format(" ({})", detail);
+        if (nccl) ncclCommAbort(nccl);
+        nccl = nullptr;
+        fail(code, "NCCL: {}{} in {}; NCCL_DEBUG=WARN tells more", what, detail, call);
+    }
+    void check(ncclResult_t result) {
+        if (result == ncclSuccess || result == ncclInProgress) return;
+        give_up(result == ncclRemoteError ? Exit::peer_lost : Exit::internal, text_of(result));
+    }
+    [[noreturn]] void give_up_waiting() {
+        give_up(Exit::peer_lost,
+                fmt::format("nothing came of it within {} s: another rank is gone or hangs,", timeout_s));
+    }
+    bool in_progress() {
+        ncclResult_t state = ncclSuccess;
+        check(ncclCommGetAsyncError(nccl, &state));
+        check(state);
+        return state == ncclInProgress;
+    }
+    // Until the call that returned `result` has ended.
+    void finish(ncclResult_t result) {
+        check(result);
+        const Patience patience(timeout_s);
+        while (in_progress()) {
+            if (patience.over()) give_up_waiting();
+            patience.rest();
+        }
+    }
+};
+
+NcclComm::NcclComm(Comm& comm, double timeout_s)
+    : state_(new State{.rank = comm.rank(), .size = comm.size(), .timeout_s = timeout_s}) {
+    const ncclUniqueId id = agree_on_id(comm);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    state_->call = fmt::format("ncclCommInitRankConfig of {} ranks", comm.size());
+    state_->finish(ncclCommInitRankConfig(&state_->nccl, comm.size(), id, comm.rank(), &config));
+}
+
+// Unwinding: this rank leaves while others may be in the middle of a call, so the clean end, which waits for them, is
+// not to be had.
+NcclComm::~NcclComm() {
+    if (!state_->nccl) return;
+    const bool unwinding = std::uncaught_exceptions() > state_->n_exceptions;
+    try {
+        if (unwinding) state_->give_up(Exit::internal, "an exception");
+        state_->call = "ncclCommFinalize";
+        state_->finish(ncclCommFinalize(state_->nccl));
+        ncclCommDestroy(state_->nccl);
+    } catch (const Error&) {
+        // given up: nothing is left to release
+    }
+}
+
+int NcclComm::rank() const { return state_->rank; }
+int NcclComm::size() const { return state_->size; }
+
+void NcclComm::all_reduce_sum(Buf data, Stream s) {
+    float* p = data.as<float>();
+    state_->begin("ncclAllReduce", data.count);
+    state_->finish(ncclAllReduce(p, p, data.count, ncclFloat32, ncclSum, state_->nccl, s));
+}
+
+void NcclComm::all_to_all(Buf send, Buf recv, Stream s) {
+    const size_t n = send.count / size_t(size());
+    CHECK_THAT(n * size_t(size()) == send.count && recv.count == send.count,
+               "all_to_all of {} to {} floats over {} ranks", send.count, recv.count, size());
+    state_->begin("ncclSend and ncclRecv", n);
+    ncclResult_t result = ncclGroupStart();
+    const auto add = [&](ncclResult_t r) {
+        if (r != ncclSuccess && r != ncclInProgress && result == ncclSuccess) result = r;
+    };
+    for (int r = 0; r < size(); r++) {
+        add(ncclSend(send.as<float>() + size_t(r) * n, n, ncclFloat32, r, state_->nccl, s));
+        add(ncclRecv(recv.as<float>() + size_t(r) * n, n, ncclFloat32, r, state_->nccl, s));
+    }
+    const ncclResult_t ended = ncclGroupEnd();  // always: an open group would swallow what comes next
+    state_->finish(result == ncclSuccess ? ended : result);
+}
+
+void NcclComm::all_gather(Buf send, Buf recv, Stream s) {
+    CHECK_THAT(recv.count == send.count * size_t(size()), "all_gather of {} to {} floats over {} ranks", send.count,
+               recv.count, size());
+    state_->begin("ncclAllGather", send.count);
+    state_->finish(ncclAllGather(send.as<float>(), recv.as<float>(), send.count, ncclFloat32, state_->nccl, s));
+}
+
+void NcclComm::wait(Stream s) {
+    if (!state_->nccl) fail(Exit::internal, "NCCL: a wait after a failure in {}", state_->call);
+    const Patience patience(state_->timeout_s);
+    for (;;) {
+        const cudaError_t done = cudaStreamQuery(s);
+        if (done == cudaSuccess) return;
+        if (done != cudaErrorNotReady) cuda_backend().synchronize(s);  // throws, and names the kernel
+        cudaGetLastError();     // "not ready" would otherwise be taken for the error of the next launch
+        state_->in_progress();  // throws when the communicator has failed
+        if (patience.over()) state_->give_up_waiting();
+        patience.rest();
+    }
+}
+
+bool every_rank_has_its_own_device(const std::vector<std::string>& device_of_rank) {
+    std::vector<std::string> sorted = device_of_rank;
+    std::ranges::sort(sorted);
+    return std::ranges::adjacent_find(sorted) == sorted.end();
+}
+
+bool every_rank_has_its_own_device(Comm& comm, const std::string& mine) {
+    constexpr size_t kLongest = 512;
+    CHECK_THAT(mine.size() < kLongest, "a device name of {} bytes", mine.size());
+    std::vector<char> send(kLongest), recv(kLongest * size_t(comm.size()));
+    std::ranges::copy(mine, send.begin());
+    comm.all_gather(send.data(), recv.data(), kLongest);
+    std::vector<std::string> all;  // (ranks)
+    for (int r = 0; r < comm.size(); r++) all.emplace_back(&recv[size_t(r) * kLongest]);
+    return every_rank_has_its_own_device(all);
+}

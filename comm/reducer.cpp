@@ -1,0 +1,176 @@
+#include "comm/reducer.h"
+
+#include <algorithm>
+#include <array>
+
+#include "comm/nccl.h"
+#include "kernels/owners.h"
+
+namespace {
+void check_size(Buf grad, size_t n) {
+    CHECK_THAT(grad.count == n && grad.dtype == DType::f32, "a gradient of {} {}, the reduction was made for {} f32",
+               grad.count, dtype_name(grad.dtype), n);
+}
+
+class OneRank final : public Reducer {
+  public:
+    explicit OneRank(const Backend& k) : k_(k) {}
+    void sum(Buf, Stream) override {}
+    void wait(Stream s) override { k_.synchronize(s); }
+    const char* name() const override { return "one rank"; }
+    size_t scratch_bytes() const override { return 0; }
+
+  private:
+    const Backend& k_;
+};
+
+// The CPU backend: its work is done when a call returns, and its memory is the host's.
+class InPlace final : public Reducer {
+  public:
+    InPlace(Comm& comm, Reduction how, size_t n) : comm_(comm), how_(how), n_(n) {}
+    void sum(Buf grad, Stream) override {
+        check_size(grad, n_);
+        all_reduce(comm_, {grad.as<float>(), n_}, how_);
+    }
+    void wait(Stream) override {}
+    const char* name() const override { return reduction_name(how_); }
+    size_t scratch_bytes() const override { return 0; }
+
+  private:
+    Comm& comm_;
+    const Reduction how_;
+    const size_t n_;
+};
+
+// Device -> pinned memory -> all_reduce() -> device, in the pieces that all_reduce() itself would work in, so that the
+// bits are those of one call.  While the ranks sum a piece, the next one is on its way to the host.
+class Staged final : public Reducer {
+  public:
+    Staged(const Backend& k, Comm& comm, Reduction how, size_t n)
+        : k_(k),
+          comm_(comm),
+          how_(how),
+          n_(n),
+          piece_(std::min(n, reduction_piece(comm.size()))),
+          name_(fmt::format("{} through host memory", reduction_name(how))),
+          slots_{Slot(k, piece_), Slot(k, piece_)} {}
+
+    void sum(Buf grad, Stream s) override {
+        check_size(grad, n_);
+        fetch(grad, 0, s);
+        for (size_t i = 0; i * piece_ < n_; i++) {
+            fetch(grad, i + 1, s);
+            const Slot& slot = slots_[i % 2];
+            const Buf part = piece(grad, i);  // (<= piece_)
+            k_.wait_mark(slot.fetched.get());
+            all_reduce(comm_, {slot.host.as<float>(), part.count}, how_);
+            k_.upload(part.data, slot.host.as<void>(), part.n_bytes(), s);
+        }
+    }
+    void wait(Stream s) override { k_.synchronize(s); }
+    const char* name() const override { return name_.c_str(); }
+    size_t scratch_bytes() const override { return 0; }
+
+  private:
+    struct Slot {
+        HostBuffer host;    // (piece_) f32
+        MarkOwner fetched;  // the piece has come down
+        Slot(const Backend& k, size_t piece) : host(k, piece * sizeof(float)), fetched(k) {}
+    };
+    Buf piece(Buf grad, size_t i) const { return grad.slice(i * piece_, std::min(piece_, n_ - i * piece_)); }
+    // The slot's former piece goes up before this one comes down: both are on the stream, in this order.
+    void fetch(Buf grad, size_t i, Stream s) {
+        if (i * piece_ >= n_) return;
+        const Buf part = piece(grad, i);
+        k_.download(slots_[i % 2].host.as<void>(), part.data, part.n_bytes(), s);
+        k_.set_mark(slots_[i % 2].fetched.get(), s);
+    }
+    const Backend& k_;
+    Comm& comm_;
+    const Reduction how_;
+    const size_t n_, piece_;
+    const std::string name_;
+    std::array<Slot, 2> slots_;
+};
+
+class Fused final : public Reducer {
+  public:
+    Fused(DeviceComm& device, size_t n) : device_(device), n_(n) {}
+    void sum(Buf grad, Stream s) override {
+        check_size(grad, n_);
+        if (n_) device_.all_reduce_sum(grad, s);
+    }
+    void wait(Stream s) override { device_.wait(s); }
+    const char* name() const override { return "nccl"; }
+    size_t scratch_bytes() const override { return 0; }
+
+  private:
+    DeviceComm& device_;
+    const size_t n_;
+};
+
+// Every rank gets one shard of a piece from all ranks, sums it by the tree, and hands it to all.  Sums are element by
+// element: where pieces and shards end does not touch the bits.  The last few elements, which do not make a shard for
+// every rank, go to everyone and are summed by everyone.
+class MovedShards final : public Reducer {
+  public:
+    MovedShards(const Backend& k, DeviceComm& device, size_t n, size_t longest)
+        : k_(k),
+          device_(device),
+          n_(n),
+          tail_(n % (ranks() * kShardUnit)),
+          shard_(std::min((n - tail_) / ranks(), longest ? longest : affordable(ranks()))) {
+        arena_.add(parts_, "parts", ranks() * std::max(shard_, tail_), DType::f32);
+        arena_.allocate(k.memory, [&](void* p, size_t n_bytes) { k.zero(p, n_bytes, nullptr); });
+        k.synchronize(nullptr);
+    }
+    void sum(Buf grad, Stream s) override {
+        check_size(grad, n_);
+        for (size_t start = 0; start < n_ - tail_; start += ranks() * shard_) {
+            const size_t n = std::min(shard_, (n_ - tail_ - start) / ranks());
+            const Buf piece = grad.slice(start, ranks() * n);             // (ranks, n)
+            const Buf mine = piece.slice(size_t(device_.rank()) * n, n);  // (n)
+            device_.all_to_all(piece, parts(n), s);
+            k_.tree_sum({.y = mine, .x = parts(n), .parts = device_.size()}, s);
+            device_.all_gather(mine, piece, s);
+        }
+        if (!tail_) return;
+        const Buf tail = grad.slice(n_ - tail_, tail_);
+        device_.all_gather(tail, parts(tail_), s);
+        k_.tree_sum({.y = tail, .x = parts(tail_), .parts = device_.size()}, s);
+    }
+    void wait(Stream s) override { device_.wait(s); }
+    const char* name() const override { return "ordered, moved by nccl"; }
+    size_t scratch_bytes() const override { return arena_.n_bytes(); }
+
+  private:
+    static constexpr size_t kShardUnit = 4;  // shards begin on 16 bytes
+    // 64 MiB of scratch memory, but no shard below 2^18 elements, where messages cost more than their bytes, or above
+    // 2^22.
+    static constexpr size_t affordable(size_t ranks) {
+        return std::clamp((size_t(1) << 24) / ranks, size_t(1) << 18, size_t(1) << 22) / kShardUnit * kShardUnit;
+    }
+    size_t ranks() const { return size_t(device_.size()); }
+    Buf parts(size_t n) const { return parts_.slice(0, ranks() * n); }  // (ranks, n)
+
+    const Backend& k_;
+    DeviceComm& device_;
+    const size_t n_, tail_, shard_;
+    Arena arena_{"reduction"};
+    Buf parts_;  // (ranks, max(shard_, tail_)) f32
+};
+}  // namespace
+
+std::unique_ptr<Reducer> make_reducer(const Backend& k, Comm& comm, Reduction how, size_t n, NcclComm* nccl,
+                                      size_t longest_shard) {
+    if (comm.size() == 1) return std::make_unique<OneRank>(k);
+    CHECK_THAT(how != Reduction::ordered || (comm.size() & (comm.size() - 1)) == 0,
+               "ordered reduction over {} ranks; needs a power of two", comm.size());
+    CHECK_THAT(how != Reduction::nccl || nccl, "the nccl reduction needs a communicator between devices");
+    DeviceComm* device = nccl;  // calls go through its table, so that a build without CUDA links without comm/nccl.cpp
+    CHECK_THAT(!device || device->size() == comm.size(), "{} ranks, but {} devices", comm.size(), device->size());
+    if (how == Reduction::nccl) return std::make_unique<Fused>(*device, n);
+    if (&k == &cpu_backend()) return std::make_unique<InPlace>(comm, how, n);
+    if (how == Reduction::ordered && device) return std::make_unique<MovedShards>(k, *device, n, longest_shard);
+    return std::make_unique<Staged>(k, comm, how, n);
+}

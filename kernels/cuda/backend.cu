@@ -1,0 +1,102 @@
+// The table of the CUDA backend, its memory, streams and marks.  The device itself: device.cu.
+#include "kernels/cuda/cuda.h"
+
+#include <string_view>
+
+namespace {
+// What a failed allocation throws.  Sizes that no device has may be refused as invalid rather than as too large.
+void check_alloc(cudaError_t error, size_t n_bytes, const char* call) {
+    if (error != cudaErrorMemoryAllocation && error != cudaErrorInvalidValue) return cuda::check_cuda(error, call);
+    cudaGetLastError();  // not sticky: must not show again at the next launch
+    size_t n_free = 0, n_total = 0;
+    cudaMemGetInfo(&n_free, &n_total);
+    fail(Exit::memory,
+         "out of memory: the device has {} of {} free, {} bytes ({}) asked{}; use a smaller train.micro_batch_size or "
+         "model",
+         human_bytes(n_free), human_bytes(n_total), n_bytes, human_bytes(n_bytes),
+         std::string_view(call) == "cudaMallocHost" ? " of pinned host memory" : "");
+}
+void* alloc(size_t n_bytes) {
+    void* p = nullptr;
+    check_alloc(cudaMalloc(&p, n_bytes ? n_bytes : 1), n_bytes, "cudaMalloc");
+    return p;
+}
+void* alloc_host(size_t n_bytes) {
+    void* p = nullptr;
+    check_alloc(cudaMallocHost(&p, n_bytes ? n_bytes : 1), n_bytes, "cudaMallocHost");
+    return p;
+}
+// Destructors call what gives back: it reports nothing, and after a sticky error or at exit it has nothing left to do.
+void release(void* p) { cudaFree(p); }
+void release_host(void* p) { cudaFreeHost(p); }
+Stream open_stream() {
+    cudaStream_t s = nullptr;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+    return s;
+}
+void close_stream(Stream s) { cudaStreamDestroy(s); }
+void zero(void* to, size_t n_bytes, Stream s) {
+    if (n_bytes) CUDA_CHECK(cudaMemsetAsync(to, 0, n_bytes, s));
+}
+void upload(void* to, const void* from, size_t n_bytes, Stream s) {
+    if (n_bytes) CUDA_CHECK(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyHostToDevice, s));
+}
+void download(void* to, const void* from, size_t n_bytes, Stream s) {
+    if (n_bytes) CUDA_CHECK(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyDeviceToHost, s));
+}
+void synchronize(Stream s) { CUDA_CHECK(cudaStreamSynchronize(s)); }
+
+cudaEvent_t event_of(const Mark* m) { return reinterpret_cast<cudaEvent_t>(const_cast<Mark*>(m)); }
+Mark* new_mark() {
+    cudaEvent_t e = nullptr;
+    CUDA_CHECK(cudaEventCreateWithFlags(&e, cudaEventDefault));
+    return reinterpret_cast<Mark*>(e);
+}
+void free_mark(Mark* m) { cudaEventDestroy(event_of(m)); }
+void set_mark(Mark* m, Stream s) { CUDA_CHECK(cudaEventRecord(event_of(m), s)); }
+void wait_mark(const Mark* m) { CUDA_CHECK(cudaEventSynchronize(event_of(m))); }
+double ms_between(const Mark* from, const Mark* to) {
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(from), event_of(to)));
+    return double(ms);
+}
+}  // namespace
+
+const Backend& cuda_backend() {
+    static constexpr Backend backend = {
+        .name = "cuda",
+        .memory = {.alloc = alloc, .free = release},
+        .host_memory = {.alloc = alloc_host, .free = release_host},
+        .open_stream = open_stream,
+        .close_stream = close_stream,
+        .zero = zero,
+        .upload = upload,
+        .download = download,
+        .synchronize = synchronize,
+        .new_mark = new_mark,
+        .free_mark = free_mark,
+        .set_mark = set_mark,
+        .wait_mark = wait_mark,
+        .ms_between = ms_between,
+        .embedding_forward = cuda::embedding_forward,
+        .embedding_backward = cuda::embedding_backward,
+        .layernorm_forward = cuda::layernorm_forward,
+        .layernorm_backward = cuda::layernorm_backward,
+        .linear_forward = cuda::linear_forward,
+        .linear_backward = cuda::linear_backward,
+        .gelu_forward = cuda::gelu_forward,
+        .gelu_backward = cuda::gelu_backward,
+        .attention_forward = cuda::attention_forward,
+        .attention_backward = cuda::attention_backward,
+        .dropout = cuda::dropout,
+        .cross_entropy = cuda::cross_entropy,
+        .row_sum = cuda::row_sum,
+        .add = cuda::add,
+        .tree_sum = cuda::tree_sum,
+        .cast = cuda::cast,
+        .hash = cuda::hash,
+        .optimizer_update = cuda::optimizer_update,
+        .grad_norm = cuda::grad_norm,
+    };
+    return backend;
+}

@@ -1,0 +1,158 @@
+// Softmax and cross-entropy of each row, and the gradient in place of the logits.
+//
+//   loss = log s + m - x[target],   m = max_v x[v],  s = sum_v exp(x[v] - m)       v over the V true columns
+//   x[v] becomes exp(x[v] - m) grad_scale / s - (v == target) grad_scale, and 0 in the padded columns V..Vp
+//
+//   shapes     logits (BT, Vp) real    targets (BT) i32    loss (BT) f32    correct (BT) i32
+//   traffic    training: one read and one write of the logits where a row fits in a block's shared memory (50304
+//              columns of bf16 take 98.25 KiB: on 8.0, 9.0 and 10.0, not on 8.6 and 8.9), else a second read, from L2.
+//              Evaluation: one read.  Two exponentials per column.   bound: memory
+//   limits     any V <= Vp; |logits| below 2^127.  Targets are checked on the host before they are uploaded: a target
+//              outside [0, V) reads and writes nothing out of bounds, the row's loss and gradient become NaN
+//   order      one block per row; a thread takes every blockDim-th vector of 16 bytes: a running maximum, and the sum
+//              in fp32 relative to it; then the block's maximum, and a fixed tree over the sums brought to it.  The
+//              number of threads follows from Vp alone: both ways of reading give the same bits
+//   error      ex2.approx is off by 2^-22 at most, its argument by three roundings
+#include "kernels/cuda/cuda.h"
+#include "kernels/elementwise.cuh"
+#include "kernels/ptx.cuh"
+
+#include <algorithm>
+#include <cfloat>
+
+namespace {
+using device::kVec;
+
+// Two blocks of so many threads, each with a row of 100 KB, share a multiprocessor: one reads while the other computes.
+constexpr int kMaxThreads = 512;
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// exp(x - m).  The difference comes first: x log2(e) - m log2(e) in one step is wrong for large m.
+__device__ __forceinline__ float exp_above(float x, float m) { return ptx::ex2((x - m) * kLog2E); }
+
+__device__ __forceinline__ float block_max(float v, float* part) {
+    const int lane = int(threadIdx.x) % 32, n_warps = int(blockDim.x) / 32;
+    v = device::warp_max(v);
+    if (lane == 0) part[threadIdx.x / 32] = v;
+    __syncthreads();
+    return device::warp_max(lane < n_warps ? part[lane] : -FLT_MAX);
+}
+
+// N logits at column c; -inf behind the V-th.
+template <class T>
+__device__ __forceinline__ void load_logits(float (&x)[kVec<T>], const T* row, int c, int V, bool vectors) {
+    const int count = V - c < kVec<T> ? V - c : kVec<T>;
+    device::load_some(x, row + c, count, vectors);
+    if (count < kVec<T>) {
+        SIMT_UNROLL
+        for (int i = 0; i < kVec<T>; i++)
+            if (i >= count) x[i] = -INFINITY;
+    }
+}
+
+// Kept: the row stays in dynamic shared memory between the two passes; every thread reads only what it copied itself.
+template <class T, bool Kept>
+__global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(float* loss,             // (BT)
+                                                                    int32_t* correct,        // (BT) or null
+                                                                    T* logits,               // (BT, Vp)
+                                                                    const int32_t* targets,  // (BT)
+                                                                    int V, int Vp, float grad_scale, bool vectors) {
+    constexpr int N = kVec<T>;
+    SIMT_DYN_SHARED(dynamic);
+    SIMT_SHARED(float, maxima, [kMaxThreads / 32]);
+    SIMT_SHARED(float, sums, [kMaxThreads / 32]);
+    T* row = logits + size_t(blockIdx.x) * Vp;  // (Vp)
+    const int c0 = int(threadIdx.x) * N, step = int(blockDim.x) * N;
+    const T* from = row;  // (Vp)
+    if constexpr (Kept) {
+        T* kept = reinterpret_cast<T*>(dynamic);  // (Vp)
+        for (int c = c0; c < V; c += step) ptx::cp_async16(kept + c, row + c);
+        ptx::cp_async_commit();
+        from = kept;
+    }
+    const int target = targets[blockIdx.x];
+    const bool known = target >= 0 && target < V;
+    const float at_target = known ? float(row[target]) : NAN;  // before any thread passes a barrier and writes
+    if constexpr (Kept) ptx::cp_async_wait<0>();
+
+    // From -FLT_MAX, not -inf: a row may begin with -inf, and -inf - -inf is NaN.  fmaxf ignores NaN, the sum does not.
+    float m = -FLT_MAX, before = -FLT_MAX;  // largest of the thread, and of what it has before the target
+    float sum = 0;                          // of exp(x - m)
+    for (int c = c0; c < V; c += step) {
+        float x[N];
+        load_logits(x, from, c, V, vectors);
+        float top = x[0];
+        SIMT_UNROLL
+        for (int i = 1; i < N; i++) top = fmaxf(top, x[i]);
+        if (c + N <= target) {
+            before = fmaxf(before, top);
+        } else if (c < target) {
+            SIMT_UNROLL
+            for (int i = 0; i < N; i++)
+                if (c + i < target) before = fmaxf(before, x[i]);
+        }
+        const float larger = fmaxf(m, top);
+        sum *= exp_above(m, larger);
+        m = larger;
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) sum += exp_above(x[i], m);
+    }
+    const float largest = block_max(m, maxima);
+    sum = device::block_sum(sum * exp_above(m, largest), sums);
+    const bool earlier = __syncthreads_or(before == largest);
+    if (threadIdx.x == 0) {
+        loss[blockIdx.x] = logf(sum) + (largest - at_target);
+        if (correct) correct[blockIdx.x] = at_target == largest && !earlier;
+    }
+    if (grad_scale == 0) return;
+
+    const float scale = known ? grad_scale / sum : NAN;
+    for (int c = c0; c < Vp; c += step) {
+        float x[N];
+        load_logits(x, from, c, V, vectors);
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) x[i] = exp_above(x[i], largest) * scale;
+        if (target >= c && target < c + N) {
+            SIMT_UNROLL
+            for (int i = 0; i < N; i++)
+                if (c + i == target) x[i] -= grad_scale;
+        }
+        if (c + N > V) {  // zero also where the scale is NaN
+            SIMT_UNROLL
+            for (int i = 0; i < N; i++)
+                if (c + i >= V) x[i] = 0;
+        }
+        device::store_some(row + c, x, Vp - c < N ? Vp - c : N, vectors);
+    }
+}
+
+// Shared memory that a block of the current device may ask for.
+size_t most_shared_memory() {
+    int device = 0, n_bytes = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&n_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return size_t(n_bytes);
+}
+}  // namespace
+
+namespace cuda {
+void cross_entropy(const CrossEntropy& a, Stream s) {
+    const size_t BT = size_t(a.BT), Vp = size_t(a.Vp);
+    expect_size("cross_entropy.loss", a.loss, BT, "BT");
+    if (a.correct) expect_size("cross_entropy.correct", a.correct, BT, "BT");
+    expect_size("cross_entropy.logits", a.logits, BT * Vp, "BT*Vp");
+    expect_size("cross_entropy.targets", a.targets, BT, "BT");
+    CHECK_THAT(a.V >= 1 && a.V <= a.Vp, "cross_entropy: V = {}, expected 1 <= V <= Vp = {}", a.V, a.Vp);
+    with_real(a.logits.dtype, [&]<class T>() {
+        T* logits = a.logits.as<T>();  // (BT, Vp)
+        const size_t n_warps = (Vp + 32 * kVec<T> - 1) / (32 * kVec<T>);
+        const bool vectors = Vp % kVec<T> == 0 && device::aligned16(logits);
+        // 1024: room for the static arrays in front of the row
+        const bool kept = a.grad_scale != 0 && vectors && Vp * sizeof(T) + 1024 <= most_shared_memory();
+        CUDA_CHECK(simt::launch(kept ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>,
+                                dim3(unsigned(BT)), dim3(unsigned(std::min<size_t>(32 * n_warps, kMaxThreads))),
+                                kept ? Vp * sizeof(T) : 0, s, a.loss.as<float>(), a.correct.as<int32_t>(), logits,
+                                a.targets.as<int32_t>(), a.V, a.Vp, a.grad_scale, vectors));
+    });
+}
+}  // namespace cuda

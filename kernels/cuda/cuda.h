@@ -1,0 +1,61 @@
+// What the CUDA backend's files share: its ops, the device, error checks, the one dtype switch.  Only kernels/cuda and
+// comm/nccl* see CUDA's headers.
+#pragma once
+#include "kernels/ops.h"
+#include "kernels/simt.h"
+
+namespace cuda {
+void embedding_forward(const Embedding&, Stream);
+void embedding_backward(const EmbeddingGrad&, Stream);
+void layernorm_forward(const LayerNorm&, Stream);
+void layernorm_backward(const LayerNormGrad&, Stream);
+void linear_forward(const Linear&, Stream);
+void linear_backward(const LinearGrad&, Stream);
+void gelu_forward(const Gelu&, Stream);
+void gelu_backward(const GeluGrad&, Stream);
+void attention_forward(const Attention&, Stream);
+void attention_backward(const AttentionGrad&, Stream);
+void dropout(const Dropout&, Stream);
+void cross_entropy(const CrossEntropy&, Stream);
+void row_sum(const RowSum&, Stream);
+void add(const Add&, Stream);
+void tree_sum(const TreeSum&, Stream);
+void cast(const Cast&, Stream);
+void hash(const Hash&, Stream);
+void optimizer_update(const OptimizerUpdate&, Stream);
+void grad_norm(const GradNorm&, Stream);
+
+// Throws Error(Exit::internal): the error, the call's text, and the kernels launched last (a kernel's own fault shows at
+// a later call; KILN_CUDA_SYNC=1 waits after each launch and names the guilty one).  Exit::memory when memory ran out.
+void check_cuda(cudaError_t error, const char* call);
+#define CUDA_CHECK(call) ::cuda::check_cuda((call), #call)
+
+// Scratch memory of the open device, shared by all ops of its one compute stream: what an op leaves in it is gone with
+// the next op.  Elements of T; Error(Exit::internal) when it is too small.
+constexpr size_t kWorkspaceBytes = size_t(64) << 20;
+Buf workspace_bytes(size_t n_bytes, const char* op);
+template <class T>
+T* workspace(size_t count, const char* op) {
+    return static_cast<T*>(workspace_bytes(count * sizeof(T), op).data);
+}
+
+// Streaming multiprocessors of the open device: how many blocks a persistent grid has.  An op whose sums depend on the
+// number of blocks must not use it: bits would differ from GPU to GPU.
+int n_multiprocessors();
+
+// Calls f.operator()<float>() or <bf16>() by the dtype of an op's `real` tensors: the only dtype switch of an op.
+template <class F>
+void with_real(DType t, F&& f) {
+    switch (t) {
+        case DType::f32:
+            return f.template operator()<float>();
+        case DType::bf16:
+            return f.template operator()<bf16>();
+        default:
+            fail(Exit::internal, "the CUDA backend computes in fp32 and bf16, not {}", dtype_name(t));
+    }
+}
+
+// Blocks of `size` that cover n elements.
+constexpr unsigned blocks_for(size_t n, size_t size) { return unsigned((n + size - 1) / size); }
+}  // namespace cuda

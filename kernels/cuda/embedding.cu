@@ -1,0 +1,224 @@
+// Token and position embedding.
+//
+//   forward    y[b,t] = wte[token[b,t]] + wpe[t]
+//   backward   dwte[v] += sum over (b,t) with token v of dy[b,t]      dwpe[t] (+)= sum_b dy[b,t]
+//
+//   shapes     y, dy (B, T, C) real    tokens, order (B, T) i32    wte (Vp, C), wpe (>= T, C) real    dwte, dwpe f32
+//   traffic    forward 3 BT C elements (rows of wpe and of frequent tokens from L2); backward dy twice, the rows of
+//              dwte that occur, and at most two partial rows of fp32 for each 32 rows of dy.   bound: memory
+//   limits     any C from 1 to 2^22.  Tokens are checked on the host before they are uploaded: one outside [0, V) reads
+//              and writes nothing out of bounds; its row of y becomes NaN, and the backward leaves it out of dwte
+//   order      dwte: `order` lists the rows sorted by token, equal tokens ascending.  It is cut into chunks of 32 rows
+//              (of more where the partial sums would not fit in the workspace); a token's rows inside a chunk are added
+//              ascending.  A token that lies in one chunk is finished there; of one that crosses borders the chunks'
+//              sums are added by 16 warps in turn, then the warps' sums ascending.  dwpe: b ascending.  The partition
+//              follows from BT and C alone
+#include "kernels/cuda/cuda.h"
+#include "kernels/elementwise.cuh"
+
+#include <algorithm>
+
+namespace {
+using device::kVec;
+
+constexpr int kRowsPerBlock = 8;                    // of the forward, a warp each
+constexpr size_t kChunk = 32;                       // sorted rows whose sums one block takes
+constexpr int kJoinWarps = 16, kJoinColumns = 128;  // of a block that adds sums across chunks
+
+template <class T>
+__global__ void embedding_forward_kernel(T* y,                   // (B, T, C)
+                                         const int32_t* tokens,  // (B, T)
+                                         const T* wte,           // (Vp, C)
+                                         const T* wpe,           // (>= T, C)
+                                         size_t BT, int n_times, int C, int V, bool vectors) {
+    constexpr int N = kVec<T>;
+    const size_t bt = size_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
+    if (bt >= BT) return;
+    const int token = tokens[bt];
+    const bool known = token >= 0 && token < V;
+    const T* word = wte + size_t(known ? token : 0) * C;  // (C)
+    const T* place = wpe + bt % size_t(n_times) * C;      // (C)
+    for (int c = int(threadIdx.x) % 32 * N; c < C; c += 32 * N) {
+        const int count = C - c < N ? C - c : N;
+        float v[N], p[N];
+        device::load_some(v, word + c, count, vectors);
+        device::load_some(p, place + c, count, vectors);
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) v[i] = known ? v[i] + p[i] : NAN;
+        device::store_some(y + bt * C + c, v, count, vectors);
+    }
+}
+
+// A thread has N columns of a place.
+template <class T>
+__global__ void embedding_backward_places_kernel(float* dwpe,  // (places, C)
+                                                 const T* dy,  // (B, T, C)
+                                                 int B, int n_times, int C, size_t places, bool accumulate,
+                                                 bool vectors) {
+    constexpr int N = kVec<T>;
+    const size_t per_row = (size_t(C) + N - 1) / N, i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const size_t t = i / per_row;
+    if (t >= places || (accumulate && t >= size_t(n_times))) return;
+    const int c = int(i % per_row) * N, count = C - c < N ? C - c : N;
+    float sum[N] = {}, v[N];
+    for (int b = 0; b < B && t < size_t(n_times); b++) {
+        device::load_some(v, dy + (size_t(b) * n_times + t) * C + c, count, vectors);
+        SIMT_UNROLL
+        for (int k = 0; k < N; k++) sum[k] += v[k];
+    }
+    float* out = dwpe + t * C + c;  // (N)
+    if (accumulate) {
+        device::load_some(v, out, count, vectors);
+        SIMT_UNROLL
+        for (int k = 0; k < N; k++) sum[k] += v[k];
+    }
+    device::store_some(out, sum, count, vectors);
+}
+
+// dwte and what both of its kernels read.  A run is the stretch of equal tokens in the sorted rows.
+template <class T>
+struct Words {
+    float* dwte;     // (Vp, C)         +=
+    float* partial;  // (chunks, 2, C)  =   sum of the run that comes from the chunk before; of that which goes on
+    const T* dy;     // (BT, C)
+    const int32_t* tokens;  // (BT)
+    const int32_t* order;   // (BT)
+    size_t BT, chunk;       // chunk: sorted rows of one
+    int C, V;
+    bool vectors;
+    // Token of sorted row p; -1 behind the last, and for p = -1.
+    __device__ int token_at(size_t p) const { return p < BT ? tokens[order[p]] : -1; }
+};
+
+// One block per chunk; a thread has N columns.
+template <class T>
+__global__ void __launch_bounds__(256) embedding_backward_words_kernel(SIMT_PARAM Words<T> a) {
+    constexpr int N = kVec<T>, kAhead = 4;  // rows whose loads are in flight
+    const size_t first = blockIdx.x * a.chunk, end = first + a.chunk < a.BT ? first + a.chunk : a.BT, C = size_t(a.C);
+    float* partial = a.partial + blockIdx.x * (2 * C);  // (2, C)
+    for (int c = int(threadIdx.x) * N; c < a.C; c += int(blockDim.x) * N) {
+        const int count = a.C - c < N ? a.C - c : N;
+        int token = a.token_at(first);
+        bool from_before = a.token_at(first - 1) == token;
+        float sum[N] = {};
+        for (size_t p = first; p < end; p += kAhead) {
+            float v[kAhead][N];
+            int next[kAhead];
+            SIMT_UNROLL
+            for (int k = 0; k < kAhead; k++) {
+                const bool there = p + k < end;
+                device::load_some(v[k], a.dy + size_t(there ? a.order[p + k] : 0) * C + c, there ? count : 0,
+                                  a.vectors);
+                next[k] = a.token_at(p + k + 1);
+            }
+            SIMT_UNROLL
+            for (int k = 0; k < kAhead; k++) {
+                if (p + k >= end) break;
+                SIMT_UNROLL
+                for (int i = 0; i < N; i++) sum[i] += v[k][i];
+                const bool goes_on = next[k] == token;
+                if (goes_on && p + k + 1 < end) continue;
+                if (from_before || goes_on) {
+                    device::store_some(partial + (from_before ? 0 : C) + c, sum, count, a.vectors);
+                } else if (token >= 0 && token < a.V) {
+                    float* out = a.dwte + size_t(token) * C + c;  // (N)
+                    float old[N];
+                    device::load_some(old, out, count, a.vectors);
+                    SIMT_UNROLL
+                    for (int i = 0; i < N; i++) sum[i] += old[i];
+                    device::store_some(out, sum, count, a.vectors);
+                }
+                token = next[k];
+                from_before = false;
+                SIMT_UNROLL
+                for (int i = 0; i < N; i++) sum[i] = 0;
+            }
+        }
+    }
+}
+
+// Adds the run that begins in chunk blockIdx.x and goes on behind it, if there is one, to dwte.  A lane has four
+// columns.
+template <class T>
+__global__ void __launch_bounds__(32 * kJoinWarps) embedding_backward_join_kernel(SIMT_PARAM Words<T> a) {
+    using Four = device::Vec<float, 4>;
+    SIMT_SHARED(Four, part, [kJoinWarps][32]);
+    const size_t first = blockIdx.x * a.chunk, last = first + a.chunk - 1, C = size_t(a.C);
+    if (last + 1 >= a.BT) return;
+    const int token = a.token_at(last);
+    if (a.token_at(last + 1) != token || a.token_at(first - 1) == token || token < 0 || token >= a.V) return;
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    const int c = int(blockIdx.y) * kJoinColumns + 4 * lane, count = a.C - c < 4 ? a.C - c : 4;
+    float sum[4] = {}, v[4];
+    for (size_t i = blockIdx.x + warp; i == blockIdx.x || a.token_at(i * a.chunk) == token; i += kJoinWarps) {
+        device::load_some(v, a.partial + (2 * i + (i == blockIdx.x)) * C + c, count, a.vectors);
+        SIMT_UNROLL
+        for (int k = 0; k < 4; k++) sum[k] += v[k];
+    }
+    part[warp][lane] = {sum[0], sum[1], sum[2], sum[3]};
+    __syncthreads();
+    if (warp > 0) return;
+    float* out = a.dwte + size_t(token) * C + c;  // (4)
+    device::load_some(sum, out, count, a.vectors);
+    SIMT_NO_UNROLL
+    for (int i = 0; i < kJoinWarps; i++) {
+        SIMT_UNROLL
+        for (int k = 0; k < 4; k++) sum[k] += part[i][lane][k];
+    }
+    device::store_some(out, sum, count, a.vectors);
+}
+
+void expect_table(const char* what, const Buf& table, size_t rows, int C, const char* formula) {
+    CHECK_THAT(table.data && table.count % size_t(C) == 0 && table.count / size_t(C) >= rows,
+               "{} holds {} elements, expected whole rows of C = {}, at least {} = {} of them", what, table.count, C,
+               formula, rows);
+}
+}  // namespace
+
+namespace cuda {
+void embedding_forward(const Embedding& a, Stream s) {
+    const size_t BT = size_t(a.B) * a.T;
+    expect_size("embedding.y", a.y, BT * a.C, "B*T*C");
+    expect_size("embedding.tokens", a.tokens, BT, "B*T");
+    expect_table("embedding.wte", a.wte, size_t(a.V), a.C, "V");
+    expect_table("embedding.wpe", a.wpe, size_t(a.T), a.C, "T");
+    with_real(a.y.dtype, [&]<class T>() {
+        T* y = a.y.as<T>();            // (B, T, C)
+        const T* wte = a.wte.as<T>();  // (Vp, C)
+        const T* wpe = a.wpe.as<T>();  // (>= T, C)
+        const bool vectors = a.C % kVec<T> == 0 && device::aligned16(y, wte, wpe);
+        CUDA_CHECK(simt::launch(embedding_forward_kernel<T>, dim3(blocks_for(BT, kRowsPerBlock)),
+                                dim3(32 * kRowsPerBlock), 0, s, y, a.tokens.as<int32_t>(), wte, wpe, BT, a.T, a.C, a.V,
+                                vectors));
+    });
+}
+
+void embedding_backward(const EmbeddingGrad& a, Stream s) {
+    const size_t BT = size_t(a.B) * a.T, C = size_t(a.C);
+    expect_table("embedding.dwte", a.dwte, size_t(a.V), a.C, "V");
+    expect_table("embedding.dwpe", a.dwpe, size_t(a.T), a.C, "T");
+    expect_size("embedding.dy", a.dy, BT * C, "B*T*C");
+    expect_size("embedding.tokens", a.tokens, BT, "B*T");
+    expect_size("embedding.order", a.order, BT, "B*T");
+    const size_t room =
+        std::max<size_t>(1, kWorkspaceBytes / (2 * C * sizeof(float)));  // chunks that the workspace holds
+    const size_t chunk = std::max(kChunk, (BT + room - 1) / room), chunks = (BT + chunk - 1) / chunk;
+    float* partial = workspace<float>(chunks * 2 * C, "embedding_backward");  // (chunks, 2, C)
+    with_real(a.dy.dtype, [&]<class T>() {
+        constexpr int N = kVec<T>;
+        float* dwpe = a.dwpe.as<float>();  // (>= T, C)
+        const T* dy = a.dy.as<T>();        // (B, T, C)
+        const size_t per_row = (C + N - 1) / N, places = a.dwpe.count / C;
+        Words<T> words = {
+            a.dwte.as<float>(), partial, dy, a.tokens.as<int32_t>(), a.order.as<int32_t>(), BT, chunk, a.C, a.V, false};
+        words.vectors = C % N == 0 && device::aligned16(words.dwte, dwpe, dy);
+        CUDA_CHECK(simt::launch(embedding_backward_places_kernel<T>, dim3(blocks_for(places * per_row, 256)), dim3(256),
+                                0, s, dwpe, dy, a.B, a.T, a.C, places, a.accumulate, words.vectors));
+        const unsigned threads = unsigned(std::min<size_t>(256, (per_row + 31) / 32 * 32));
+        CUDA_CHECK(
+            simt::launch(embedding_backward_words_kernel<T>, dim3(unsigned(chunks)), dim3(threads), 0, s, words));
+        CUDA_CHECK(simt::launch(embedding_backward_join_kernel<T>, dim3(unsigned(chunks), blocks_for(C, kJoinColumns)),
+                                dim3(32 * kJoinWarps), 0, s, words));
+    });
+}
+}  // namespace cuda

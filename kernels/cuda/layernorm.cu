@@ -1,0 +1,429 @@
+// LayerNorm over the last axis.
+//
+//   forward    mu = mean_c x[c]      r = (mean_c (x[c]-mu)^2 + eps)^-1/2      y[c] = (x[c]-mu) r w[c] + b[c]
+//   backward   n = (x-mu) r,  g = dy*w      dx += r (g - mean_c g - n mean_c(g n))
+//              dw (+)= sum_bt dy n      db (+)= sum_bt dy
+//
+//   shapes     x, y, dx, dy (BT, C) real    w, b (C) real    mean, rstd (BT) f32    dw, db (C) f32
+//   traffic    forward one read and one write of BT C; backward three reads and one write, and 16 C bytes per chunk of
+//              64 or more rows.  That is where rows live in registers: where every tensor allows 16-byte accesses (it
+//              starts on such a boundary, C is a multiple of the vector), up to C = 2048, in the backward 8192.  Other
+//              rows are read again from cache, and x and dy once more for dw.   bound: memory
+//   limits     any BT >= 1, C from 1 to 2^23
+//   order      a row's sums: a lane's columns ascending, then a tree over the lanes, then over the warps.  dw, db: the
+//              rows of a chunk by turns over 8 groups of warps (4 above C = 1024, 1 above 2048), a group's ascending,
+//              then groups ascending; chunks i, i+32, ..., then these 32 sums ascending.  All of it follows from BT, C
+//              and whether 16-byte accesses are allowed
+#include "kernels/cuda/cuda.h"
+#include "kernels/elementwise.cuh"
+
+#include <algorithm>
+
+namespace {
+using device::kVec;
+using device::Vec;
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;   // of a block
+constexpr size_t kMinRows = 64, kMaxChunks = 1024;  // of the sums over rows: enough blocks for a GPU, few partial rows
+
+template <class T>
+struct Forward {
+    T* y;         // (BT, C)
+    float* mean;  // (BT)
+    float* rstd;  // (BT)
+    const T* x;   // (BT, C)
+    const T* w;   // (C)
+    const T* b;   // (C) or null
+    int BT, C;
+    float eps;
+    bool vectors;
+};
+
+// The first `count` of N columns of y at c, from those of x in v.
+template <class T>
+__device__ __forceinline__ void write_y(const Forward<T>& a, size_t bt, int c, int count, bool vectors,
+                                        float (&v)[kVec<T>], float mean, float rstd) {
+    constexpr int N = kVec<T>;
+    float w[N], b[N] = {};
+    device::load_some(w, a.w + c, count, vectors);
+    if (a.b) device::load_some(b, a.b + c, count, vectors);
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++) v[i] = (v[i] - mean) * rstd * w[i] + b[i];
+    device::store_some(a.y + bt * size_t(a.C) + c, v, count, vectors);
+}
+
+// One warp per row, `Columns` of them in the registers of a lane.
+template <class T, int Columns>
+__global__ void __launch_bounds__(kThreads) layernorm_forward_kernel(SIMT_PARAM Forward<T> a) {
+    constexpr int N = kVec<T>, K = Columns / N, kNext = 32 * N;  // vectors of a lane; columns from one to the next
+    const int lane = int(threadIdx.x) % 32, c0 = lane * N;
+    const size_t bt = size_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+    if (bt >= size_t(a.BT)) return;
+    const T* x = a.x + bt * size_t(a.C);  // (C)
+    float v[K][N] = {};
+    SIMT_UNROLL
+    for (int k = 0; k < K; k++)
+        if (c0 + k * kNext < a.C) device::load(v[k], x + c0 + k * kNext);
+    float sum = 0, squares = 0;
+    SIMT_UNROLL
+    for (int k = 0; k < K; k++) {
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) sum += v[k][i];
+    }
+    const float mean = device::warp_sum(sum) / float(a.C);
+    SIMT_UNROLL
+    for (int k = 0; k < K; k++) {
+        if (c0 + k * kNext >= a.C) continue;
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) squares += (v[k][i] - mean) * (v[k][i] - mean);
+    }
+    const float rstd = 1.0f / sqrtf(device::warp_sum(squares) / float(a.C) + a.eps);
+    SIMT_UNROLL
+    for (int k = 0; k < K; k++)
+        if (c0 + k * kNext < a.C) write_y(a, bt, c0 + k * kNext, N, true, v[k], mean, rstd);
+    if (lane == 0) {
+        a.mean[bt] = mean;
+        a.rstd[bt] = rstd;
+    }
+}
+
+// One block per row of any width and alignment; the passes after the first find the row in cache.
+template <class T>
+__global__ void __launch_bounds__(kThreads) layernorm_forward_wide_kernel(SIMT_PARAM Forward<T> a) {
+    constexpr int N = kVec<T>, kStep = N * kThreads;
+    SIMT_SHARED(float, part, [kWarps]);
+    const size_t bt = blockIdx.x;
+    const T* x = a.x + bt * size_t(a.C);  // (C)
+    float v[N], sum = 0, squares = 0;
+    for (int c = int(threadIdx.x) * N; c < a.C; c += kStep) {
+        device::load_some(v, x + c, min(a.C - c, N), a.vectors);
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) sum += v[i];
+    }
+    const float mean = device::block_sum(sum, part) / float(a.C);
+    for (int c = int(threadIdx.x) * N; c < a.C; c += kStep) {
+        const int count = min(a.C - c, N);
+        device::load_some(v, x + c, count, a.vectors);
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) squares += i < count ? (v[i] - mean) * (v[i] - mean) : 0.0f;
+    }
+    const float rstd = 1.0f / sqrtf(device::block_sum(squares, part) / float(a.C) + a.eps);
+    for (int c = int(threadIdx.x) * N; c < a.C; c += kStep) {
+        const int count = min(a.C - c, N);
+        device::load_some(v, x + c, count, a.vectors);
+        write_y(a, bt, c, count, a.vectors, v, mean, rstd);
+    }
+    if (threadIdx.x == 0) {
+        a.mean[bt] = mean;
+        a.rstd[bt] = rstd;
+    }
+}
+
+template <class T>
+struct Backward {
+    T* dx;              // (BT, C)         +=
+    float* partial;     // (chunks, 2, C)  =   dw, db of each chunk's rows
+    const T* dy;        // (BT, C)
+    const T* x;         // (BT, C)
+    const T* w;         // (C)
+    const float* mean;  // (BT)
+    const float* rstd;  // (BT)
+    int BT, C;
+    int rows;  // of a chunk
+    bool vectors;
+};
+
+// 16 bytes of a tensor as they are stored: in bf16 half the registers of floats.
+template <class T>
+__device__ __forceinline__ void unpack(float (&out)[kVec<T>], const uint4& packed) {
+    Vec<T, kVec<T>> v;
+    memcpy(&v, &packed, sizeof v);
+    SIMT_UNROLL
+    for (int i = 0; i < kVec<T>; i++) out[i] = float(v[i]);
+}
+
+// The first `count` of N columns of dx at c; dx, dy and x hold what is there.
+template <class T>
+__device__ __forceinline__ void write_dx(const Backward<T>& a, size_t bt, int c, int count, bool vectors,
+                                         float (&dx)[kVec<T>], const float (&dy)[kVec<T>], const float (&x)[kVec<T>],
+                                         float mean, float rstd, float mean_g, float mean_gn) {
+    constexpr int N = kVec<T>;
+    float w[N];
+    device::load_some(w, a.w + c, count, vectors);
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++) {
+        const float n = (x[i] - mean) * rstd, g = dy[i] * w[i];
+        dx[i] += rstd * (g - mean_g - n * mean_gn);
+    }
+    device::store_some(a.dx + bt * size_t(a.C) + c, dx, count, vectors);
+}
+
+// One block per chunk of rows, W warps per row, `Columns` of them in the registers of a lane.  Lanes keep their columns
+// of dw and db over all rows of the chunk; the groups of W warps add theirs at the end.
+template <class T, int Columns, int W>
+__global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
+    layernorm_backward_kernel(SIMT_PARAM Backward<T> a) {
+    constexpr int N = kVec<T>, K = Columns / N, kGroups = kWarps / W;
+    constexpr int kNext = W * 32 * N;  // columns from a lane's vector to its next: those of one slice of the row
+    const int warp = int(threadIdx.x) / 32, group = warp / W, c0 = int(threadIdx.x) % (W * 32) * N;
+    const size_t C = size_t(a.C), first = size_t(blockIdx.x) * a.rows;
+    const size_t end = min(first + a.rows, size_t(a.BT));
+    float dw[K][N] = {}, db[K][N] = {};
+
+    int turn = 0;
+    for (size_t row = first; row < end; row += kGroups, turn ^= 1) {
+        const size_t bt = row + group;
+        const bool mine = bt < end;  // groups without a row go along to the barriers
+        if (W == 1 && !mine) break;
+        const float mean = mine ? a.mean[bt] : 0.0f, rstd = mine ? a.rstd[bt] : 0.0f;
+        uint4 dx[K] = {}, dy[K] = {}, x[K] = {};
+        SIMT_UNROLL
+        for (int k = 0; k < K; k++) {
+            const int c = c0 + k * kNext;
+            if (!mine || c >= a.C) continue;
+            x[k] = simt::ld_vec<uint4>(a.x + bt * C + c);
+            dy[k] = simt::ld_vec<uint4>(a.dy + bt * C + c);
+            dx[k] = simt::ld_vec<uint4>(a.dx + bt * C + c);
+        }
+        float sum_g = 0, sum_gn = 0;
+        SIMT_UNROLL
+        for (int k = 0; k < K; k++) {
+            const int c = c0 + k * kNext;
+            if (!mine || c >= a.C) continue;
+            float w[N], xs[N], dys[N];
+            device::load(w, a.w + c);
+            unpack<T>(xs, x[k]);
+            unpack<T>(dys, dy[k]);
+            SIMT_UNROLL
+            for (int i = 0; i < N; i++) {
+                const float n = (xs[i] - mean) * rstd, g = dys[i] * w[i];
+                sum_g += g;
+                sum_gn += g * n;
+                dw[k][i] += dys[i] * n;
+                db[k][i] += dys[i];
+            }
+        }
+        sum_g = device::warp_sum(sum_g);
+        sum_gn = device::warp_sum(sum_gn);
+        if constexpr (W > 1) {  // two turns' sums, so that one barrier per row is enough
+            SIMT_SHARED(float, part, [2][2][kWarps]);
+            if (threadIdx.x % 32 == 0) part[turn][0][warp] = sum_g, part[turn][1][warp] = sum_gn;
+            __syncthreads();
+            sum_g = 0, sum_gn = 0;
+            SIMT_UNROLL
+            for (int i = 0; i < W; i++) sum_g += part[turn][0][group * W + i], sum_gn += part[turn][1][group * W + i];
+        }
+        const float mean_g = sum_g / float(a.C), mean_gn = sum_gn / float(a.C);
+        SIMT_UNROLL
+        for (int k = 0; k < K; k++) {
+            const int c = c0 + k * kNext;
+            if (!mine || c >= a.C) continue;
+            float dxs[N], xs[N], dys[N];
+            unpack<T>(dxs, dx[k]);
+            unpack<T>(dys, dy[k]);
+            unpack<T>(xs, x[k]);
+            write_dx(a, bt, c, N, true, dxs, dys, xs, mean, rstd, mean_g, mean_gn);
+        }
+    }
+
+    using Four = Vec<float, 4>;
+    SIMT_SHARED(Four, sums, [2][kThreads * N / 4]);     // dw and db: (groups, kNext)
+    float* partial = a.partial + blockIdx.x * (2 * C);  // (2, C)
+    SIMT_UNROLL
+    for (int k = 0; k < K; k++) {
+        if (k > 0) __syncthreads();  // the slice before has been read
+        SIMT_UNROLL
+        for (int i = 0; i < N; i += 4) {
+            const int at = (int(threadIdx.x) * N + i) / 4;
+            sums[0][at] = {dw[k][i], dw[k][i + 1], dw[k][i + 2], dw[k][i + 3]};
+            sums[1][at] = {db[k][i], db[k][i + 1], db[k][i + 2], db[k][i + 3]};
+        }
+        __syncthreads();
+        for (int j = int(threadIdx.x); j < 2 * kNext; j += kThreads) {
+            const int which = j / kNext, c = j % kNext;
+            if (k * kNext + c >= a.C) continue;
+            float sum = 0;
+            SIMT_UNROLL
+            for (int g = 0; g < kGroups; g++) sum += sums[which][(g * kNext + c) / 4][c % 4];
+            partial[which * C + k * kNext + c] = sum;
+        }
+    }
+}
+
+// dx of rows of any width and alignment, one block per row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) layernorm_backward_wide_kernel(SIMT_PARAM Backward<T> a) {
+    constexpr int N = kVec<T>, kStep = N * kThreads;
+    SIMT_SHARED(float, part, [kWarps]);
+    const size_t bt = blockIdx.x, row = bt * size_t(a.C);
+    const float mean = a.mean[bt], rstd = a.rstd[bt];
+    float sum_g = 0, sum_gn = 0;
+    for (int c = int(threadIdx.x) * N; c < a.C; c += kStep) {
+        const int count = min(a.C - c, N);
+        float dy[N], x[N], w[N];
+        device::load_some(dy, a.dy + row + c, count, a.vectors);
+        device::load_some(x, a.x + row + c, count, a.vectors);
+        device::load_some(w, a.w + c, count, a.vectors);
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) {
+            sum_g += dy[i] * w[i];
+            sum_gn += dy[i] * w[i] * ((x[i] - mean) * rstd);
+        }
+    }
+    const float mean_g = device::block_sum(sum_g, part) / float(a.C);
+    const float mean_gn = device::block_sum(sum_gn, part) / float(a.C);
+    for (int c = int(threadIdx.x) * N; c < a.C; c += kStep) {
+        const int count = min(a.C - c, N);
+        float dx[N], dy[N], x[N];
+        device::load_some(dx, a.dx + row + c, count, a.vectors);
+        device::load_some(dy, a.dy + row + c, count, a.vectors);
+        device::load_some(x, a.x + row + c, count, a.vectors);
+        write_dx(a, bt, c, count, a.vectors, dx, dy, x, mean, rstd, mean_g, mean_gn);
+    }
+}
+
+// dw and db of chunk blockIdx.y for such rows: a thread has N columns and walks over the rows.
+template <class T>
+__global__ void __launch_bounds__(kThreads) layernorm_backward_wide_columns_kernel(SIMT_PARAM Backward<T> a) {
+    constexpr int N = kVec<T>;
+    const int c = (int(blockIdx.x) * kThreads + int(threadIdx.x)) * N, count = min(a.C - c, N);
+    const size_t C = size_t(a.C), first = size_t(blockIdx.y) * a.rows;
+    float dw[N] = {}, db[N] = {};
+    for (size_t bt = first; bt < first + a.rows && bt < size_t(a.BT); bt++) {
+        const float mean = a.mean[bt], rstd = a.rstd[bt];
+        float dy[N], x[N];
+        device::load_some(dy, a.dy + bt * C + c, count, a.vectors);
+        device::load_some(x, a.x + bt * C + c, count, a.vectors);
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) {
+            dw[i] += dy[i] * ((x[i] - mean) * rstd);
+            db[i] += dy[i];
+        }
+    }
+    float* partial = a.partial + blockIdx.y * (2 * C);  // (2, C)
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++)
+        if (i < count) partial[c + i] = dw[i], partial[C + c + i] = db[i];
+}
+
+// dw, db (+)= the sums over chunks: a lane per column of (2, C), the warps of a block take turns with the chunks.
+__global__ void layernorm_combine_kernel(float* dw,             // (C)
+                                         float* db,             // (C) or null
+                                         const float* partial,  // (chunks, 2, C)
+                                         int chunks, int C, bool accumulate) {
+    SIMT_SHARED(float, part, [32][32]);
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, n_warps = int(blockDim.x) / 32;
+    const size_t column = size_t(blockIdx.x) * 32 + lane, width = 2 * size_t(C);
+    float sum = 0;
+    for (int i = warp; i < chunks && column < width; i += n_warps) sum += partial[i * width + column];
+    part[warp][lane] = sum;
+    __syncthreads();
+    float* out = column < size_t(C) ? dw + column : column < width && db ? db + (column - C) : nullptr;
+    if (warp > 0 || !out) return;
+    sum = 0;
+    for (int i = 0; i < n_warps; i++) sum += part[i][lane];
+    *out = accumulate ? *out + sum : sum;
+}
+
+template <class T>
+void launch_forward(const Forward<T>& a, Stream s) {
+    const auto run = [&](auto* kernel, size_t blocks) {
+        CUDA_CHECK(simt::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, s, a));
+    };
+    const size_t blocks = cuda::blocks_for(size_t(a.BT), kWarps);
+    if (!a.vectors || a.C > 32 * 64)
+        run(layernorm_forward_wide_kernel<T>, size_t(a.BT));
+    else if (a.C <= 32 * 8)
+        run(layernorm_forward_kernel<T, 8>, blocks);
+    else if (a.C <= 32 * 24)
+        run(layernorm_forward_kernel<T, 24>, blocks);
+    else if (a.C <= 32 * 32)
+        run(layernorm_forward_kernel<T, 32>, blocks);
+    else
+        run(layernorm_forward_kernel<T, 64>, blocks);
+}
+
+template <class T>
+void launch_backward(const Backward<T>& a, size_t chunks, Stream s) {
+    const auto run = [&](auto* kernel, dim3 blocks) {
+        CUDA_CHECK(simt::launch(kernel, blocks, dim3(kThreads), 0, s, a));
+    };
+    const dim3 blocks{unsigned(chunks)};
+    if (!a.vectors || a.C > 32 * 32 * 8) {
+        run(layernorm_backward_wide_kernel<T>, dim3(unsigned(a.BT)));
+        run(layernorm_backward_wide_columns_kernel<T>,
+            dim3(cuda::blocks_for(size_t(a.C), size_t(kThreads) * kVec<T>), unsigned(chunks)));
+    } else if (a.C <= 32 * 8) {
+        run(layernorm_backward_kernel<T, 8, 1>, blocks);
+    } else if (a.C <= 32 * 24) {
+        run(layernorm_backward_kernel<T, 24, 1>, blocks);
+    } else if (a.C <= 32 * 32) {
+        run(layernorm_backward_kernel<T, 32, 1>, blocks);
+    } else if (a.C <= 32 * 32 * 2) {
+        run(layernorm_backward_kernel<T, 32, 2>, blocks);
+    } else {
+        run(layernorm_backward_kernel<T, 32, 8>, blocks);
+    }
+}
+}  // namespace
+
+namespace cuda {
+void layernorm_forward(const LayerNorm& a, Stream s) {
+    const size_t BT = size_t(a.BT), C = size_t(a.C);
+    expect_size("layernorm.y", a.y, BT * C, "BT*C");
+    expect_size("layernorm.mean", a.mean, BT, "BT");
+    expect_size("layernorm.rstd", a.rstd, BT, "BT");
+    expect_size("layernorm.x", a.x, BT * C, "BT*C");
+    expect_size("layernorm.w", a.w, C, "C");
+    if (a.b) expect_size("layernorm.b", a.b, C, "C");
+    with_real(a.x.dtype, [&]<class T>() {
+        Forward<T> f = {.y = a.y.as<T>(),
+                        .mean = a.mean.as<float>(),
+                        .rstd = a.rstd.as<float>(),
+                        .x = a.x.as<T>(),
+                        .w = a.w.as<T>(),
+                        .b = a.b.as<T>(),
+                        .BT = a.BT,
+                        .C = a.C,
+                        .eps = a.eps,
+                        .vectors = false};
+        f.vectors = C % kVec<T> == 0 && device::aligned16(f.y, f.x, f.w, f.b);
+        launch_forward(f, s);
+    });
+}
+
+void layernorm_backward(const LayerNormGrad& a, Stream s) {
+    const size_t BT = size_t(a.BT), C = size_t(a.C);
+    expect_size("layernorm.dx", a.dx, BT * C, "BT*C");
+    expect_size("layernorm.dw", a.dw, C, "C");
+    if (a.db) expect_size("layernorm.db", a.db, C, "C");
+    expect_size("layernorm.dy", a.dy, BT * C, "BT*C");
+    expect_size("layernorm.x", a.x, BT * C, "BT*C");
+    expect_size("layernorm.w", a.w, C, "C");
+    expect_size("layernorm.mean", a.mean, BT, "BT");
+    expect_size("layernorm.rstd", a.rstd, BT, "BT");
+    const size_t room =
+        std::max<size_t>(1, kWorkspaceBytes / (2 * C * sizeof(float)));  // chunks that the workspace holds
+    const size_t most = std::min(kMaxChunks, room), rows = std::max(kMinRows, (BT + most - 1) / most);
+    const size_t chunks = (BT + rows - 1) / rows;
+    float* partial = workspace<float>(chunks * 2 * C, "layernorm_backward");  // (chunks, 2, C)
+    with_real(a.x.dtype, [&]<class T>() {
+        Backward<T> b = {.dx = a.dx.as<T>(),
+                         .partial = partial,
+                         .dy = a.dy.as<T>(),
+                         .x = a.x.as<T>(),
+                         .w = a.w.as<T>(),
+                         .mean = a.mean.as<float>(),
+                         .rstd = a.rstd.as<float>(),
+                         .BT = a.BT,
+                         .C = a.C,
+                         .rows = int(rows),
+                         .vectors = false};
+        b.vectors = C % kVec<T> == 0 && device::aligned16(b.dx, b.dy, b.x, b.w);
+        launch_backward(b, chunks, s);
+    });
+    const unsigned warps = unsigned(std::min<size_t>(chunks, 32));
+    CUDA_CHECK(simt::launch(layernorm_combine_kernel, dim3(blocks_for(2 * C, 32)), dim3(32 * warps), 0, s,
+                            a.dw.as<float>(), a.db.as<float>(), partial, int(chunks), a.C, a.accumulate));
+}
+}  // namespace cuda

@@ -1,0 +1,243 @@
+// Linear: a matrix product with what follows it.
+//
+//   forward    y = gelu(x w + b) + residual                      pre_gelu = x w + b is kept
+//   backward   dx = dy w^T [* gelu'(pre_gelu)]       dw (+)= x^T dy       db (+)= sum_bt dy
+//
+//   shapes     x, dx (BT, C)    y, dy (BT, OC)    w, dw (C, OC), or (OC, C) when w_transposed    b, db (OC)
+//   traffic    products: see gemm.h; bias, residual and both GELUs cost no pass of their own where they can be fused;
+//              where not, one more write and read of y, and GELU's own 2n or 3n.  db: 1 read of dy, and at most 1/16 of
+//              its bytes for the partial sums
+//   bound      products: compute.  db: memory
+//   limits     any BT, C, OC from 1 to 2^31 - 512
+//   order      products: the library's, the same from run to run on one kind of GPU.  db: a chunk of rows is summed by
+//              8 warps, each over every eighth row in order; then the warps' sums in order; then the chunks' sums in
+//              the same way.  Chunks depend on the shape alone, so db has the same bits on every GPU
+//   rounding   bf16: each store of y, pre_gelu, dx rounds once.  A fused GELU sees the fp32 sum; by itself it sees
+//              pre_gelu as stored, which moves y by gelu' 2^-8 |pre_gelu|, and gelu' by itself multiplies a dx that was
+//              rounded before, 2^-8 |dx| more.  The backward pass always sees pre_gelu as stored.  A bias that is not
+//              fused goes first into y together with the residual (rounded where both are given), and the product is
+//              added to that
+#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/elementwise.cuh"
+
+namespace {
+using device::aligned16;
+
+// y = residual + b, or b alone, in every row: what a product is then added to.
+template <class T>
+__global__ void linear_bias_kernel(T* y,               // (BT, OC)
+                                   const T* residual,  // (BT, OC), null, or y itself
+                                   const T* b,         // (OC)
+                                   int OC, bool vectors) {
+    constexpr int N = device::kVec<T>;
+    const size_t row = size_t(blockIdx.x) * OC;
+    for (int j = int(threadIdx.x) * N; j < OC; j += int(blockDim.x) * N) {
+        const int count = OC - j < N ? OC - j : N;
+        float v[N], r[N] = {};
+        device::load_some(v, b + j, count, vectors);
+        if (residual) device::load_some(r, residual + row + j, count, vectors);
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) v[i] += r[i];
+        device::store_some(y + row + j, v, count, vectors);
+    }
+}
+
+// Column sums.  A block has 32 N columns of one chunk of rows; a warp takes every kWarps-th row.  Which rows a warp
+// takes does not depend on N, so neither do the bits.
+constexpr int kWarps = 8, kBatch = 4;  // kBatch rows are in flight per thread
+using Four = device::Vec<float, 4>;
+
+template <class T, int N>
+__global__ void __launch_bounds__(kWarps * 32)
+    linear_column_sum_kernel(float* sums,  // (chunks, columns)  out  =, or +=
+                             const T* x,   // (rows, columns)
+                             int rows, int columns, int rows_of_chunk, bool accumulate) {
+    SIMT_SHARED(Four, part, [kWarps][8 * N]);  // (warps, 32 N)
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    const int first = int(blockIdx.x) * 32 * N, column = first + lane * N, chunk = int(blockIdx.y);
+    const int begin = chunk * rows_of_chunk;
+    const int end = rows - begin < rows_of_chunk ? rows : begin + rows_of_chunk;
+
+    float sum[N] = {};
+    if (column < columns) {  // then column + N <= columns: N divides columns
+        for (int r = begin + warp; r < end; r += kBatch * kWarps) {
+            float v[kBatch][N] = {};
+            SIMT_UNROLL
+            for (int k = 0; k < kBatch; k++) {
+                const int row = r + k * kWarps;
+                if (row < end) device::load<N>(v[k], x + size_t(row) * columns + column);
+            }
+            SIMT_UNROLL
+            for (int k = 0; k < kBatch; k++) {
+                SIMT_UNROLL
+                for (int i = 0; i < N; i++) sum[i] += v[k][i];
+            }
+        }
+    }
+    if constexpr (N == 1) {
+        part[warp][lane / 4][lane % 4] = sum[0];
+    } else {
+        SIMT_UNROLL
+        for (int i = 0; i < N; i += 4) {
+            const Four four = {{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]}};
+            simt::st_vec(&part[warp][(lane * N + i) / 4], four);
+        }
+    }
+    __syncthreads();
+    for (int c = int(threadIdx.x); c < 32 * N && first + c < columns; c += kWarps * 32) {
+        float total = 0;
+        SIMT_UNROLL
+        for (int w = 0; w < kWarps; w++) total += part[w][c / 4][c % 4];
+        float* to = sums + size_t(chunk) * columns + first + c;
+        *to = accumulate ? *to + total : total;
+    }
+}
+
+template <class T, int N>
+void launch_column_sum(float* sums, const T* x, int rows, int columns, int rows_of_chunk, bool accumulate, Stream s) {
+    const dim3 grid(cuda::blocks_for(size_t(columns), 32 * N), cuda::blocks_for(size_t(rows), size_t(rows_of_chunk)));
+    CUDA_CHECK(simt::launch(linear_column_sum_kernel<T, N>, grid, dim3(kWarps * 32), 0, s, sums, x, rows, columns,
+                            rows_of_chunk, accumulate));
+}
+
+// Rows of a chunk: about 512 blocks of 256 columns keep the largest GPU busy; 64 rows at least, so that the partial
+// sums are few.  They are at most 512 * 256, so half a megabyte, and more columns than that are summed in one chunk.
+int chunk_rows(int rows, int columns) {
+    const size_t tiles = (size_t(columns) + 255) / 256, chunks = tiles < 512 ? 512 / tiles : 1;
+    const size_t each = (size_t(rows) + chunks - 1) / chunks;
+    return int((each + 63) / 64 * 64);
+}
+
+// db (+)= column sums of dy.
+template <class T>
+void column_sums(float* db, const T* dy, int BT, int OC, bool accumulate, Stream s) {
+    constexpr int N = device::kVec<T>;
+    const int each = chunk_rows(BT, OC), chunks = int(cuda::blocks_for(size_t(BT), size_t(each)));
+    float* sums = chunks == 1 ? db : cuda::workspace<float>(size_t(chunks) * OC, "linear.db");  // (chunks, OC)
+    const bool add = chunks == 1 && accumulate;
+    if (OC % N == 0 && aligned16(dy))
+        launch_column_sum<T, N>(sums, dy, BT, OC, each, add, s);
+    else
+        launch_column_sum<T, 1>(sums, dy, BT, OC, each, add, s);
+    // One column to a thread: few rows are left, so blocks count for more than the width of an access.
+    if (chunks > 1) launch_column_sum<float, 1>(db, sums, chunks, OC, chunks, accumulate, s);
+}
+
+// target = x w + b + residual, with the bias in the product's epilogue or, where it cannot be, as what the product is
+// added to.
+template <class T>
+void product_and_bias(const Linear& a, const Buf& target, Stream s) {
+    cuda::Gemm g = {.d = target,
+                    .a = a.x,
+                    .b = a.w,
+                    .c = a.residual,
+                    .bias = a.b,
+                    .M = a.BT,
+                    .N = a.OC,
+                    .K = a.C,
+                    .b_transposed = a.w_transposed};
+    if (a.b && cuda::try_gemm(g, s)) return;
+    if (a.b) {
+        constexpr int N = device::kVec<T>;
+        T* y = target.as<T>();                   // (BT, OC)
+        const T* residual = a.residual.as<T>();  // (BT, OC) or null
+        const T* b = a.b.as<T>();                // (OC)
+        const unsigned warps = cuda::blocks_for(size_t(a.OC), 32 * N);
+        CUDA_CHECK(simt::launch(linear_bias_kernel<T>, dim3(unsigned(a.BT)), dim3(32 * (warps < 8 ? warps : 8)), 0, s,
+                                y, residual, b, a.OC, a.OC % N == 0 && aligned16(y, residual, b)));
+        g.bias = {};
+        g.c = target;
+    }
+    cuda::gemm(g, s);
+}
+
+template <class T>
+void check_dtypes(std::initializer_list<Buf> all) {
+    for (const Buf& b : all) b.as<T>();
+}
+
+template <class T>
+void forward(const Linear& a, Stream s) {
+    check_dtypes<T>({a.y, a.pre_gelu, a.x, a.w, a.b, a.residual});
+    if (!a.pre_gelu) return product_and_bias<T>(a, a.y, s);
+    const cuda::Gemm fused = {.d = a.y,
+                              .a = a.x,
+                              .b = a.w,
+                              .bias = a.b,
+                              .pre_gelu = a.pre_gelu,
+                              .M = a.BT,
+                              .N = a.OC,
+                              .K = a.C,
+                              .b_transposed = a.w_transposed};
+    if (cuda::try_gemm(fused, s)) return;
+    product_and_bias<T>(a, a.pre_gelu, s);
+    cuda::gelu_forward({.y = a.y, .x = a.pre_gelu}, s);
+}
+
+// dx = dy w^T as a product of (BT, OC) and (OC, C).
+void input_gradient(const LinearGrad& a, Stream s) {
+    cuda::Gemm g = {.d = a.dx,
+                    .a = a.dy,
+                    .b = a.w,
+                    .through_gelu = a.pre_gelu,
+                    .M = a.BT,
+                    .N = a.C,
+                    .K = a.OC,
+                    .b_transposed = !a.w_transposed};
+    if (a.pre_gelu && cuda::try_gemm(g, s)) return;
+    g.through_gelu = {};
+    cuda::gemm(g, s);
+    if (a.pre_gelu) cuda::gelu_backward({.dx = a.dx, .dy = a.dx, .x = a.pre_gelu}, s);
+}
+
+// dw (+)= x^T dy, or dy^T x when w_transposed.
+void weight_gradient(const LinearGrad& a, Stream s) {
+    cuda::gemm({.d = a.dw,
+                .a = a.w_transposed ? a.dy : a.x,  // (BT, M)
+                .b = a.w_transposed ? a.x : a.dy,  // (BT, N)
+                .c = a.accumulate ? a.dw : Buf(),
+                .M = a.w_transposed ? a.OC : a.C,
+                .N = a.w_transposed ? a.C : a.OC,
+                .K = a.BT,
+                .a_transposed = true},
+               s);
+}
+
+template <class T>
+void backward(const LinearGrad& a, Stream s) {
+    check_dtypes<T>({a.dx, a.dy, a.x, a.w, a.pre_gelu});
+    check_dtypes<float>({a.dw, a.db});
+    if (a.dx) input_gradient(a, s);
+    weight_gradient(a, s);
+    if (a.db) column_sums(a.db.as<float>(), a.dy.as<T>(), a.BT, a.OC, a.accumulate, s);
+}
+}  // namespace
+
+namespace cuda {
+void linear_forward(const Linear& a, Stream s) {
+    CHECK_THAT(a.BT > 0 && a.C > 0 && a.OC > 0, "linear: BT = {}, C = {}, OC = {}", a.BT, a.C, a.OC);
+    CHECK_THAT(!a.pre_gelu || !a.residual, "linear.pre_gelu and linear.residual are given together");
+    const size_t out = size_t(a.BT) * a.OC;
+    expect_size("linear.y", a.y, out, "BT*OC");
+    if (a.pre_gelu) expect_size("linear.pre_gelu", a.pre_gelu, out, "BT*OC");
+    expect_size("linear.x", a.x, size_t(a.BT) * a.C, "BT*C");
+    expect_size("linear.w", a.w, size_t(a.C) * a.OC, "C*OC");
+    if (a.b) expect_size("linear.b", a.b, size_t(a.OC), "OC");
+    if (a.residual) expect_size("linear.residual", a.residual, out, "BT*OC");
+    with_real(a.y.dtype, [&]<class T>() { forward<T>(a, s); });
+}
+
+void linear_backward(const LinearGrad& a, Stream s) {
+    CHECK_THAT(a.BT > 0 && a.C > 0 && a.OC > 0, "linear: BT = {}, C = {}, OC = {}", a.BT, a.C, a.OC);
+    const size_t in = size_t(a.BT) * a.C;
+    if (a.dx) expect_size("linear.dx", a.dx, in, "BT*C");
+    expect_size("linear.dw", a.dw, size_t(a.C) * a.OC, "C*OC");
+    if (a.db) expect_size("linear.db", a.db, size_t(a.OC), "OC");
+    expect_size("linear.dy", a.dy, size_t(a.BT) * a.OC, "BT*OC");
+    expect_size("linear.x", a.x, in, "BT*C");
+    expect_size("linear.w", a.w, size_t(a.C) * a.OC, "C*OC");
+    if (a.pre_gelu) expect_size("linear.pre_gelu", a.pre_gelu, in, "BT*C");
+    with_real(a.dy.dtype, [&]<class T>() { backward<T>(a, s); });
+}
+}  // namespace cuda

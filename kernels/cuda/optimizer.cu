@@ -1,0 +1,111 @@
+// Optimizer steps over the flat parameter buffer.
+//
+//   g = grad * clip;   d = decay[i/64] ? weight_decay : 0
+//   adamw   m = b1 m + (1-b1) g     v = b2 v + (1-b2) g^2     p -= lr (m/c1 / (sqrt(v/c2) + eps) + d p)
+//   adam    g += d p, then as adamw with d = 0
+//   sgd     g += d p;   m = momentum m + g;   p -= lr m
+//   copy    p rounded to bf16, where given
+//
+//   shapes     param, m, v, grad, copy (n)    decay (ceil(n/64))    rate = lr, c1 = 1-b1^t, c2 = 1-b2^t
+//   traffic    adam 4 reads and 3 writes of 4 bytes per element, sgd 3 and 2, the copy one write of 2.   bound: memory
+//   limits     any n >= 1; the last block of decay may be partly filled; clip not finite: nothing is written
+//   order      none: element by element, the operations of the CPU in their order.  Which products are fused into the
+//              sums behind them is each compiler's choice, so the last bits may differ from the CPU's
+#include "kernels/cuda/cuda.h"
+#include "kernels/elementwise.cuh"
+
+#include <cmath>
+
+namespace {
+constexpr size_t kDecayBlock = 64;  // elements under one decay flag; a multiple of a thread's 4
+
+struct Tensors {
+    float *p, *m, *v;      // (n); v null for sgd
+    bf16* copy;            // (n) or null
+    const float* grad;     // (n)
+    const uint8_t* decay;  // (ceil(n/64))
+    const float* rate;     // (3)
+    const float* clip;     // (1)
+};
+struct Constants {
+    float beta1, beta2, eps, weight_decay, momentum;
+};
+
+template <OptimizerKind kind>
+__global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constants f, size_t n, bool vectors) {
+    constexpr bool sgd = kind == OptimizerKind::sgd, adamw = kind == OptimizerKind::adamw;
+    const device::Share at = device::share_of<4>(n);
+    if (at.count == 0) return;
+    float p[4], m[4], v[4], g[4];
+    device::load_some(p, a.p + at.first, at.count, vectors);
+    device::load_some(m, a.m + at.first, at.count, vectors);
+    if constexpr (!sgd) device::load_some(v, a.v + at.first, at.count, vectors);
+    device::load_some(g, a.grad + at.first, at.count, vectors);
+    const float lr = a.rate[0], clip = a.clip[0], d = a.decay[at.first / kDecayBlock] ? f.weight_decay : 0.0f;
+    if (!std::isfinite(clip)) return;  // after the loads: they need not wait for it
+
+    const float pull = adamw ? 0.0f : d;
+    SIMT_UNROLL
+    for (int i = 0; i < 4; i++) g[i] = g[i] * clip + pull * p[i];
+    if constexpr (sgd) {
+        SIMT_UNROLL
+        for (int i = 0; i < 4; i++) {
+            m[i] = f.momentum * m[i] + g[i];
+            p[i] -= lr * m[i];
+        }
+    } else {
+        const float keep1 = 1 - f.beta1, keep2 = 1 - f.beta2, rate = lr / a.rate[1], unbias = 1 / a.rate[2];
+        const float shrink = adamw ? lr * d : 0.0f;
+        SIMT_UNROLL
+        for (int i = 0; i < 4; i++) {
+            m[i] = f.beta1 * m[i] + keep1 * g[i];
+            v[i] = f.beta2 * v[i] + keep2 * (g[i] * g[i]);
+            p[i] -= shrink * p[i] + rate * m[i] / (sqrtf(v[i] * unbias) + f.eps);
+        }
+        device::store_some(a.v + at.first, v, at.count, vectors);
+    }
+    device::store_some(a.m + at.first, m, at.count, vectors);
+    device::store_some(a.p + at.first, p, at.count, vectors);
+    if (a.copy) device::store_some(a.copy + at.first, p, at.count, vectors);
+}
+
+template <OptimizerKind kind>
+void launch(const Tensors& t, const Constants& f, size_t n, Stream s) {
+    const bool vectors = device::aligned16(t.p, t.m, t.v, t.copy, t.grad);
+    CUDA_CHECK(simt::launch(optimizer_update_kernel<kind>, dim3(device::element_blocks<4>(n)),
+                            dim3(device::kElementThreads), 0, s, t, f, n, vectors));
+}
+}  // namespace
+
+namespace cuda {
+void optimizer_update(const OptimizerUpdate& a, Stream s) {
+    const size_t n = a.param.count;
+    const bool sgd = a.kind == OptimizerKind::sgd;
+    expect_size("optimizer.param", a.param, n, "n");
+    expect_size("optimizer.grad", a.grad, n, "n");
+    expect_size("optimizer.m", a.m, n, "n");
+    if (!sgd) expect_size("optimizer.v", a.v, n, "n");
+    expect_size("optimizer.decay", a.decay, (n + kDecayBlock - 1) / kDecayBlock, "ceil(n/64)");
+    expect_size("optimizer.rate", a.rate, 3, "3");
+    expect_size("optimizer.clip", a.clip, 1, "1");
+    if (a.copy) expect_size("optimizer.copy", a.copy, n, "n");
+    if (n == 0) return;
+    const Tensors t = {.p = a.param.as<float>(),
+                       .m = a.m.as<float>(),
+                       .v = sgd ? nullptr : a.v.as<float>(),
+                       .copy = a.copy.as<bf16>(),
+                       .grad = a.grad.as<float>(),
+                       .decay = a.decay.as<uint8_t>(),
+                       .rate = a.rate.as<float>(),
+                       .clip = a.clip.as<float>()};
+    const Constants f = {a.beta1, a.beta2, a.eps, a.weight_decay, a.momentum};
+    switch (a.kind) {
+        case OptimizerKind::adamw:
+            return launch<OptimizerKind::adamw>(t, f, n, s);
+        case OptimizerKind::adam:
+            return launch<OptimizerKind::adam>(t, f, n, s);
+        case OptimizerKind::sgd:
+            return launch<OptimizerKind::sgd>(t, f, n, s);
+    }
+}
+}  // namespace cuda

@@ -1,0 +1,61 @@
+// What kernels share: 16-byte vectors, sums over a warp and a block in a fixed order.
+#pragma once
+#include <type_traits>
+
+#include "common/buf.h"
+#include "kernels/simt.h"
+
+namespace device {
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// N numbers of T, moved by one access of N * sizeof(T) bytes (at most 16; 8 or 16 through ld_vec).
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+    T v[N];
+    __device__ __forceinline__ T& operator[](int i) { return v[i]; }
+    __device__ __forceinline__ const T& operator[](int i) const { return v[i]; }
+};
+template <class T>
+constexpr int kVec = 16 / int(sizeof(T));  // elements of a 16-byte access
+
+// Loads and stores N elements at p, which is aligned to N * sizeof(T), as floats.
+template <int N, class T>
+__device__ __forceinline__ void load(float (&out)[N], const T* p) {
+    const Vec<T, N> v = simt::ld_vec<Vec<T, N>>(p);
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++) out[i] = float(v[i]);
+}
+template <int N, class T>
+__device__ __forceinline__ void store(T* p, const float (&in)[N]) {
+    Vec<T, N> v;
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++) v[i] = T(in[i]);
+    simt::st_vec(p, v);
+}
+
+// Butterfly over the warp: every lane gets the sum (largest), the same bits in all lanes.
+template <class T>
+__device__ __forceinline__ T warp_sum(T v) {
+    SIMT_UNROLL
+    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
+    return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+    SIMT_UNROLL
+    for (int offset = 16; offset > 0; offset /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, offset));
+    return v;
+}
+
+// Sum over a block of up to 1024 threads, whole warps; `part` is the caller's shared memory, one T per warp.  All
+// threads get the sum.  Ends with every thread past its last read of `part`: the caller may use it again at once.
+template <class T>
+__device__ __forceinline__ T block_sum(std::type_identity_t<T> v, T* part) {
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, n_warps = int(blockDim.x) / 32;
+    v = warp_sum(v);
+    if (lane == 0) part[warp] = v;
+    __syncthreads();
+    v = warp_sum(lane < n_warps ? part[lane] : T(0));
+    __syncthreads();
+    return v;
+}
+}  // namespace device

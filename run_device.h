@@ -1,0 +1,23 @@
+// What computes for this rank: the CPU, or one GPU.
+#pragma once
+#include <memory>
+#include <string>
+
+#include "comm/comm.h"
+#include "common/config.h"
+#include "common/log.h"
+#include "kernels/ops.h"
+
+class NcclComm;
+
+struct RunDevice {
+    const Backend& k;
+    std::string name;                // "cpu", or the GPU's
+    bool own = false;                // every rank has a GPU of its own
+    std::shared_ptr<NcclComm> nccl;  // there on several ranks that have
+    std::string note;                // why `auto` is the CPU
+};
+
+// By device.kind: `auto` takes a GPU where every rank finds one, else the CPU with a note; `cuda` without a usable device
+// is Error(Exit::usage), and so is a dtype that the device cannot compute in.  Ranks of a host take its GPUs in turn.
+RunDevice choose_device(const Config& config, Comm& comm, Log& log);

@@ -1,0 +1,430 @@
+// cuBLASLt for the emulated device: strict about arguments, computed by the CPU backend's GEMM.
+//
+// A product runs when the stream comes to it; all that the caller may change before then is copied at the call.
+// Types     A and B both fp32 or both bf16; C and D of one type, that one or fp32; fp32 sums, alpha, beta on the host
+// Epilogues DEFAULT, BIAS, GELU_AUX, GELU_AUX_BIAS, DGELU; the GELUs see the fp32 sum, GELU_AUX stores it rounded
+//
+// An algorithm is for one problem: types, shapes, leading dimensions, operations and epilogue; Matmul refuses it for
+// another, and operands that are aligned less than the search was told.  There are two: "vector" wants 16 bytes
+// everywhere, has all the epilogues and, for long sums, a workspace, which it fills with NaNs; "element" is plain and
+// has none.  A product of one column (a row of activations) has no epilogues, so that both answers of the search
+// occur in tests.  Operands that lie outside of device memory, or that overlap what is written, are refused too.
+#include <cublasLt.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <set>
+#include <vector>
+
+#include "common/buf.h"
+#include "common/hash.h"
+#include "cuda_emulator_host.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/gelu_math.h"
+
+struct cublasLtContext {};
+struct cublasLtMatmulDescOpaque_t {
+    int32_t compute, scale;
+    int32_t of_a = CUBLAS_OP_N, of_b = CUBLAS_OP_N;
+    uint32_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    const void* bias = nullptr;
+    void* aux = nullptr;
+    int64_t aux_ld = 0;
+    int32_t aux_type = -1, bias_type = -1;
+};
+struct cublasLtMatrixLayoutOpaque_t {
+    uint32_t type;
+    int32_t order = CUBLASLT_ORDER_COL;
+    uint64_t rows, cols;
+    int64_t ld;
+};
+struct cublasLtMatmulPreferenceOpaque_t {
+    uint64_t max_workspace = 0;
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
+    uint32_t align_a = 256, align_b = 256, align_c = 256, align_d = 256;
+};
+
+namespace {
+using Desc = cublasLtMatmulDescOpaque_t;
+using Layout = cublasLtMatrixLayoutOpaque_t;
+using Preference = cublasLtMatmulPreferenceOpaque_t;
+
+constexpr uint32_t kVector = 16;            // bytes
+constexpr uintptr_t kWorkspaceAlign = 256;  // bytes
+constexpr uint64_t kLong = 64;              // K from which the vector algorithm wants a workspace
+
+size_t bytes_of(uint32_t type) { return type == CUDA_R_16BF ? 2 : 4; }
+size_t bytes_of(const Layout& l) { return ((l.cols - 1) * size_t(l.ld) + l.rows) * bytes_of(l.type); }
+bool aligned(const void* p, size_t n) { return reinterpret_cast<uintptr_t>(p) % n == 0; }
+bool has_bias(const Desc& d) {
+    return d.epilogue == CUBLASLT_EPILOGUE_BIAS || d.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+}
+bool has_aux(const Desc& d) {
+    return d.epilogue == CUBLASLT_EPILOGUE_GELU_AUX || d.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS ||
+           d.epilogue == CUBLASLT_EPILOGUE_DGELU;
+}
+
+// Copies a value into a descriptor's field; its size must be the field's.
+template <class T>
+cublasStatus_t store(T& field, const void* value, size_t n_bytes) {
+    if (!value || n_bytes != sizeof(T)) return CUBLAS_STATUS_INVALID_VALUE;
+    std::memcpy(&field, value, n_bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// D (m, n) = op(A) (m, k) op(B) (k, n).
+struct Problem {
+    Desc desc;
+    Layout a, b, c, d;
+    uint64_t m() const { return d.rows; }
+    uint64_t n() const { return d.cols; }
+    uint64_t k() const { return desc.of_a == CUBLAS_OP_N ? a.cols : a.rows; }
+};
+
+// What is wrong with a problem whatever the algorithm, pointers aside.
+cublasStatus_t check(const Problem& p) {
+    const Desc& e = p.desc;
+    for (const Layout* l : {&p.a, &p.b, &p.c, &p.d}) {
+        if (l->rows == 0 || l->cols == 0 || l->ld < 0 || uint64_t(l->ld) < l->rows) return CUBLAS_STATUS_INVALID_VALUE;
+        if (l->type != CUDA_R_32F && l->type != CUDA_R_16BF) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (l->order != CUBLASLT_ORDER_COL) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (std::max({l->rows, l->cols, uint64_t(l->ld)}) > uint64_t(std::numeric_limits<int32_t>::max()))
+            return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+    for (int32_t op : {e.of_a, e.of_b})
+        if (op != CUBLAS_OP_N && op != CUBLAS_OP_T) return CUBLAS_STATUS_NOT_SUPPORTED;
+    const uint64_t a_rows = e.of_a == CUBLAS_OP_N ? p.a.rows : p.a.cols;
+    const uint64_t b_rows = e.of_b == CUBLAS_OP_N ? p.b.rows : p.b.cols;
+    const uint64_t b_cols = e.of_b == CUBLAS_OP_N ? p.b.cols : p.b.rows;
+    if (a_rows != p.m() || b_cols != p.n() || b_rows != p.k() || p.c.rows != p.m() || p.c.cols != p.n())
+        return CUBLAS_STATUS_INVALID_VALUE;
+    if (e.compute != CUBLAS_COMPUTE_32F || e.scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (p.a.type != p.b.type || p.c.type != p.d.type) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (p.d.type != p.a.type && p.d.type != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+
+    if (e.epilogue != CUBLASLT_EPILOGUE_DEFAULT && !has_bias(e) && !has_aux(e)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (has_bias(e) && e.bias_type != -1 && uint32_t(e.bias_type) != p.d.type) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (has_aux(e)) {
+        if (e.aux_type != -1 && uint32_t(e.aux_type) != p.d.type) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (p.a.type != p.d.type) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (e.aux_ld < 0 || uint64_t(e.aux_ld) < p.m()) return CUBLAS_STATUS_INVALID_VALUE;
+        if (e.aux_ld % 8 != 0) return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+struct Algorithm {
+    uint64_t problem, workspace_bytes;
+    uint32_t align_a, align_b, align_c, align_d, align_bias, align_aux;
+};
+static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
+
+// Identifies what an algorithm is made for.
+uint64_t fingerprint(const Problem& p) {
+    const Desc& e = p.desc;
+    uint64_t h = 0;
+    uint32_t i = 0;
+    const auto add = [&](uint64_t v) {
+        h += hash_word(i, uint32_t(v));
+        h += hash_word(i + 1, uint32_t(v >> 32));
+        i += 2;
+    };
+    for (const Layout* l : {&p.a, &p.b, &p.c, &p.d}) add(l->type), add(l->rows), add(l->cols), add(uint64_t(l->ld));
+    add(uint64_t(e.of_a)), add(uint64_t(e.of_b)), add(e.epilogue), add(has_aux(e) ? uint64_t(e.aux_ld) : 0);
+    return h;
+}
+
+// The fast algorithm, if the problem and the alignments that the caller promises allow it.
+std::optional<Algorithm> vector_algorithm(const Problem& p, const Preference& wanted) {
+    const Desc& e = p.desc;
+    bool whole = std::min({wanted.align_a, wanted.align_b, wanted.align_c, wanted.align_d}) >= kVector;
+    for (const Layout* l : {&p.a, &p.b, &p.c, &p.d}) whole = whole && size_t(l->ld) * bytes_of(l->type) % kVector == 0;
+    if (has_bias(e)) whole = whole && aligned(e.bias, kVector);
+    if (has_aux(e)) whole = whole && aligned(e.aux, kVector);
+    if (e.epilogue != CUBLASLT_EPILOGUE_DEFAULT) whole = whole && p.n() > 1;
+    if (!whole) return {};
+    uint64_t n_bytes = 0;
+    if (p.k() >= kLong && wanted.reductions & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)
+        n_bytes = std::min(wanted.max_workspace, 4 * p.m() * p.n());
+    return Algorithm{fingerprint(p), n_bytes, kVector, kVector, kVector, kVector, kVector, kVector};
+}
+std::optional<Algorithm> element_algorithm(const Problem& p) {
+    if (p.desc.epilogue != CUBLASLT_EPILOGUE_DEFAULT) return {};
+    const auto in = uint32_t(bytes_of(p.a.type)), out = uint32_t(bytes_of(p.d.type));
+    return Algorithm{fingerprint(p), 0, in, in, out, out, out, out};
+}
+
+struct Operands {
+    const void *a, *b, *c;  // c only where beta is not 0
+    void* d;
+    float alpha, beta;
+    void* workspace;
+};
+
+bool overlap(const void* p, size_t n, const void* q, size_t m) {
+    const auto a = reinterpret_cast<uintptr_t>(p), b = reinterpret_cast<uintptr_t>(q);
+    return a < b + m && b < a + n;
+}
+// What is wrong with the addresses.
+cublasStatus_t check(const Problem& p, const Operands& o, const Algorithm& chosen, size_t workspace_bytes) {
+    const Desc& e = p.desc;
+    struct Range {
+        const void* p;
+        size_t n_bytes;
+        uint32_t align;
+    };
+    const Range d = {o.d, bytes_of(p.d), chosen.align_d};
+    std::vector<Range> read = {{o.a, bytes_of(p.a), chosen.align_a}, {o.b, bytes_of(p.b), chosen.align_b}};
+    std::vector<Range> written = {d};
+    if (has_bias(e)) read.push_back({e.bias, p.m() * bytes_of(p.d.type), chosen.align_bias});
+    if (has_aux(e)) {
+        const Range aux = {e.aux, ((p.n() - 1) * size_t(e.aux_ld) + p.m()) * bytes_of(p.d.type), chosen.align_aux};
+        (e.epilogue == CUBLASLT_EPILOGUE_DGELU ? read : written).push_back(aux);
+    }
+    if (chosen.workspace_bytes > 0) {
+        if (workspace_bytes < chosen.workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
+        if (!o.workspace || !aligned(o.workspace, kWorkspaceAlign)) return CUBLAS_STATUS_INVALID_VALUE;
+        written.push_back({o.workspace, size_t(chosen.workspace_bytes), 1});
+    }
+    if (o.c) {  // D itself, laid out alike, or apart from all that is written
+        const bool in_place = o.c == o.d;
+        if (in_place && p.c.ld != p.d.ld) return CUBLAS_STATUS_INVALID_VALUE;
+        if (!in_place) read.push_back({o.c, bytes_of(p.c), chosen.align_c});
+    }
+    for (size_t i = 0; i < written.size(); i++) {
+        for (const Range& r : read)
+            if (overlap(written[i].p, written[i].n_bytes, r.p, r.n_bytes)) return CUBLAS_STATUS_INVALID_VALUE;
+        for (size_t j = 0; j < i; j++)
+            if (overlap(written[i].p, written[i].n_bytes, written[j].p, written[j].n_bytes))
+                return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    read.insert(read.end(), written.begin(), written.end());
+    for (const Range& r : read) {
+        if (!r.p || !aligned(r.p, r.align)) return CUBLAS_STATUS_INVALID_VALUE;
+        if (emulator::check_device_range(r.p, r.n_bytes) != cudaSuccess) return CUBLAS_STATUS_EXECUTION_FAILED;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+float load(uint32_t type, const void* p, size_t i) {
+    return type == CUDA_R_16BF ? float(static_cast<const bf16*>(p)[i]) : static_cast<const float*>(p)[i];
+}
+void store(uint32_t type, void* p, size_t i, float v) {
+    if (type == CUDA_R_16BF)
+        static_cast<bf16*>(p)[i] = bf16(v);
+    else
+        static_cast<float*>(p)[i] = v;
+}
+// The elements of a matrix without its gaps.
+std::vector<float> packed(const Layout& l, const void* p) {
+    std::vector<float> v(l.rows * l.cols);
+    for (uint64_t j = 0; j < l.cols; j++)
+        for (uint64_t i = 0; i < l.rows; i++) v[j * l.rows + i] = load(l.type, p, j * size_t(l.ld) + i);
+    return v;
+}
+
+// To a row-major GEMM these matrices are their own transposes: D^T (n, m) = op(B)^T (n, k) op(A)^T (k, m).
+void compute(const Problem& p, const Operands& o, uint64_t workspace_bytes) {
+    const Desc& e = p.desc;
+    if (workspace_bytes > 0) std::memset(o.workspace, 0xff, workspace_bytes);
+    const std::vector<float> a = packed(p.a, o.a), b = packed(p.b, o.b);
+    std::vector<float> sum(p.m() * p.n());
+    cpu::gemm(cpu::Gemm<float>{.c = sum.data(),
+                               .a = b.data(),
+                               .b = a.data(),
+                               .M = int(p.n()),
+                               .N = int(p.m()),
+                               .K = int(p.k()),
+                               .a_transposed = e.of_b == CUBLAS_OP_T,
+                               .b_transposed = e.of_a == CUBLAS_OP_T});
+    for (uint64_t j = 0; j < p.n(); j++)
+        for (uint64_t i = 0; i < p.m(); i++) {
+            const size_t at = j * size_t(p.d.ld) + i, at_aux = j * size_t(e.aux_ld) + i;
+            float v = o.alpha * sum[j * p.m() + i];
+            if (o.c) v += o.beta * load(p.c.type, o.c, j * size_t(p.c.ld) + i);
+            if (has_bias(e)) v += load(p.d.type, e.bias, i);
+            if (e.epilogue == CUBLASLT_EPILOGUE_DGELU) {
+                v *= cpu::gelu_grad(load(p.d.type, e.aux, at_aux));
+            } else if (has_aux(e)) {
+                store(p.d.type, e.aux, at_aux, v);
+                v = cpu::gelu(v);
+            }
+            store(p.d.type, o.d, at, v);
+        }
+}
+}  // namespace
+
+extern "C" {
+cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+    if (!handle) return CUBLAS_STATUS_INVALID_VALUE;
+    *handle = new cublasLtContext;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+    delete handle;
+    return CUBLAS_STATUS_SUCCESS;
+}
+const char* cublasLtGetStatusName(cublasStatus_t status) {
+    switch (status) {
+        case CUBLAS_STATUS_SUCCESS:
+            return "CUBLAS_STATUS_SUCCESS";
+        case CUBLAS_STATUS_NOT_INITIALIZED:
+            return "CUBLAS_STATUS_NOT_INITIALIZED";
+        case CUBLAS_STATUS_INVALID_VALUE:
+            return "CUBLAS_STATUS_INVALID_VALUE";
+        case CUBLAS_STATUS_EXECUTION_FAILED:
+            return "CUBLAS_STATUS_EXECUTION_FAILED";
+        case CUBLAS_STATUS_NOT_SUPPORTED:
+            return "CUBLAS_STATUS_NOT_SUPPORTED";
+        default:
+            return "unknown cuBLAS status";
+    }
+}
+
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
+    if (!desc) return CUBLAS_STATUS_INVALID_VALUE;
+    *desc = new Desc{.compute = compute, .scale = scale};
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
+    delete desc;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute,
+                                              const void* value, size_t n_bytes) {
+    if (!desc) return CUBLAS_STATUS_INVALID_VALUE;
+    switch (attribute) {
+        case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE:
+            return store(desc->compute, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_SCALE_TYPE:
+            return store(desc->scale, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_TRANSA:
+            return store(desc->of_a, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_TRANSB:
+            return store(desc->of_b, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE:
+            return store(desc->epilogue, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+            return store(desc->bias, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER:
+            return store(desc->aux, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
+            return store(desc->aux_ld, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE:
+            return store(desc->aux_type, value, n_bytes);
+        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
+            return store(desc->bias_type, value, n_bytes);
+    }
+    return CUBLAS_STATUS_INVALID_VALUE;
+}
+
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows,
+                                          uint64_t cols, int64_t ld) {
+    if (!layout) return CUBLAS_STATUS_INVALID_VALUE;
+    *layout = new Layout{.type = uint32_t(type), .rows = rows, .cols = cols, .ld = ld};
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    delete layout;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
+                                                cublasLtMatrixLayoutAttribute_t attribute, const void* value,
+                                                size_t n_bytes) {
+    if (!layout) return CUBLAS_STATUS_INVALID_VALUE;
+    switch (attribute) {
+        case CUBLASLT_MATRIX_LAYOUT_TYPE:
+            return store(layout->type, value, n_bytes);
+        case CUBLASLT_MATRIX_LAYOUT_ORDER:
+            return store(layout->order, value, n_bytes);
+        case CUBLASLT_MATRIX_LAYOUT_ROWS:
+            return store(layout->rows, value, n_bytes);
+        case CUBLASLT_MATRIX_LAYOUT_COLS:
+            return store(layout->cols, value, n_bytes);
+        case CUBLASLT_MATRIX_LAYOUT_LD:
+            return store(layout->ld, value, n_bytes);
+    }
+    return CUBLAS_STATUS_INVALID_VALUE;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
+    if (!preference) return CUBLAS_STATUS_INVALID_VALUE;
+    *preference = new Preference;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+    delete preference;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                    cublasLtMatmulPreferenceAttributes_t attribute, const void* value,
+                                                    size_t n_bytes) {
+    if (!preference) return CUBLAS_STATUS_INVALID_VALUE;
+    switch (attribute) {
+        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+            return store(preference->max_workspace, value, n_bytes);
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+            return store(preference->reductions, value, n_bytes);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+            return store(preference->align_a, value, n_bytes);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+            return store(preference->align_b, value, n_bytes);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+            return store(preference->align_c, value, n_bytes);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+            return store(preference->align_d, value, n_bytes);
+    }
+    return CUBLAS_STATUS_INVALID_VALUE;
+}
+
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
+                                              cublasLtMatrixLayout_t A, cublasLtMatrixLayout_t B,
+                                              cublasLtMatrixLayout_t C, cublasLtMatrixLayout_t D,
+                                              cublasLtMatmulPreference_t preference, int n_requested,
+                                              cublasLtMatmulHeuristicResult_t results[], int* n_results) {
+    if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+    if (!desc || !A || !B || !C || !D || !preference || !results || !n_results || n_requested <= 0)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    *n_results = 0;
+    const Problem p = {*desc, *A, *B, *C, *D};
+    if (const cublasStatus_t s = check(p); s != CUBLAS_STATUS_SUCCESS) return s;
+    for (const std::optional<Algorithm>& found : {vector_algorithm(p, *preference), element_algorithm(p)}) {
+        if (!found || *n_results == n_requested) continue;
+        cublasLtMatmulHeuristicResult_t& r = results[(*n_results)++];
+        r = {};
+        std::memcpy(&r.algo, &*found, sizeof(Algorithm));
+        r.workspaceSize = found->workspace_bytes;
+        r.state = CUBLAS_STATUS_SUCCESS;
+        r.wavesCount = 1;
+    }
+    return *n_results > 0 ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A,
+                              cublasLtMatrixLayout_t Adesc, const void* B, cublasLtMatrixLayout_t Bdesc,
+                              const void* beta, const void* C, cublasLtMatrixLayout_t Cdesc, void* D,
+                              cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t* algo, void* workspace,
+                              size_t workspace_bytes, cudaStream_t stream) {
+    if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
+    if (!desc || !alpha || !A || !Adesc || !B || !Bdesc || !beta || !Cdesc || !D || !Ddesc || !algo)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    const Problem p = {*desc, *Adesc, *Bdesc, *Cdesc, *Ddesc};
+    if (const cublasStatus_t s = check(p); s != CUBLAS_STATUS_SUCCESS) return s;
+    Algorithm chosen;
+    std::memcpy(&chosen, algo, sizeof chosen);
+    if (chosen.problem != fingerprint(p)) return CUBLAS_STATUS_INVALID_VALUE;
+    Operands o = {A, B, nullptr, D, 0, 0, workspace};
+    std::memcpy(&o.alpha, alpha, sizeof(float));
+    std::memcpy(&o.beta, beta, sizeof(float));
+    if (o.beta != 0 && !C) return CUBLAS_STATUS_INVALID_VALUE;
+    if (o.beta != 0) o.c = C;
+    if (const cublasStatus_t s = check(p, o, chosen, workspace_bytes); s != CUBLAS_STATUS_SUCCESS) return s;
+    const uint64_t n_bytes = chosen.workspace_bytes;
+    return emulator::enqueue_host(stream, [p, o, n_bytes] { compute(p, o, n_bytes); }) == cudaSuccess
+               ? CUBLAS_STATUS_SUCCESS
+               : CUBLAS_STATUS_EXECUTION_FAILED;
+}
+}

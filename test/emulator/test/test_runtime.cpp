@@ -1,0 +1,635 @@
+// The emulated CUDA runtime: what runs when, what is refused, how errors stay; and the CUDA backend's errors and
+// uploads, which only an emulated device can show.  Made to fail by: events that do not wait, a default stream that
+// joins none, a staged copy of pinned memory, a pageable source read late, a sticky error that clears, no range check,
+// a graph in any order, a free that does not wait, uncounted memory.
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda_emulator_host.h"
+#include "kernels/cuda/cuda.h"
+#include "kernels/owners.h"
+#include "kernels/simt.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/lsan_interface.h>
+#endif
+
+namespace {
+// A failed kernel's threads are abandoned where they stand, with what they own.
+#ifdef __SANITIZE_ADDRESS__
+using MayLeak = __lsan::ScopedDisabler;
+#else
+struct MayLeak {
+    MayLeak() {}
+};
+#endif
+
+using emulator::Machine;
+using emulator::StreamMode;
+
+// A machine as a test wants it; what it was comes back, and nothing that went wrong stays.
+class OnMachine {
+  public:
+    explicit OnMachine(StreamMode mode) : before_(emulator::machine()) { emulator::machine().mode = mode; }
+    ~OnMachine() {
+        emulator::reset_device();
+        emulator::take_reports();
+        emulator::machine() = before_;
+    }
+
+  private:
+    Machine before_;
+};
+class DeviceInts {  // (n) i32, unknown at first
+  public:
+    explicit DeviceInts(size_t n) { REQUIRE(cudaMalloc(&p_, n * sizeof(int)) == cudaSuccess); }
+    DeviceInts(const DeviceInts&) = delete;
+    ~DeviceInts() { cudaFree(p_); }
+    operator int*() const { return p_; }
+
+  private:
+    int* p_ = nullptr;
+};
+struct TestStream {
+    cudaStream_t s = nullptr;
+    explicit TestStream(unsigned flags = cudaStreamNonBlocking) {
+        REQUIRE(cudaStreamCreateWithFlags(&s, flags) == cudaSuccess);
+    }
+    TestStream(const TestStream&) = delete;
+    ~TestStream() { cudaStreamDestroy(s); }
+    operator cudaStream_t() const { return s; }
+};
+struct TestEvent {
+    cudaEvent_t e = nullptr;
+    TestEvent() { REQUIRE(cudaEventCreate(&e) == cudaSuccess); }
+    TestEvent(const TestEvent&) = delete;
+    ~TestEvent() { cudaEventDestroy(e); }
+    operator cudaEvent_t() const { return e; }
+};
+
+__global__ void add_kernel(int* p, int value) { p[threadIdx.x] += value; }
+__global__ void twice_kernel(int* p) { p[threadIdx.x] *= 2; }
+template <class T>
+__global__ void broken_kernel(T* p) {  // not all of the warp's lanes come to the shuffle
+    if (threadIdx.x < 16) p[threadIdx.x] = __shfl_sync(0xffffffffu, p[threadIdx.x], 0);
+}
+__global__ void shared_kernel(int* p) {
+    SIMT_DYN_SHARED(smem);
+    smem[threadIdx.x] = 1;
+    p[threadIdx.x] = smem[threadIdx.x];
+}
+
+cudaError_t add(int* p, int n, int value, cudaStream_t s) {
+    return simt::launch(add_kernel, 1, dim3(unsigned(n)), 0, s, p, value);
+}
+int value_of(const int* p) {  // without regard to any stream
+    int v = -1;
+    TestStream s;
+    REQUIRE(cudaMemcpyAsync(&v, p, sizeof v, cudaMemcpyDeviceToHost, s) == cudaSuccess);
+    return v;
+}
+bool says(cudaError_t e, const char* text) {
+    return std::string(cudaGetErrorString(e)).find(text) != std::string::npos;
+}
+cudaError_t copy(void* to, const void* from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t s = nullptr) {
+    const cudaError_t e = cudaMemcpyAsync(to, from, n_bytes, kind, s);
+    if (e != cudaSuccess) cudaGetLastError();
+    return e;
+}
+const StreamMode kModes[] = {StreamMode::late, StreamMode::eager, StreamMode::random};
+}  // namespace
+
+TEST_CASE("emulated runtime: a late stream runs when the host waits for it, and no earlier") {
+    OnMachine late(StreamMode::late);
+    DeviceInts p(4);
+    REQUIRE(cudaMemset(p, 0, 16) == cudaSuccess);
+    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+    TestStream s, other;
+    const auto pending = [&] {
+        REQUIRE(cudaMemset(p, 0, 16) == cudaSuccess);
+        REQUIRE(cudaStreamSynchronize(nullptr) == cudaSuccess);
+        REQUIRE(add(p, 4, 5, s) == cudaSuccess);
+        CHECK(value_of(p) == 0);
+    };
+    pending();
+    CHECK(cudaStreamSynchronize(other) == cudaSuccess);
+    CHECK(value_of(p) == 0);
+    CHECK(cudaStreamSynchronize(s) == cudaSuccess);
+    CHECK(value_of(p) == 5);
+    pending();
+    CHECK(cudaDeviceSynchronize() == cudaSuccess);
+    CHECK(value_of(p) == 5);
+    pending();
+    { DeviceInts freed(1); }
+    CHECK(value_of(p) == 5);
+    pending();  // polling gets on
+    CHECK(add(p, 4, 5, s) == cudaSuccess);
+    CHECK(cudaStreamQuery(s) == cudaErrorNotReady);
+    CHECK(cudaGetLastError() == cudaErrorNotReady);
+    CHECK(cudaStreamQuery(s) == cudaSuccess);
+    CHECK(value_of(p) == 10);
+}
+
+TEST_CASE("emulated runtime: in every mode a stream keeps its order, and waits where it is told to") {
+    for (StreamMode mode : kModes)
+        for (unsigned seed = 1; seed <= (mode == StreamMode::random ? 20 : 1); seed++) {
+            OnMachine m(mode);
+            CAPTURE(int(mode));
+            CAPTURE(seed);
+            emulator::config().seed = seed;
+            DeviceInts p(1);
+            TestStream a, b;
+            TestEvent halfway, end;
+            CHECK(cudaStreamWaitEvent(a, end) == cudaSuccess);  // never recorded: nothing to wait for
+            REQUIRE(cudaMemsetAsync(p, 0, 4, a) == cudaSuccess);
+            REQUIRE(add(p, 1, 3, a) == cudaSuccess);
+            REQUIRE(cudaEventRecord(halfway, a) == cudaSuccess);
+            REQUIRE(cudaStreamWaitEvent(b, halfway) == cudaSuccess);
+            REQUIRE(simt::launch(twice_kernel, 1, 1, 0, b, static_cast<int*>(p)) == cudaSuccess);
+            REQUIRE(cudaEventRecord(end, b) == cudaSuccess);
+            REQUIRE(cudaStreamWaitEvent(a, end) == cudaSuccess);
+            REQUIRE(add(p, 1, 1, a) == cudaSuccess);
+            REQUIRE(cudaEventSynchronize(end) == cudaSuccess);
+            float ms = -1;
+            CHECK(cudaEventElapsedTime(&ms, halfway, end) == cudaSuccess);
+            CHECK(ms >= 0);
+            REQUIRE(cudaStreamSynchronize(a) == cudaSuccess);
+            CHECK(value_of(p) == 7);
+        }
+    emulator::config().seed = 1;
+}
+
+TEST_CASE("emulated runtime: without the wait a late stream shows the race, and random ones sometimes") {
+    int wrong = 0;
+    for (unsigned seed = 0; seed <= 20; seed++) {
+        OnMachine m(seed == 0 ? StreamMode::late : StreamMode::random);
+        emulator::config().seed = std::max(seed, 1u);
+        DeviceInts p(1);
+        TestStream a, b;
+        REQUIRE(cudaMemsetAsync(p, 0, 4, a) == cudaSuccess);
+        REQUIRE(cudaStreamSynchronize(a) == cudaSuccess);
+        REQUIRE(add(p, 1, 3, a) == cudaSuccess);
+        REQUIRE(simt::launch(twice_kernel, 1, 1, 0, b, static_cast<int*>(p)) == cudaSuccess);
+        REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+        if (seed == 0) CHECK(value_of(p) == 3);
+        wrong += value_of(p) != 6;
+    }
+    emulator::config().seed = 1;
+    CHECK(wrong > 1);
+    CHECK(wrong < 21);
+}
+
+TEST_CASE("emulated runtime: the default stream waits for blocking streams and they for it, others do not") {
+    OnMachine late(StreamMode::late);
+    DeviceInts p(1);
+    TestStream joins(cudaStreamDefault), free_running;
+    REQUIRE(cudaMemset(p, 0, 4) == cudaSuccess);
+    REQUIRE(add(p, 1, 1, joins) == cudaSuccess);
+    REQUIRE(simt::launch(twice_kernel, 1, 1, 0, nullptr, static_cast<int*>(p)) == cudaSuccess);
+    REQUIRE(add(p, 1, 1, joins) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(joins) == cudaSuccess);
+    CHECK(value_of(p) == 3);
+    REQUIRE(add(p, 1, 1, joins) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(nullptr) == cudaSuccess);
+    CHECK(value_of(p) == 4);
+    REQUIRE(add(p, 1, 1, free_running) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(nullptr) == cudaSuccess);
+    CHECK(value_of(p) == 4);
+    REQUIRE(add(p, 1, 10, nullptr) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(free_running) == cudaSuccess);
+    CHECK(value_of(p) == 5);
+}
+
+TEST_CASE("emulated runtime: a copy reads pinned memory when the stream gets there, pageable memory at the call") {
+    OnMachine late(StreamMode::late);
+    DeviceInts p(1);
+    TestStream s;
+    int* pinned = nullptr;
+    REQUIRE(cudaMallocHost(&pinned, sizeof(int)) == cudaSuccess);
+    *pinned = 1;
+    REQUIRE(copy(p, pinned, 4, cudaMemcpyHostToDevice, s) == cudaSuccess);
+    *pinned = 2;
+    REQUIRE(cudaStreamSynchronize(s) == cudaSuccess);
+    CHECK(value_of(p) == 2);
+    int pageable = 3;
+    REQUIRE(copy(p, &pageable, 4, cudaMemcpyHostToDevice, s) == cudaSuccess);
+    pageable = 4;
+    REQUIRE(cudaStreamSynchronize(s) == cudaSuccess);
+    CHECK(value_of(p) == 3);
+    REQUIRE(copy(pinned, p, 4, cudaMemcpyDeviceToHost, s) == cudaSuccess);
+    CHECK(*pinned == 2);  // not there yet
+    REQUIRE(copy(&pageable, p, 4, cudaMemcpyDefault, s) == cudaSuccess);
+    CHECK(pageable == 3);  // waited, so the copy before it has run as well
+    CHECK(*pinned == 3);
+    REQUIRE(cudaFreeHost(pinned) == cudaSuccess);
+}
+
+#ifdef __SANITIZE_ADDRESS__
+TEST_CASE("emulated runtime: ASan sees a host that touches device memory") {
+    OnMachine late(StreamMode::late);
+    DeviceInts p(1);
+    bool inside = true;
+    const auto poisoned = [&] { return __asan_address_is_poisoned(p) != 0; };
+    CHECK(poisoned());
+    REQUIRE(cudaMemset(p, 0, 4) == cudaSuccess);
+    REQUIRE(emulator::enqueue_host(nullptr, [&] { inside = poisoned(); }) == cudaSuccess);
+    REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+    CHECK_FALSE(inside);
+    CHECK(poisoned());
+}
+#endif
+
+TEST_CASE("emulated runtime: copies with a wrong pointer, direction or range are refused") {
+    OnMachine late(StreamMode::late);
+    DeviceInts p(4), q(4);
+    int host[8] = {};
+    int* pinned = nullptr;
+    REQUIRE(cudaMallocHost(&pinned, 16) == cudaSuccess);
+    const cudaError_t bad = cudaErrorInvalidValue;
+    CHECK(copy(host, p, 16, cudaMemcpyHostToDevice) == bad);
+    CHECK(says(bad, "is not device memory"));
+    CHECK(copy(p, q, 16, cudaMemcpyHostToDevice) == bad);
+    CHECK(says(bad, "is device memory, not the host's"));
+    CHECK(copy(pinned, host, 16, cudaMemcpyHostToDevice) == bad);
+    CHECK(says(bad, "is host memory, not the device's"));
+    CHECK(copy(p, host, 17, cudaMemcpyHostToDevice) == bad);
+    CHECK(says(bad, "passes the end of its 16 bytes"));
+    CHECK(copy(p + 1, host, 16, cudaMemcpyHostToDevice) == bad);
+    CHECK(copy(p, pinned + 1, 16, cudaMemcpyHostToDevice) == bad);
+    CHECK(copy(host, p + 4, 4, cudaMemcpyDeviceToHost) == bad);
+    CHECK(copy(p, p + 1, 8, cudaMemcpyDeviceToDevice) == bad);
+    CHECK(says(bad, "overlap"));
+    CHECK(cudaMemsetAsync(host, 0, 4) == bad);
+    CHECK(cudaMemsetAsync(p, 0, 17) == bad);
+    CHECK(cudaGetLastError() == bad);
+    CHECK(cudaGetLastError() == cudaSuccess);
+    CHECK(emulator::check_device_range(p + 1, 12) == cudaSuccess);
+    CHECK(emulator::check_device_range(p + 1, 13) == bad);
+    CHECK(emulator::check_device_range(host, 4) == bad);
+    CHECK(emulator::check_device_range(nullptr, 0) == cudaSuccess);
+    int* gone = nullptr;
+    REQUIRE(cudaMalloc(&gone, 16) == cudaSuccess);
+    CHECK(cudaFree(gone + 1) == bad);
+    REQUIRE(cudaFree(gone) == cudaSuccess);
+    CHECK(copy(host, gone, 16, cudaMemcpyDeviceToHost) == bad);
+    CHECK(cudaFree(gone) == bad);
+    CHECK(cudaFree(pinned) == bad);
+    CHECK(cudaFreeHost(pinned) == cudaSuccess);
+    CHECK(cudaFree(nullptr) == cudaSuccess);
+    cudaStream_t closed = nullptr;
+    {
+        TestStream s;
+        closed = s;
+    }
+    CHECK(cudaStreamSynchronize(closed) == cudaErrorInvalidResourceHandle);
+    cudaGetLastError();
+}
+
+TEST_CASE("emulated runtime: memory is limited, and given back") {
+    OnMachine m(StreamMode::late);
+    size_t n_free = 0, n_total = 0, n_after = 0;
+    REQUIRE(cudaMemGetInfo(&n_free, &n_total) == cudaSuccess);
+    emulator::machine().memory_bytes = n_total - n_free + 1000;
+    void *p = nullptr, *q = nullptr;
+    REQUIRE(cudaMalloc(&p, 600) == cudaSuccess);
+    CHECK(cudaMalloc(&q, 500) == cudaErrorMemoryAllocation);
+    CHECK(says(cudaErrorMemoryAllocation, "500 bytes asked, 400 of"));
+    CHECK(cudaGetLastError() == cudaErrorMemoryAllocation);
+    REQUIRE(cudaMemGetInfo(&n_free, &n_total) == cudaSuccess);
+    CHECK(n_free == 400);
+    REQUIRE(cudaFree(p) == cudaSuccess);
+    CHECK(cudaMalloc(&q, 1000) == cudaSuccess);
+    CHECK(cudaFree(q) == cudaSuccess);
+    CHECK(cudaMemGetInfo(&n_after, &n_total) == cudaSuccess);
+    CHECK(n_after == 1000);
+}
+
+TEST_CASE("emulated runtime: a launch keeps the limits of the compute capability") {
+    OnMachine late(StreamMode::late);
+    DeviceInts p(1024);
+    const auto launch = [&](dim3 grid, dim3 block) {
+        return simt::launch(add_kernel, grid, block, 0, nullptr, static_cast<int*>(p), 0);
+    };
+    for (dim3 grid : {dim3(0), dim3(0x80000000u), dim3(1, 65536), dim3(1, 1, 65536)})
+        CHECK(launch(grid, dim3(1)) == cudaErrorInvalidConfiguration);
+    for (dim3 block : {dim3(0), dim3(1025), dim3(512, 4), dim3(1, 1, 65)})
+        CHECK(launch(dim3(1), block) == cudaErrorInvalidConfiguration);
+    CHECK(launch(dim3(1), dim3(1024)) == cudaSuccess);
+    struct Limit {
+        int capability;
+        unsigned n_bytes;
+    };
+    for (Limit l : {Limit{80, 163 << 10}, {86, 99 << 10}, {89, 99 << 10}, {90, 227 << 10}, {100, 227 << 10}}) {
+        CAPTURE(l.capability);
+        emulator::machine().capability = l.capability;
+        CHECK(simt::launch(shared_kernel, 1, 32, l.n_bytes, nullptr, static_cast<int*>(p)) == cudaSuccess);
+        CHECK(simt::launch(shared_kernel, 1, 32, l.n_bytes + 1, nullptr, static_cast<int*>(p)) ==
+              cudaErrorInvalidValue);
+        cudaGetLastError();
+    }
+    // Over 48 KiB only after cudaFuncSetAttribute, which simt::launch calls.
+    const void* const kernel = reinterpret_cast<const void*>(add_kernel);
+    const auto with_shared = [&](size_t n) {
+        const cudaError_t e = emulator::enqueue_kernel(kernel, 1, 1, n, nullptr, [] {});
+        cudaGetLastError();
+        return e;
+    };
+    CHECK(with_shared(49152) == cudaSuccess);
+    CHECK(with_shared(49153) == cudaErrorInvalidValue);
+    CHECK(says(cudaErrorInvalidValue, "49152 asked for"));
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 60000) == cudaSuccess);
+    CHECK(with_shared(60000) == cudaSuccess);
+    CHECK(with_shared(60001) == cudaErrorInvalidValue);
+    CHECK(cudaDeviceSynchronize() == cudaSuccess);
+}
+
+TEST_CASE("emulated runtime: a kernel's failure stays, names the kernel and drops what was pending") {
+    for (StreamMode mode : kModes) {
+        OnMachine m(mode);
+        MayLeak abandoned;
+        CAPTURE(int(mode));
+        DeviceInts p(32);
+        TestStream s;
+        REQUIRE(cudaMemset(p, 0, 128) == cudaSuccess);
+        const cudaError_t at_launch = simt::launch(broken_kernel<int>, 1, 32, 0, s, static_cast<int*>(p));
+        if (mode == StreamMode::late) CHECK(at_launch == cudaSuccess);
+        bool ran = false;
+        emulator::enqueue_host(s, [&] { ran = true; });
+        CHECK(cudaStreamSynchronize(s) == cudaErrorLaunchFailure);
+        CHECK(says(cudaErrorLaunchFailure, "unspecified launch failure: kernel broken_kernel<int>"));
+        CHECK_FALSE(ran);
+        for (int i = 0; i < 2; i++) CHECK(cudaGetLastError() == cudaErrorLaunchFailure);
+        void* q = nullptr;
+        CHECK(cudaMalloc(&q, 4) == cudaErrorLaunchFailure);
+        CHECK(add(p, 1, 1, s) == cudaErrorLaunchFailure);
+        emulator::reset_device();
+        emulator::machine().mode = mode;
+        CHECK(cudaStreamSynchronize(s) == cudaSuccess);
+        CHECK(cudaMemset(p, 0, 128) == cudaSuccess);
+    }
+}
+
+TEST_CASE("emulated runtime: host functions run in order, may not call the runtime, and fail like kernels") {
+    OnMachine late(StreamMode::late);
+    TestStream s;
+    std::vector<int> order;
+    REQUIRE(emulator::enqueue_host(s, [&] { order.push_back(1); }) == cudaSuccess);
+    int polls = 0;
+    REQUIRE(emulator::enqueue_polled(s, [&] { return ++polls == 3; }) == cudaSuccess);
+    REQUIRE(cudaLaunchHostFunc(
+                s, [](void* p) { static_cast<std::vector<int>*>(p)->push_back(2); }, &order) == cudaSuccess);
+    CHECK(order.empty());
+    CHECK(cudaStreamQuery(s) == cudaErrorNotReady);
+    CHECK(order == std::vector<int>{1});
+    CHECK(cudaStreamQuery(s) == cudaErrorNotReady);
+    CHECK(polls == 1);
+    CHECK(cudaStreamSynchronize(s) == cudaSuccess);
+    CHECK(order == std::vector<int>{1, 2});
+    CHECK(polls == 3);
+    cudaGetLastError();
+    cudaError_t inside = cudaSuccess;
+    REQUIRE(emulator::enqueue_host(s, [&] { inside = cudaDeviceSynchronize(); }) == cudaSuccess);
+    REQUIRE(emulator::enqueue_host(s, [] { throw std::runtime_error("a library's failure"); }) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(s) == cudaErrorLaunchFailure);
+    CHECK(inside == cudaErrorNotPermitted);
+    CHECK(says(cudaErrorLaunchFailure, "a library's failure"));
+}
+
+TEST_CASE("emulated runtime: a wait for one stream lets the others get on where it needs them") {
+    OnMachine late(StreamMode::late);
+    TestStream a, b;
+    bool arrived = false;
+    REQUIRE(emulator::enqueue_polled(a, [&] { return arrived; }) == cudaSuccess);
+    REQUIRE(emulator::enqueue_host(b, [&] { arrived = true; }) == cudaSuccess);
+    CHECK(cudaStreamSynchronize(a) == cudaSuccess);
+}
+
+TEST_CASE("emulated runtime: a captured graph runs again and again, in an order that keeps its dependencies") {
+    for (StreamMode mode : kModes) {
+        OnMachine m(mode);
+        CAPTURE(int(mode));
+        DeviceInts p(1);
+        TestStream a, b;
+        TestEvent fork, join;
+        REQUIRE(cudaMemset(p, 0, 4) == cudaSuccess);
+        REQUIRE(cudaDeviceSynchronize() == cudaSuccess);
+        REQUIRE(cudaStreamBeginCapture(a, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+        REQUIRE(add(p, 1, 1, a) == cudaSuccess);
+        REQUIRE(cudaEventRecord(fork, a) == cudaSuccess);
+        REQUIRE(cudaStreamWaitEvent(b, fork) == cudaSuccess);
+        REQUIRE(simt::launch(twice_kernel, 1, 1, 0, b, static_cast<int*>(p)) == cudaSuccess);
+        REQUIRE(cudaEventRecord(join, b) == cudaSuccess);
+        REQUIRE(cudaStreamWaitEvent(a, join) == cudaSuccess);
+        REQUIRE(add(p, 1, 3, a) == cudaSuccess);
+        cudaStreamCaptureStatus status{};
+        CHECK(cudaStreamIsCapturing(b, &status) == cudaSuccess);
+        CHECK(status == cudaStreamCaptureStatusActive);
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t executable = nullptr;
+        REQUIRE(cudaStreamEndCapture(a, &graph) == cudaSuccess);
+        REQUIRE(cudaGraphInstantiate(&executable, graph) == cudaSuccess);
+        REQUIRE(cudaGraphDestroy(graph) == cudaSuccess);
+        CHECK(value_of(p) == 0);  // nothing has run yet
+        for (int i = 0; i < 3; i++) REQUIRE(cudaGraphLaunch(executable, a) == cudaSuccess);
+        REQUIRE(cudaGraphExecDestroy(executable) == cudaSuccess);
+        REQUIRE(cudaStreamSynchronize(a) == cudaSuccess);
+        CHECK(value_of(p) == 35);  // x -> 2 (x + 1) + 3, three times
+    }
+}
+
+TEST_CASE("emulated runtime: what a capture cannot hold spoils it") {
+    OnMachine late(StreamMode::late);
+    DeviceInts p(1);
+    TestStream a, b, joins(cudaStreamDefault);
+    TestEvent outside, inside;
+    REQUIRE(cudaEventRecord(outside, b) == cudaSuccess);
+    const auto spoiled_by = [&](cudaError_t expected, cudaStream_t s, auto&& f) {
+        REQUIRE(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal) == cudaSuccess);
+        CHECK(f() == expected);
+        cudaGraph_t graph = nullptr;
+        CHECK(cudaStreamEndCapture(s, &graph) == cudaErrorStreamCaptureInvalidated);
+        CHECK(graph == nullptr);
+        cudaGetLastError();
+    };
+    void* q = nullptr;
+    const cudaError_t unsupported = cudaErrorStreamCaptureUnsupported;
+    spoiled_by(unsupported, a, [&] { return cudaStreamSynchronize(a); });
+    spoiled_by(unsupported, a, [&] { return cudaStreamQuery(a); });
+    spoiled_by(unsupported, a, [&] { return cudaDeviceSynchronize(); });
+    spoiled_by(unsupported, a, [&] { return cudaMalloc(&q, 4); });
+    spoiled_by(unsupported, a, [&] { return cudaEventQuery(outside); });
+    spoiled_by(cudaErrorStreamCaptureIsolation, a, [&] { return cudaStreamWaitEvent(a, outside); });
+    spoiled_by(cudaErrorStreamCaptureImplicit, joins, [&] { return add(p, 1, 1, nullptr); });
+    spoiled_by(cudaErrorCapturedEvent, a, [&] {
+        REQUIRE(cudaEventRecord(inside, a) == cudaSuccess);
+        return cudaEventSynchronize(inside);
+    });
+    CHECK(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal) == unsupported);
+    cudaGetLastError();
+    cudaGraph_t graph = nullptr;  // work of b that a does not wait for
+    REQUIRE(cudaStreamBeginCapture(a, cudaStreamCaptureModeRelaxed) == cudaSuccess);
+    REQUIRE(cudaEventRecord(inside, a) == cudaSuccess);
+    REQUIRE(cudaStreamWaitEvent(b, inside) == cudaSuccess);
+    REQUIRE(add(p, 1, 1, b) == cudaSuccess);
+    CHECK(cudaStreamEndCapture(b, &graph) == cudaErrorStreamCaptureUnmatched);
+    CHECK(cudaStreamEndCapture(a, &graph) == cudaErrorStreamCaptureInvalidated);
+    CHECK(cudaGetLastError() == cudaErrorStreamCaptureInvalidated);  // or the next launch would report it
+    REQUIRE(cudaStreamBeginCapture(a, cudaStreamCaptureModeRelaxed) == cudaSuccess);
+    REQUIRE(cudaEventRecord(inside, a) == cudaSuccess);
+    REQUIRE(cudaStreamWaitEvent(b, inside) == cudaSuccess);
+    REQUIRE(add(p, 1, 1, b) == cudaSuccess);
+    CHECK(cudaStreamEndCapture(a, &graph) == cudaErrorStreamCaptureUnjoined);
+}
+
+TEST_CASE("emulated runtime: devices have memory and streams of their own; each thread begins on the first") {
+    OnMachine late(StreamMode::late);
+    emulator::machine().n_devices = 2;
+    CHECK(cudaSetDevice(2) == cudaErrorInvalidDevice);
+    CHECK(cudaSetDevice(-1) == cudaErrorInvalidDevice);
+    TestStream first;
+    CHECK(cudaSetDevice(1) == cudaSuccess);
+    DeviceInts p(1);
+    CHECK(add(p, 1, 1, first) == cudaErrorInvalidResourceHandle);
+    char bus_id[16] = "";
+    CHECK(cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, 1) == cudaSuccess);
+    CHECK(std::string(bus_id) == "0000:02:00.0");
+    int other = -1;
+    std::thread([&] { cudaGetDevice(&other); }).join();
+    CHECK(other == 0);
+    CHECK(cudaSetDevice(0) == cudaSuccess);
+}
+
+TEST_CASE("emulated runtime: the environment describes the machine") {
+    OnMachine m(StreamMode::late);
+    setenv("KILN_EMULATOR_DEVICES", "0", 1);
+    setenv("KILN_EMULATOR_STREAMS", "random", 1);
+    setenv("KILN_EMULATOR_CAPABILITY", "86", 1);
+    setenv("KILN_EMULATOR_MEMORY", "123456", 1);
+    emulator::reset_device();
+    for (const char* name : {"DEVICES", "STREAMS", "CAPABILITY", "MEMORY"})
+        unsetenv((std::string("KILN_EMULATOR_") + name).c_str());
+    CHECK(emulator::machine().mode == StreamMode::random);
+    CHECK(emulator::machine().capability == 86);
+    CHECK(emulator::machine().memory_bytes == 123456);
+    int n = -1;
+    CHECK(cudaGetDeviceCount(&n) == cudaErrorNoDevice);
+    CHECK(n == 0);
+    CHECK(cudaDeviceSynchronize() == cudaErrorNoDevice);
+    std::string why;
+    CHECK(cuda_device_count(&why) == 0);
+    CHECK(why == "no CUDA-capable device is detected");
+    emulator::reset_device();
+}
+
+TEST_CASE("cuda backend: devices below 8.0 are not used, and opening one says so") {
+    OnMachine m(StreamMode::late);
+    std::string why;
+    CHECK(cuda_device_count(&why) == 16);
+    const CudaDevice d = open_cuda_device(3);
+    CHECK(d.ordinal == 3);
+    CHECK(d.capability == 90);
+    CHECK(d.bus_id == "0000:04:00.0");
+    CHECK(d.memory_bytes == emulator::machine().memory_bytes);
+    CHECK(cuda::n_multiprocessors() == emulator::machine().n_multiprocessors);
+    open_cuda_device(0);
+    const auto refused = [](int ordinal, const char* text) {
+        try {
+            open_cuda_device(ordinal);
+            FAIL("opened");
+        } catch (const Error& e) {
+            CHECK(e.code == Exit::usage);
+            CHECK(std::string(e.what()).find(text) != std::string::npos);
+        }
+    };
+    refused(16, "GPU 16 cannot be used: this machine has 16");
+    emulator::machine().capability = 75;
+    CHECK(cuda_device_count(&why) == 0);
+    CHECK(why.find("has compute capability 7.5, kiln needs 8.0 or newer") != std::string::npos);
+    refused(0, "GPU 0 (emulated GPU) has compute capability 7.5, kiln needs 8.0 or newer");
+    emulator::machine().n_devices = 0;
+    refused(0, "GPU 0 cannot be used: no CUDA-capable device is detected");
+}
+
+TEST_CASE("cuda backend: an error names the call, what the kernel did and the kernels launched last") {
+    OnMachine late(StreamMode::late);
+    MayLeak abandoned;
+    const Backend& k = cuda_backend();
+    DeviceInts p(32);
+    k.zero(p, 128, nullptr);
+    CUDA_CHECK(simt::launch(twice_kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
+    CUDA_CHECK(simt::launch(broken_kernel<int>, 1, 32, 0, nullptr, static_cast<int*>(p)));
+    CUDA_CHECK(simt::launch(add_kernel, 1, 32, 0, nullptr, static_cast<int*>(p), 1));
+    try {
+        k.synchronize(nullptr);
+        FAIL("the kernel's failure is lost");
+    } catch (const Error& e) {
+        CHECK(e.code == Exit::internal);
+        for (const char* part :
+             {"CUDA: unspecified launch failure: kernel broken_kernel<int>", " in cudaStreamSynchronize(s)",
+              "; launched last: ", "twice_kernel, broken_kernel<int>, add_kernel"})
+            CHECK_MESSAGE(std::string(e.what()).find(part) != std::string::npos, e.what());
+    }
+    CHECK_THROWS_AS(k.zero(p, 128, nullptr), Error);  // it stays
+}
+
+TEST_CASE("cuda backend: with KILN_CUDA_SYNC=1 the launch that failed throws") {
+    OnMachine late(StreamMode::late);
+    MayLeak abandoned;
+    DeviceInts p(32);
+    setenv("KILN_CUDA_SYNC", "1", 1);
+    std::string text;
+    try {
+        CUDA_CHECK(simt::launch(broken_kernel<int>, 1, 32, 0, nullptr, static_cast<int*>(p)));
+    } catch (const Error& e) { text = e.what(); }
+    unsetenv("KILN_CUDA_SYNC");
+    CHECK_MESSAGE(text.find(" in simt::launch(broken_kernel<int>") != std::string::npos, text);
+    CHECK(text.find("launched last") == std::string::npos);
+}
+
+TEST_CASE("cuda backend: out of memory says how much there is, and is over when memory is back") {
+    OnMachine late(StreamMode::late);
+    const Backend& k = cuda_backend();
+    cuda::workspace_bytes(0, "test");
+    size_t n_free = 0, n_total = 0;
+    REQUIRE(cudaMemGetInfo(&n_free, &n_total) == cudaSuccess);
+    emulator::machine().memory_bytes = n_total - n_free + (3 << 20);
+    void* const half = k.memory.alloc(2 << 20);
+    try {
+        k.memory.alloc(5 << 20);
+        FAIL("allocated more than there is");
+    } catch (const Error& e) {
+        CHECK(e.code == Exit::memory);
+        const std::string text = e.what();
+        for (const char* part : {"out of memory: the device has 1.00 MiB of ", " free, 5242880 bytes (5.00 MiB) asked"})
+            CHECK_MESSAGE(text.find(part) != std::string::npos, text);
+    }
+    DeviceInts p(1);
+    CUDA_CHECK(simt::launch(add_kernel, 1, 1, 0, nullptr, static_cast<int*>(p), 1));  // the error has gone
+    k.memory.free(half);
+    k.memory.free(k.memory.alloc(2 << 20));
+    k.synchronize(nullptr);
+}
+
+TEST_CASE("cuda backend: an upload from pinned memory does not wait: the buffer must stay as it is") {
+    OnMachine late(StreamMode::late);
+    const Backend& k = cuda_backend();
+    StreamOwner s(k);
+    MarkOwner sent(k);
+    HostBuffer host(k, sizeof(int));
+    DeviceInts p(1);
+    *host.as<int>() = 1;
+    k.upload(p, host.as<void>(), sizeof(int), s.get());
+    *host.as<int>() = 2;  // too early
+    k.set_mark(sent.get(), s.get());
+    k.wait_mark(sent.get());
+    CHECK(value_of(p) == 2);
+    *host.as<int>() = 3;  // the mark is past
+    CHECK(value_of(p) == 2);
+}
