@@ -1,5 +1,6 @@
 #!/usr/bin/python3
-"""GPT-2 in PyTorch: the twin that kiln is checked against (scripts/parity.py) and timed against (scripts/bench_cpu.py).
+"""GPT-2 in PyTorch: the twin that kiln is checked against (scripts/parity.py) and timed against
+(scripts/bench_cpu.py, on a GPU scripts/bench_pytorch.py).
 
 It states the mathematics a second time, in a framework that many people trust: same tensor names and layout as Hugging
 Face's GPT-2, same data order, schedule, clipping and AdamW as kiln. Written to be read; it trains nothing on its own.
@@ -71,25 +72,32 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
+def future(T: int) -> Tensor:
+    """(T, T), true where key j is in query i's future."""
+    return torch.ones(T, T, dtype=torch.bool).triu(1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """q, k, v and the result: (B, NH, T, HS); hidden: future(T), for versions that cannot mask by themselves."""
+    if hasattr(F, "scaled_dot_product_attention"):              # PyTorch 2
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    score = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.size(-1)))
+    return score.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, c: GPT2Config) -> None:
         super().__init__()
         self.n_head = c.n_head
         self.c_attn = Linear(c.n_embd, 3 * c.n_embd, c.bias)
         self.c_proj = Linear(c.n_embd, c.n_embd, c.bias, std=0.02 / math.sqrt(2 * c.n_layer))
-        hidden = torch.ones(c.context_length, c.context_length, dtype=torch.bool).triu(1)
-        self.register_buffer("hidden", hidden, persistent=False)    # (T, T) true where key j is in query i's future
+        self.register_buffer("hidden", future(c.context_length), persistent=False)  # (T, T)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, NH, T, HS)
-        if hasattr(F, "scaled_dot_product_attention"):          # PyTorch 2
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            score = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.size(-1)))
-            score = score.masked_fill(self.hidden[:T, :T], float("-inf"))
-            y = score.softmax(-1) @ v
+        y = causal_attention(q, k, v, self.hidden[:T, :T])
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

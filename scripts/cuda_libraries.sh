@@ -1,0 +1,44 @@
+#!/bin/bash
+# Prints the folders of CUDA 13's libcublasLt and of NCCL, joined by colons, as LD_LIBRARY_PATH wants them.
+# Looked for in CUDA_HOME, LD_LIBRARY_PATH, the loader's own list, beside nvcc, in /usr/local/cuda*, and in python3's
+# nvidia-* packages; the first that has it counts. A library that is nowhere is named on stderr, and the exit code is 1.
+set -uo pipefail
+
+python_folders() {
+    python3 2>/dev/null - <<'END'
+import glob, sys
+for path in sys.path:
+    print(*sorted(glob.glob(path + "/nvidia/*/lib")), sep="\n")
+END
+}
+
+folder_of() {  # library: its folder
+    local name=$1 dir listed nvcc
+    local -a places=()
+    [ -z "${CUDA_HOME:-}" ] || places+=("$CUDA_HOME/lib64" "$CUDA_HOME/lib" "$CUDA_HOME/targets/x86_64-linux/lib")
+    while IFS= read -r -d : dir; do [ -z "$dir" ] || places+=("$dir"); done <<<"${LD_LIBRARY_PATH:-}:"
+    listed=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null |
+             awk -v n="$name" '$1 == n && /x86-64/ {print $NF; exit}')
+    [ -z "$listed" ] || places+=("${listed%/*}")
+    ! nvcc=$(command -v nvcc) || places+=("$(dirname "$(readlink -f "$nvcc")")/../lib64")
+    places+=(/usr/local/cuda/lib64 /usr/local/cuda-13*/lib64)
+    for dir in "${places[@]}"; do
+        [ ! -e "$dir/$name" ] || { echo "$dir"; return 0; }
+    done
+    while IFS= read -r dir; do
+        [ -z "$dir" ] || [ ! -e "$dir/$name" ] || { echo "$dir"; return 0; }
+    done < <(python_folders)
+    echo "$name not found: set CUDA_HOME or LD_LIBRARY_PATH, or install the nvidia-* Python packages" >&2
+    return 1
+}
+
+code=0 folders=
+for library in libcublasLt.so.13 libnccl.so.2; do
+    if dir=$(folder_of $library); then
+        case ":$folders:" in *":$dir:"*) ;; *) folders=${folders:+$folders:}$dir ;; esac
+    else
+        code=1
+    fi
+done
+echo "$folders"
+exit $code

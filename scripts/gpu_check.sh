@@ -1,0 +1,29 @@
+#!/bin/bash
+# What can only be known on a GPU, in one command; in a checkout (make gpu-check builds what it needs) or in an unpacked
+# bundle (make bundle). Writes one JSON file for benchmarks/results/ and prints a short table last.
+#
+#   scripts/gpu_check.sh                        tests, ops, pytorch-124m
+#   STAGE=sanitize scripts/gpu_check.sh         one stage, or several: STAGE="tests train"
+#
+#   tests            instruction conformance, op and model tests, two ranks on one GPU
+#   sanitize         compute-sanitizer's four tools over the op tests; one alone: sanitize-racecheck
+#   train            loss of the demo on the GPU, fp32 and bf16, against the CPU
+#   ops              time of every op; attention of PyTorch beside ours
+#   pytorch-SIZE     tokens/s beside PyTorch, in turn; 124m, 350m, 774m, 1558m
+#   merge            only puts the results in OUT together
+#
+#   OUT=DIR          where results go; a stage that has passed there, at this commit, is not run again
+#   FORCE=1          run it again
+#   BATCH=16 ROUNDS=2 SDPA=default|cudnn|flash   of pytorch-SIZE      STAGE_SECONDS=470   limit of one stage
+#
+# Exit code: 0 all passed, 1 something did not, 2 usage.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "scripts/gpu_check.sh needs python3, 3.10 or newer, on the PATH" >&2
+    exit 2
+fi
+# The script says which library is missing; the stages then report it.
+KILN_CUDA_LIBRARIES=$("$root/scripts/cuda_libraries.sh")
+export KILN_CUDA_LIBRARIES
+exec python3 "$root/scripts/gpu_check.py"

@@ -1,0 +1,401 @@
+"""The stages of scripts/gpu_check.sh, which says what they are; scripts/gpu_check.py runs them and keeps their results.
+
+Programs come from bin/ in a bundle and from build/release/ (KILN_BUILD) in a checkout. A stage returns its headline and
+its data; where a check does not hold it raises Failed, with what it has measured until then.
+"""
+from __future__ import annotations
+
+import array
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE = (ROOT / "bin" / "train").exists()
+BIN = ROOT / "bin" if BUNDLE else Path(os.environ.get("KILN_BUILD", ROOT / "build" / "release"))
+LIBRARIES = os.environ.get("KILN_CUDA_LIBRARIES", "")
+STAGE_SECONDS = float(os.environ.get("STAGE_SECONDS", 470))
+# GPT-2's layers, heads, width; scripts/bench_pytorch.py takes them from here.
+SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+DOCTEST = re.compile(r"test cases:\s*\d+ \|\s*(\d+) passed \|\s*(\d+) failed")
+FAILING = re.compile(r"TEST CASE:\s*(.*)")
+OUT_OF_MEMORY = 7
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}      # dense FLOP/s by the vendor
+Data = dict[str, Any]
+
+
+class Failed(Exception):
+    """A stage's check did not hold; the text is its headline."""
+
+
+class Skipped(Exception):
+    """The stage cannot run here, which is no fault of kiln's."""
+
+
+class Gpu(NamedTuple):
+    name: str
+    capability: str
+    memory_bytes: int
+    driver_cuda: str                                            # the newest CUDA that the driver knows
+    why: str                                                    # it cannot be used; empty where it can
+
+
+# ---- running programs -----------------------------------------------------------------------------------------------
+
+def torch_python() -> str:
+    return os.environ.get("KILN_TORCH_PYTHON", sys.executable)
+
+
+def kiln_env() -> dict[str, str]:
+    """For our programs alone: PyTorch brings its own libraries."""
+    path = ":".join(filter(None, (LIBRARIES, os.environ.get("LD_LIBRARY_PATH", ""))))
+    return {**os.environ, "LD_LIBRARY_PATH": path} if path else dict(os.environ)
+
+
+class Stage:
+    """What a running stage works with: a log, a folder that is removed after it, a deadline."""
+
+    def __init__(self, name: str, gpu: Gpu, log: Path, work: Path) -> None:
+        self.name, self.gpu, self.log, self.work = name, gpu, log, work
+        self.deadline = time.monotonic() + STAGE_SECONDS
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def run(self, command: Sequence[str | Path], limit_s: float,
+            env: Optional[dict[str, str]] = None) -> tuple[int, str]:
+        """Exit code and output of a command; 124 where it ran past limit_s or the stage's end. It dies with all that
+        it has started."""
+        words = [str(w) for w in command]
+        limit = max(1.0, min(limit_s, self.left()))
+        with open(self.log, "a+") as out:
+            out.write(f"$ {' '.join(words)}\n")
+            out.flush()
+            start = out.tell()
+            try:
+                child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                         cwd=self.work, env=env or kiln_env(), start_new_session=True)
+            except OSError as e:
+                raise Failed(f"{words[0]}: {e.strerror}") from e
+            try:
+                code = child.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = 124
+            finally:
+                end(child)
+            out.seek(start)
+            text = out.read()
+            out.write(f"[exit {code}]\n")
+        return code, text
+
+    def program(self, name: str) -> Path:
+        path = BIN / name
+        if not path.exists():
+            raise Failed(f"{path} is missing; build it first: make gpu-check")
+        return path
+
+    def mpirun(self, n: int) -> list[str]:
+        bundled = BIN / "mpirun"
+        found = str(bundled) if BUNDLE else (os.environ.get("MPIRUN") or shutil.which("mpirun.mpich")
+                                             or shutil.which("mpirun") or "mpirun")
+        return [found, "-np", str(n)]
+
+    def checked(self, what: str, command: Sequence[str | Path], limit_s: float) -> str:
+        code, text = self.run(command, limit_s)
+        if code != 0:
+            raise Failed(f"{what}: {reason(code, text)}")
+        return text
+
+    def train(self, name: str, settings: Data, ranks: int = 1, config: Optional[Path] = None,
+              limit_s: float = 300) -> list[Data]:
+        """The records of a training run."""
+        if config is None:
+            config = self.work / f"{name}.yaml"
+            sections: dict[str, Data] = {"run": {"name": name}}
+            for key, value in settings.items():
+                section, _, field = key.partition(".")
+                sections.setdefault(section, {})[field] = value
+            config.write_text("\n".join(f"{s}: {json.dumps(v)}" for s, v in sections.items()))
+            words: list[str] = []
+        else:
+            words = [w for k, v in ({"run.name": name} | settings).items() for w in ("--set", f"{k}={v}")]
+        launch = self.mpirun(ranks) if ranks > 1 else []
+        code, text = self.run([*launch, self.program("train"), "--config", config, "--overwrite", *words], limit_s)
+        if code != 0:
+            error = MemoryError if code == OUT_OF_MEMORY else Failed
+            raise error(f"train {name}: {reason(code, text)}")
+        return [json.loads(line) for line in (self.work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def end(child: subprocess.Popen) -> None:
+    for s in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, s)
+        except ProcessLookupError:
+            break
+        try:
+            child.wait(5)
+        except subprocess.TimeoutExpired:
+            continue
+    child.wait()
+
+
+def reason(code: int, text: str) -> str:
+    if code == 124:
+        return "ran out of time"
+    errors = [line.strip() for line in text.splitlines() if "error" in line.lower()]
+    last = [line.strip() for line in text.splitlines() if line.strip()][-1:]
+    return f"exit {code}: {(errors[-1:] or last or ['no output'])[0][:300]}"
+
+
+def quietly(*command: str, env: Optional[dict[str, str]] = None) -> str:
+    """Standard output, or nothing where the command fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+# ---- stages: each returns (headline, data) --------------------------------------------------------------------------
+
+def tests(s: Stage) -> tuple[str, Data]:
+    data: Data = {}
+    bad = []
+
+    def suite(name: str, program: str, limit_s: float, launch: Sequence[str] = ()) -> None:
+        try:
+            code, text = s.run([*launch, s.program(program)], limit_s)
+        except Failed as e:
+            bad.append(f"{name}: {e}")
+            return
+        counts = [(int(passed), int(failed)) for passed, failed in DOCTEST.findall(text)]     # one line of each rank
+        failing = sorted(set(FAILING.findall(text)))
+        data[name] = {"exit": code, "passed": sum(c[0] for c in counts), "failed": sum(c[1] for c in counts),
+                      "failing": failing[:50]}
+        if code != 0 or not counts:
+            bad.append(f"{name}: {f'{len(failing)} failed' if failing else reason(code, text)}")
+
+    # Hopper's own instructions exist only in code for 9.0a, which no other GPU runs.
+    suite("instructions", "test_isa_sm90_native" if s.gpu.capability == "9.0" else "test_isa_native", 60)
+    suite("ops and model", "test_native", 330)
+    suite("communication, 2 ranks", "test_mpi_native", 120, s.mpirun(2))
+    try:
+        data["2 ranks on one GPU"] = two_ranks(s)
+    except (Failed, MemoryError) as e:
+        bad.append(str(e))
+    if bad:
+        raise Failed("; ".join(bad), data)
+    return f"{sum(v.get('passed', 0) for v in data.values())} passed; 2 ranks on one GPU as 1 rank", data
+
+
+def tiny(s: Stage) -> Data:
+    shard = write_tokens(s.work / "tiny.bin", 40_000, 257)
+    return {"device": {"kind": "cuda", "dtype": "bf16"},
+            "model": {"n_layer": 2, "n_head": 2, "n_embd": 64, "context_length": 64, "vocab_size": 257, "dropout": 0.1},
+            "data": {"train": [shard]}, "train": {"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2},
+            "optimizer": {"learning_rate": 1e-3}, "parallel": {"allreduce": "ordered"}}
+
+
+def two_ranks(s: Stage) -> Data:
+    """The promise of the ordered reduction: the loss does not depend on the number of ranks, not in one bit."""
+    config = flat(tiny(s))
+    losses = {}
+    for ranks in (1, 2, 2):
+        records = s.train(f"ranks{ranks}", config, ranks, limit_s=90)
+        now = [r["loss"] for r in records if r["type"] == "step"]
+        if losses.setdefault(ranks, now) != now:
+            raise Failed("two ranks on one GPU: a repeated run has another loss", {"losses": [losses[ranks], now]})
+    if losses[1] != losses[2]:
+        raise Failed(f"two ranks on one GPU: loss {losses[2][-1]} where one rank has {losses[1][-1]}")
+    return {"steps": len(losses[1]), "last_loss": losses[1][-1]}
+
+
+def flat(sections: dict) -> Data:
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+
+def write_tokens(path: Path, n: int, vocabulary: int) -> str:
+    """A shard of random tokens: speed does not depend on the text."""
+    r = random.Random(vocabulary)
+    path.write_bytes(struct.pack("<256i", 20240520, 1, n, *[0] * 253)
+                     + array.array("H", r.choices(range(vocabulary), k=n)).tobytes())
+    return str(path)
+
+
+def sanitize(s: Stage, tools: Sequence[str] = TOOLS) -> tuple[str, Data]:
+    sanitizer = shutil.which("compute-sanitizer") or next(
+        (str(p) for p in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer",
+                          Path("/usr/local/cuda/bin/compute-sanitizer")) if p.exists()), None)
+    if not sanitizer:
+        raise Skipped("compute-sanitizer is not on the PATH nor in CUDA_HOME/bin")
+    selects = "--kernel-name" in quietly(sanitizer, "--help")
+    data: Data = {}
+    bad = []
+    for i, tool in enumerate(tools):
+        # The libraries' own kernels are not ours to check, and slow; out of bounds they would be our mistake.
+        ours = ["--kernel-name", "kernel_substring=_kernel"] if selects and tool != "memcheck" else []
+        command = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *ours]
+        code, text = s.run([*command, s.program("test_native")], s.left() / (len(tools) - i))
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
+        found = [int(n) for line in summary for n in re.findall(r"(\d+) (?:errors?|hazards?)", line)]
+        data[tool] = {"exit": code, "found": sum(found), "summary": summary[-1:],
+                      "first": re.findall(r"^=========.*", text, re.M)[1:9] if code else []}
+        if "Device not supported" in text:
+            raise Skipped("compute-sanitizer does not support this device", data)
+        if code != 0 or not summary:
+            bad.append(f"{tool}: " + (summary[-1] if summary else reason(code, text)))
+    if bad:
+        raise Failed("; ".join(bad), data)
+    return f"{', '.join(tools)}: nothing found", data
+
+
+def train(s: Stage) -> tuple[str, Data]:
+    """The demo on the CPU and on the GPU. fp32 follows the CPU step by step at first, then rounding makes the runs
+    diverge as another order of summation would; bf16 rounds each activation to 2^-8. At the end all must have learnt
+    the same: 0.05 nats is what another seed changes."""
+    steps = int(os.environ.get("DEMO_STEPS", 1500))
+    s.checked("data", [sys.executable, ROOT / "scripts" / "prepare_data.py", "--python-stdlib", "--out",
+                       s.work / "runs" / "demo-data"], 120)
+    config = ROOT / "configs" / "demo.yaml"
+    common: Data = {"train.max_steps": steps, "checkpoint.interval": 0, "device.dtype": "fp32"}
+    runs = {"cpu fp32": {"device.kind": "cpu"}, "gpu fp32": {"device.kind": "cuda"},
+            "gpu bf16": {"device.kind": "cuda", "device.dtype": "bf16"},
+            "gpu bf16 again": {"device.kind": "cuda", "device.dtype": "bf16"}}
+    data: Data = {"steps": steps}
+    loss: dict[str, list[float]] = {}
+    val: dict[str, float] = {}
+    text: dict[str, list[str]] = {}
+    for name, settings in runs.items():
+        records = s.train(name.replace(" ", "-"), common | settings, config=config)
+        of = [r for r in records if r["type"] == "step"]
+        loss[name] = [float(r["loss"]) for r in of]
+        text[name] = [repr(r["loss"]) for r in of]
+        evals = [[r["step"], r["val_loss"]] for r in records if r["type"] == "eval"]
+        val[name] = evals[-1][1]
+        data[name] = {"loss_at": [[i + 1, loss[name][i]] for i in (*range(20), *range(99, steps, 100)) if i < len(of)],
+                      "val": evals, "median_step_ms": median(r["step_ms"] for r in of[len(of) // 2:])}
+    bad = []
+    for name, early in (("gpu fp32", 1e-3), ("gpu bf16", 2e-2)):
+        far = max(abs(a - b) for a, b in zip(loss[name][:20], loss["cpu fp32"][:20]))
+        gap = abs(val[name] - val["cpu fp32"])
+        data[name] |= {"first_20_differ_by": far, "val_differs_by": gap}
+        if not far <= early:
+            bad.append(f"{name}: a loss of the first 20 steps is {far:.2g} from the CPU's")
+        if not gap <= 0.05:
+            bad.append(f"{name}: val loss {val[name]:.4f}, CPU {val['cpu fp32']:.4f}")
+    if text["gpu bf16"] != text["gpu bf16 again"]:
+        bad.append("gpu bf16: a repeated run has another loss")
+    if bad:
+        raise Failed("; ".join(bad), data)
+    return "val loss " + ", ".join(f"{n} {val[n]:.4f}" for n in list(runs)[:3]) + "; repeated run identical", data
+
+
+def ops(s: Stage) -> tuple[str, Data]:
+    path = s.work / "ops.jsonl"
+    code, text = s.run([s.program("bench_ops"), "--json", path], 240)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    data: Data = {"run": rows[:1], "ops": [r for r in rows if r["type"] == "op"],
+                  "steps": [r for r in rows if r["type"] == "step"]}
+    if code != 0:
+        raise Failed(f"bench_ops: {reason(code, text)}", data)
+    beside = data["pytorch_attention"] = []
+    for sdpa in ("default", "cudnn", "flash"):
+        command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--sdpa", sdpa]
+        for shape in ("16x12x1024x64", "64x12x1024x64", "16x25x1024x64"):
+            command += ["--attention", shape]
+        code, text = s.run(command, 60, dict(os.environ))
+        if code == 0:
+            beside += json.loads(text.splitlines()[-1])["attention"]
+    speed = {(r["size"], r["op"]): r["tflop_per_s"] for r in data["ops"]}
+    parts = [f"{way} {speed.get(('124m-b64', f'attention {way}'), math.nan):.0f}" for way in ("forward", "backward")]
+    torch = [f"{b['sdpa']} {b['forward_tflop_per_s']:.0f}/{b['backward_tflop_per_s']:.0f}"
+             for b in beside if b["shape"].startswith("64x12")]
+    return (f"attention at 64x12x1024x64: {', '.join(parts)} TFLOP/s" +
+            (f"; PyTorch {', '.join(torch)}" if torch else "; no PyTorch"), data)
+
+
+def pytorch(s: Stage, size: str) -> tuple[str, Data]:
+    """kiln and PyTorch in turn, so that a change of clocks hits both; the figures are medians."""
+    layers, heads, width = SIZES[size]
+    sdpa = os.environ.get("SDPA", "default")
+    shard = write_tokens(s.work / "random.bin", 1 << 21, 50257)
+    data: Data = {"size": size, "T": 1024, "sdpa": sdpa, "kiln": [], "pytorch": []}
+
+    def kiln(batch: int) -> float:
+        records = s.train("speed", flat({
+            "device": {"kind": "cuda", "dtype": "bf16"},
+            "model": {"n_layer": layers, "n_head": heads, "n_embd": width, "context_length": 1024, "vocab_size": 50257},
+            "data": {"train": [shard]}, "optimizer": {"learning_rate": 1e-4},
+            "train": {"max_steps": 60, "global_batch_size": batch, "micro_batch_size": batch}}), limit_s=s.left() - 5)
+        steps = [r for r in records if r["type"] == "step"][20:]
+        ms = median(r["step_ms"] for r in steps)
+        run = next(r for r in records if r["type"] == "run")
+        data["flops_per_token"] = run["flops_per_token"]
+        data["kiln"].append({"step_ms": ms, "tokens_per_s": 1e3 * batch * 1024 / ms,
+                             "step_ms_all": [round(r["step_ms"], 4) for r in steps],
+                             "phase_ms": {p: median(r["phase_ms"][p] for r in steps) for p in steps[0]["phase_ms"]}})
+        return ms
+
+    def torch(batch: int) -> bool:
+        # What is compiled in the first round need not be in the second.
+        cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(s.work / "inductor")}
+        command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--size", size, "--batch", str(batch)]
+        code, text = s.run([*command, "--sdpa", sdpa], s.left() - 5, cache)
+        if code != 0:
+            data["pytorch_failed"] = reason(code, text)
+            return False
+        data["pytorch"].append(json.loads(text.splitlines()[-1]))
+        return True
+
+    batch = int(os.environ.get("BATCH", 16))
+    while True:
+        try:
+            kiln(batch)
+            break
+        except MemoryError as e:
+            if batch == 1:
+                raise Failed(str(e), data) from e
+            batch //= 2
+    data["B"] = batch
+    there = torch(batch)
+    for _ in range(int(os.environ.get("ROUNDS", 2)) - 1):
+        if s.left() < 90:                                       # a round more would be cut off
+            break
+        kiln(batch)
+        there = there and torch(batch)
+    ours = median(r["tokens_per_s"] for r in data["kiln"])
+    data["kiln_tokens_per_s"] = ours
+    headline = f"{size} B{batch} T1024 bf16: kiln {ours:,.0f} tokens/s"
+    for chip, peak in PEAK_BF16.items():
+        if chip in s.gpu.name:
+            data["kiln_mfu_palm"] = ours * data["flops_per_token"] / peak
+            headline += f" ({data['kiln_mfu_palm']:.1%} of {peak / 1e12:.0f} TFLOP/s)"
+    if not data["pytorch"]:
+        return f"{headline}; PyTorch: {data.get('pytorch_failed', 'not run')}", data
+    theirs = median(r["tokens_per_s"] for r in data["pytorch"])
+    data |= {"pytorch_tokens_per_s": theirs, "ratio": ours / theirs}
+    return f"{headline}, PyTorch ({sdpa} SDPA) {theirs:,.0f}: {ours / theirs:.2f}x", data
+
+
+def stages() -> dict[str, Callable[[Stage], tuple[str, Data]]]:
+    all_of: dict[str, Callable[[Stage], tuple[str, Data]]] = {
+        "tests": tests, "sanitize": sanitize, "train": train, "ops": ops}
+    for tool in TOOLS:
+        all_of[f"sanitize-{tool}"] = lambda s, tool=tool: sanitize(s, (tool,))
+    for size in SIZES:
+        all_of[f"pytorch-{size}"] = lambda s, size=size: pytorch(s, size)
+    return all_of

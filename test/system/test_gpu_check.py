@@ -1,0 +1,319 @@
+"""scripts/gpu_check.sh where there is no GPU: it says so; and what it does with results, with programs that stand in.
+
+Also what it starts: bench_ops and bench_pytorch.py at tiny sizes, cuda_libraries.sh.  Seen to fail: a result kept after
+another commit, a failed result kept, a stage that outlives its limit, one stage's crash that ends the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import REPO, TRAIN, run
+
+SCRIPT = REPO / "scripts" / "gpu_check.sh"
+TORCH = "/usr/bin/python3"
+HERE = {"commit": "abc", "gpu": "NVIDIA Pretended"}
+
+# Stands in for ./train: writes the metrics that the environment asks for.
+FAKE_TRAIN = """#!{python}
+import json, os, pathlib, re, sys
+config = open(sys.argv[sys.argv.index("--config") + 1]).read()
+batch = int(re.search('"micro_batch_size": (\\\\d+)', config).group(1))
+with open("{calls}", "a") as f:
+    f.write(f"kiln {{batch}}\\n")
+if batch > int(os.environ.get("FITS", 99)):
+    print("error: out of memory")
+    sys.exit(7)
+run = pathlib.Path("runs/speed")
+run.mkdir(parents=True, exist_ok=True)
+step = {{"type": "step", "loss": 1.0, "step_ms": 50.0, "phase_ms": {{"forward": 20.0}}}}
+with open(run / "metrics.jsonl", "w") as f:
+    for record in [{{"type": "run", "flops_per_token": 8e8}}] + 60 * [step]:
+        f.write(json.dumps(record) + "\\n")
+"""
+FAKE_TORCH = """#!{python}
+import sys
+if "-c" in sys.argv:
+    print("2.99")
+    sys.exit()
+open("{calls}", "a").write("torch " + sys.argv[sys.argv.index("--batch") + 1] + "\\n")
+print("compiling")
+print('{{"tokens_per_s": 200000.0}}')
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+class Check:
+    """The script as a module, on a GPU that is pretended."""
+
+    def __init__(self, module: ModuleType, stages: ModuleType, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.module, self.stages, self.patch = module, stages, patch
+        self.out, self.programs = root / "out", root / "programs"
+        self.programs.mkdir()
+
+    def run(self, stage: str) -> int:
+        os.environ["STAGE"] = stage
+        return self.module.main()
+
+    def result(self, stage: str) -> dict:
+        return json.loads((self.out / f"{stage}.json").read_text())
+
+    def merged(self) -> dict:
+        return json.loads(next(self.out.glob("nvidia-pretended-*.json")).read_text())
+
+    def shell(self, program: str, text: str) -> None:
+        executable(self.programs / program, f"#!/bin/bash\n{text}\n")
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    monkeypatch.syspath_prepend(str(REPO / "scripts"))
+    for name in ("gpu_check", "gpu_stages"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name, default in (("STAGE", ""), ("FORCE", ""), ("BATCH", "16"), ("ROUNDS", "2"), ("SDPA", "default")):
+        monkeypatch.setenv(name, default)
+    stages, module = importlib.import_module("gpu_stages"), importlib.import_module("gpu_check")
+    monkeypatch.setattr(module, "OUT", tmp_path / "out")
+    monkeypatch.setattr(stages, "BIN", tmp_path / "programs")
+    monkeypatch.setattr(module, "LIBRARIES", "/nowhere")
+    monkeypatch.setattr(module, "find_gpu", lambda: module.Gpu("NVIDIA Pretended", "9.0", 1 << 37, "13.0", ""))
+    monkeypatch.setattr(module, "environment", lambda gpu: dict(HERE))
+    monkeypatch.setattr(module, "clocks", lambda: {})
+    return Check(module, stages, tmp_path, monkeypatch)
+
+
+def test_every_stage_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    stages = ["tests", "sanitize", "train", "ops", "pytorch-124m"]
+    done = run([SCRIPT], {"OUT": tmp_path, "STAGE": " ".join(stages), "CUDA_VISIBLE_DEVICES": ""})
+    assert done.code == 1, done.err
+    table = done.out.split("headline\n")[1].splitlines()
+    assert sorted(line.split()[0] for line in table[:-1]) == sorted(stages)
+    assert all(line.split()[1] == "failed" and "no usable GPU: " in line for line in table[:-1])
+    merged = json.loads(Path(table[-1]).read_text())
+    assert set(merged["stages"]) == set(stages)
+    for stage in stages:
+        assert json.loads((tmp_path / f"{stage}.json").read_text())["headline"].startswith("no usable GPU")
+    assert "Traceback" not in done.err
+
+
+def test_without_a_stage_it_is_tests_ops_and_124m(tmp_path: Path) -> None:
+    done = run([SCRIPT], {"OUT": tmp_path, "STAGE": "", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.code == 1
+    assert sorted(p.name for p in tmp_path.glob("[!n]*.json")) == ["ops.json", "pytorch-124m.json", "tests.json"]
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
+    done = run([SCRIPT], {"OUT": tmp_path, "STAGE": "tests,pytorch-7b"})
+    assert done.code == 2
+    assert "STAGE=pytorch-7b; known are tests, sanitize" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_passed_is_not_run_again(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = check.out / "count"
+    check.shell("bench_ops", f'echo x >> {count}\necho \'{{"type": "run"}}\' > "$2"')
+    runs = lambda: len(count.read_text())  # noqa: E731  characters: two for each run
+    monkeypatch.setattr(check.stages, "torch_python", lambda: "false")
+    assert check.run("ops") == 0 and check.run("ops") == 0 and runs() == 2
+    monkeypatch.setattr(check.module, "FORCE", True)
+    assert check.run("ops") == 0 and runs() == 4
+    monkeypatch.setattr(check.module, "FORCE", False)
+    monkeypatch.setattr(check.module, "environment", lambda gpu: HERE | {"commit": "another"})
+    assert check.run("ops") == 0 and runs() == 6
+    assert check.merged()["environment"]["commit"] == "another"
+
+
+def test_what_has_failed_is_run_again_and_stops_nothing(check: Check, capsys: pytest.CaptureFixture) -> None:
+    check.shell("bench_ops", "echo 'error: layernorm forward: no such kernel'; exit 70")
+    summary = 'echo "[doctest] test cases: 9 | 8 passed | 1 failed | 0 skipped"; exit 1'
+    check.shell("test_isa_sm90_native", f"echo TEST CASE:  isa: wgmma; {summary}")
+    check.shell("test_native", summary)
+    assert check.run("tests ops") == 1
+    tests = check.result("tests")
+    assert tests["result"] == "failed" and "instructions: 1 failed" in tests["headline"]
+    assert tests["data"]["instructions"]["failing"] == ["isa: wgmma"]
+    assert tests["data"]["ops and model"]["failed"] == 1
+    assert f"communication, 2 ranks: {check.programs}/test_mpi_native is missing" in tests["headline"]
+    assert "no such kernel" in check.result("ops")["headline"]
+    assert set(check.merged()["stages"]) == {"tests", "ops"}
+    check.shell("bench_ops", 'echo \'{"type": "run"}\' > "$2"')
+    assert check.run("ops") == 0
+    assert check.merged()["stages"]["ops"]["result"] == "passed"
+    assert "tests" in capsys.readouterr().out
+
+
+def test_a_stage_ends_at_its_limit_with_all_it_has_started(check: Check, tmp_path: Path) -> None:
+    check.patch.setattr(check.stages, "STAGE_SECONDS", 1.5)
+    check.shell("bench_ops", f"(sleep 4; touch {tmp_path}/outlived) & sleep 60")
+    start = time.monotonic()
+    assert check.run("ops") == 1
+    assert time.monotonic() - start < 20
+    assert check.result("ops")["headline"] == "bench_ops: ran out of time"
+    time.sleep(max(0.0, 5 - (time.monotonic() - start)))
+    assert not (tmp_path / "outlived").exists()
+
+
+def test_output_that_is_not_as_expected_is_a_failure(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    check.shell("bench_ops", 'echo "{" > "$2"')
+    assert check.run("ops") == 1
+    assert check.result("ops")["headline"].startswith("JSONDecodeError")
+
+
+def test_no_sanitizer_is_skipped_in_words(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check.stages.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    if Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        pytest.skip("compute-sanitizer is here")
+    assert check.run("sanitize") == 0
+    assert check.result("sanitize")["result"] == "skipped"
+    assert "compute-sanitizer is not on the PATH" in check.merged()["stages"]["sanitize"]["headline"]
+
+
+def test_the_sanitizers_findings_fail_the_stage(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = """case "$*" in
+--help) echo "--kernel-name arg" ;;
+*racecheck*) echo "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"; exit 9 ;;
+*) echo "========= ERROR SUMMARY: 0 errors" ;;
+esac"""
+    tool = executable(tmp_path / "compute-sanitizer", f"#!/bin/bash\n{text}\n")
+    monkeypatch.setattr(check.stages.shutil, "which", lambda name: str(tool))
+    check.shell("test_native", "true")
+    assert check.run("sanitize") == 1
+    result = check.result("sanitize")
+    assert result["headline"].startswith("racecheck: RACECHECK SUMMARY: 2 hazards")
+    assert [result["data"][t]["exit"] for t in check.stages.TOOLS] == [0, 9, 0, 0]
+    assert check.run("sanitize-memcheck") == 0
+    assert check.result("sanitize-memcheck")["headline"] == "memcheck: nothing found"
+
+
+def beside(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    calls = tmp_path / "calls"
+    executable(check.programs / "train", FAKE_TRAIN.format(python=sys.executable, calls=calls))
+    python = executable(tmp_path / "torch_python", FAKE_TORCH.format(python=sys.executable, calls=calls))
+    monkeypatch.setenv("KILN_TORCH_PYTHON", str(python))
+    return calls
+
+
+def test_kiln_and_pytorch_take_turns(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = beside(check, monkeypatch, tmp_path)
+    assert check.run("pytorch-124m") == 0, check.result("pytorch-124m")
+    assert calls.read_text().split("\n")[:-1] == ["kiln 16", "torch 16", "kiln 16", "torch 16"]
+    data = check.result("pytorch-124m")["data"]
+    assert data["kiln_tokens_per_s"] == pytest.approx(16 * 1024 / 0.05)
+    assert data["ratio"] == pytest.approx(16 * 1024 / 0.05 / 200000)
+    assert "kiln 327,680 tokens/s, PyTorch (default SDPA) 200,000: 1.64x" in check.result("pytorch-124m")["headline"]
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_both(check: Check, tmp_path: Path) -> None:
+    calls = beside(check, check.patch, tmp_path)
+    check.patch.setenv("FITS", "4")
+    assert check.run("pytorch-1558m") == 0
+    assert calls.read_text().split("\n")[:4] == ["kiln 16", "kiln 8", "kiln 4", "torch 4"]
+    assert check.result("pytorch-1558m")["data"]["B"] == 4
+    check.patch.setenv("FITS", "0")
+    assert check.run("pytorch-350m") == 1
+    assert "out of memory" in check.result("pytorch-350m")["headline"]
+
+
+def test_without_pytorch_kiln_is_measured_alone(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    beside(check, monkeypatch, tmp_path)
+    none = executable(tmp_path / "none", "#!/bin/bash\necho 'error: PyTorch is missing'; exit 2\n")
+    monkeypatch.setenv("KILN_TORCH_PYTHON", str(none))
+    assert check.run("pytorch-124m") == 0
+    headline = check.result("pytorch-124m")["headline"]
+    assert "kiln 327,680 tokens/s; PyTorch: exit 2: error: PyTorch is missing" in headline
+
+
+def test_two_ranks_of_the_emulated_program_are_as_one(check: Check, tmp_path: Path) -> None:
+    emulated = TRAIN.resolve().parent / "train-emulated"
+    if not emulated.exists():
+        pytest.skip("make emulated builds it")
+    (check.programs / "train").symlink_to(emulated)
+    check.patch.setenv("KILN_EMULATOR_DEVICES", "1")
+    tiny = check.stages.tiny
+
+    def tinier(s):
+        config = tiny(s)
+        config["model"] |= {"n_layer": 1, "n_embd": 32, "context_length": 16}
+        config["train"] |= {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 1}
+        return config
+
+    check.patch.setattr(check.stages, "tiny", tinier)
+    (tmp_path / "log").write_text("")
+    stage = check.stages.Stage("tests", check.module.find_gpu(), tmp_path / "log", tmp_path)
+    assert check.stages.two_ranks(stage)["steps"] == 3, (tmp_path / "log").read_text()
+
+
+def test_where_cuda_is_looked_for(tmp_path: Path) -> None:
+    for folder in ("home/lib64", "path", "site/nvidia/cu13/lib", "site/nvidia/nccl/lib"):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def found(**env: object):
+        return run([REPO / "scripts" / "cuda_libraries.sh"], {"CUDA_HOME": "", "LD_LIBRARY_PATH": ""} | env)
+
+    for folder in ("home/lib64", "path"):
+        for library in ("libcublasLt.so.13", "libnccl.so.2"):
+            (tmp_path / folder / library).touch()
+    assert found(CUDA_HOME=tmp_path / "home").out == f"{tmp_path}/home/lib64\n"
+    assert found(LD_LIBRARY_PATH=f"/nowhere:{tmp_path}/path").out == f"{tmp_path}/path\n"
+    if found().code == 0:
+        return  # the machine has them where they come before Python's packages
+    (tmp_path / "site/nvidia/cu13/lib/libcublasLt.so.13").touch()
+    one = found(PYTHONPATH=tmp_path / "site")
+    assert one.code == 1 and "libnccl.so.2 not found" in one.err
+    (tmp_path / "site/nvidia/nccl/lib/libnccl.so.2").touch()
+    both = found(PYTHONPATH=tmp_path / "site")
+    assert both.out == f"{tmp_path}/site/nvidia/cu13/lib:{tmp_path}/site/nvidia/nccl/lib\n"
+
+
+@pytest.mark.parametrize("backend, dtype", [("cpu", "f32"), ("cuda", "f32"), ("cuda", "bf16")])
+def test_every_op_is_timed(backend: str, dtype: str, tmp_path: Path) -> None:
+    bench = TRAIN.resolve().parent / "bench_ops-emulated"
+    if not bench.exists():
+        pytest.skip(f"{bench.name} is not built")
+    out = tmp_path / "ops.jsonl"
+    flags = ["--backend", backend, "--dtype", dtype, "--size", "tiny", "--samples", 1, "--flush-mib", 0, "--json", out]
+    done = run([bench, *flags])
+    assert done.code == 0, done.out + done.err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    ops = {r["op"]: r for r in rows if r["type"] == "op"}
+    assert len(ops) > 30 and all(r["us"] > 0 and r["n_bytes"] > 0 for r in ops.values())
+    # (64, 32) x (32, 96): two flop per multiply-add, twice in the gradient.
+    assert ops["qkv forward"]["flop"] == 2 * 64 * 32 * 96 and ops["qkv backward"]["flop"] == 4 * 64 * 32 * 96
+    assert ops["attention forward"]["flop"] == 2 * 64 * 32 * 32
+    step = next(r for r in rows if r["type"] == "step")
+    assert step["step_ms"] == pytest.approx(sum(r["per_step"] * r["us"] for r in ops.values()) / 1e3, rel=1e-3)
+
+
+def test_the_pytorch_bench_runs_at_a_tiny_size(tmp_path: Path) -> None:
+    if run([TORCH, "-c", "import torch"]).code != 0:
+        pytest.skip("no PyTorch")
+    bench = [TORCH, REPO / "scripts" / "bench_pytorch.py", "--tiny", "--device", "cpu"]
+    done = run([*bench, "--json", tmp_path / "result.json"])
+    assert done.code == 0, done.err
+    result = json.loads(done.out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == 4 and len(result["window_step_ms"]) == 2
+    assert result["tokens_per_s"] == pytest.approx(1e3 * result["B"] * result["T"] / result["step_ms"])
+    assert 4 < result["last_loss"] < 5.5  # ln 128 = 4.85
+    done = run([*bench, "--attention", "2x2x32x16", "--attention", "1x1x8x8"])
+    assert [a["shape"] for a in json.loads(done.out)["attention"]] == ["2x2x32x16", "1x1x8x8"], done.err
+
+
+def test_without_a_gpu_the_pytorch_bench_says_so() -> None:
+    done = run([TORCH, REPO / "scripts" / "bench_pytorch.py"], {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.code == 2 and done.err.startswith("error: PyTorch ")
+    assert shutil.which("python3")
