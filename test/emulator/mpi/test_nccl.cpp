@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <functional>
 
+#include "model/trainer.h"
 #include "test/mpi/device_gradient.h"
 
 namespace {
@@ -62,6 +63,30 @@ TEST_CASE("nccl: exactly one call for a gradient") {
     const Calls want = {{"ncclAllReduce", 1001, "float32"}};
     for (int step = 0; step < 2; step++)
         CHECK(calls_of([&] { summed(k, *reducer, 1001); }) == (world().size() == 1 ? Calls{} : want));
+}
+
+TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction of the whole gradient") {
+    NcclComm nccl(world(), kTimeout);
+    TrainerOptions o;
+    o.model = {.L = 1, .NH = 2, .C = 16, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
+    o.micro_batch_size = 1;
+    o.global_batch_size = 2 * world().size();
+    o.reduction = Reduction::nccl;
+    o.nccl = &nccl;
+    o.real = DType::bf16;
+    Trainer trainer(*gpu(), world(), o);
+    trainer.initialize();
+    trainer.broadcast_state();
+    size_t n = 0;  // elements of the flat gradient
+    trainer.before_reduce = [&](std::span<double> g) { n = g.size(); };
+    const std::vector<int32_t> tokens = {1, 2, 3, 4, 5};
+    const auto next = [&]() -> Trainer::Tokens { return {std::span(tokens).first(4), std::span(tokens).last(4)}; };
+    for (int step = 0; step < 2; step++) {
+        const Calls calls = calls_of([&] { trainer.step(step, 1e-2, next); });
+        if (world().size() == 1) CHECK(calls.empty());
+        if (world().size() > 1) CHECK(calls == Calls{{"ncclAllReduce", n, "float32"}});
+    }
+    CHECK(n >= count_params(o.model));
 }
 
 TEST_CASE("ordered, moved by nccl: which calls, and how long") {

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Removes every barrier and asynchronous wait of the CUDA kernels, one at a time: do the tests notice?
+
+    python3 test/emulator/mutate.py             all removals
+    python3 test/emulator/mutate.py --every 4   each fourth one, for CI
+
+A copy of the kernels is made in which each removable statement asks an environment variable whether to run; it is
+compiled once, with the race check, and its op tests run once for each statement. A removal counts as detected when a
+test fails or a report of the emulator appears. HARMLESS lists the statements that no test can miss, with the reason.
+Exit code 1: less than 95 % of the others were detected, or a listed one was.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPY = ROOT / "build" / "mutants" / "src"
+BINARY = ROOT / "build" / "mutants" / "test_mutants"
+REMOVABLE = re.compile(
+    r"\b(__syncthreads|__syncwarp|ptx::bar_sync|ptx::bar_arrive|ptx::cp_async_wait<[^<>;]*>|ptx::bulk_wait(?:_read)?<[^<>;]*>"
+    r"|ptx::wgmma_wait<[^<>;]*>|ptx::mbar_wait|ptx::fence_proxy_async|__threadfence)\s*\("
+)
+TIMEOUT_S = 120
+# (file, number of the statement in it, from 1): why leaving it out changes nothing.
+HARMLESS: dict[tuple[str, int], str] = {}
+
+
+@dataclass
+class Site:
+    number: int     # over all files
+    file: str
+    place: int      # in its file, from 1
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} ({self.place}) {self.text}"
+
+
+def end_of_call(text: str, at: int) -> int:
+    """The position after the parenthesis that closes the one at `at`."""
+    depth = 0
+    for i in range(at, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i + 1
+    raise ValueError("unbalanced parentheses")
+
+
+def without_comments(text: str) -> str:
+    """The same text with comments blanked, every position kept."""
+    return re.sub(r"//[^\n]*", lambda m: " " * len(m.group()), text)
+
+
+def copy_with_switches(path: Path, first: int) -> list[Site]:
+    """Writes the file's copy; a statement `f(...);` becomes `if (!emulator::left_out(n)) f(...);`."""
+    text = path.read_text()
+    code, out, sites, done = without_comments(text), [], [], 0
+    name = str(path.relative_to(ROOT))
+    for match in REMOVABLE.finditer(code):
+        end = end_of_call(code, match.end() - 1)
+        if not code[end:].lstrip().startswith(";"):
+            continue                                # its value is used: not a statement
+        number = first + len(sites)
+        sites.append(Site(number, name, len(sites) + 1, text.count("\n", 0, match.start()) + 1, text[match.start():end]))
+        out += [text[done:match.start()], f"if (!emulator::left_out({number})) ", text[match.start():end]]
+        done = end
+    target = COPY / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = "".join(out) + text[done:]
+    if not target.exists() or target.read_text() != new:
+        target.write_text(new)
+    return sites
+
+
+def make_copy() -> list[Site]:
+    sites: list[Site] = []
+    kernels = ROOT / "kernels"
+    for path in sorted([*kernels.glob("*.cuh"), *(kernels / "cuda").glob("*.cu*")]):
+        if path.name != "ptx.cuh":
+            sites += copy_with_switches(path, len(sites) + 1)
+    return sites
+
+
+def tests_of(site: Site) -> list[str]:
+    """doctest filters: the tests of the file's op; for a header that ops share, of all."""
+    if not site.file.startswith("kernels/cuda/"):
+        return ["*"]
+    op = re.split(r"[._]", Path(site.file).stem)[0]
+    return {"cross": ["cross_entropy*"], "grad": ["*norm*"], "elementwise": ["*sum*"]}.get(op, [f"{op}*"])
+
+
+def detected(site: Site) -> str:
+    """What noticed the removal; empty: nothing did."""
+    env = dict(os.environ, KILN_LEAVE_OUT=str(site.number))
+    for pattern in tests_of(site):
+        try:
+            done = subprocess.run([str(BINARY), f"-tc={pattern}"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True, errors="replace", timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        if not re.search(r"test cases:\s*[1-9]", done.stdout):
+            sys.exit(f"no test is named {pattern}: tests_of() is out of date")
+        if done.returncode != 0:
+            kind = re.search(r"(racecheck|memcheck|initcheck|synccheck|proxycheck|deadlock)", done.stdout)
+            return kind.group(1) if kind else "wrong result" if done.returncode == 1 else f"exit {done.returncode}"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th removal")
+    parser.add_argument("--only", help="only files whose name contains this")
+    args = parser.parse_args()
+    sites = make_copy()
+    subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "DEPS=0", str(BINARY.relative_to(ROOT))], check=True)
+    if (found := detected(Site(0, "none", 0, 0, ""))):
+        print(f"the tests fail with nothing left out: {found}")
+        return 1
+    chosen = [s for s in sites if not args.only or args.only in s.file][::args.every]
+    missed, surprising = [], []
+    for site in chosen:
+        start, by = time.monotonic(), detected(site)
+        reason = HARMLESS.get((site.file, site.place))
+        print(f"{by or 'NOT DETECTED':14} {time.monotonic() - start:5.1f} s  {site}" + (f"  [{reason}]" if reason else ""), flush=True)
+        if not by and not reason:
+            missed.append(site)
+        if by and reason:
+            surprising.append(site)
+    counted = [s for s in chosen if (s.file, s.place) not in HARMLESS]
+    print(f"{len(counted) - len(missed)} of {len(counted)} removals detected, {len(chosen) - len(counted)} listed as harmless")
+    for site in surprising:
+        print(f"listed as harmless, yet detected: {site}")
+    return 1 if surprising or len(missed) > 0.05 * len(counted) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
