@@ -15,9 +15,11 @@ struct RunDevice {
     std::string name;                // "cpu", or the GPU's
     bool own = false;                // every rank has a GPU of its own
     std::shared_ptr<NcclComm> nccl;  // there on several ranks that have
+    size_t workspace_bytes = 0;      // of the GPU's memory, for the kernels' scratch
     std::string note;                // why `auto` is the CPU
 };
 
 // By device.kind: `auto` takes a GPU where every rank finds one, else the CPU with a note; `cuda` without a usable device
-// is Error(Exit::usage), and so is a dtype that the device cannot compute in.  Ranks of a host take its GPUs in turn.
-RunDevice choose_device(const Config& config, Comm& comm, Log& log);
+// is Error(Exit::usage), and so is a device that cannot be opened or a dtype that it cannot compute in.  Ranks of a host take its
+// GPUs in turn.  `training`: gradients will be reduced, by NCCL where parallel.allreduce and the devices allow it.
+RunDevice choose_device(const Config& config, Comm& comm, Log& log, bool training);

@@ -91,14 +91,13 @@ fs::path checkpoint_to_use(const Context& x, const CommandLine& line) {
 }
 
 TrainerOptions inference_options(const Context& x, int micro_batch_size) {
-    TrainerOptions o = trainer_options(x);
+    TrainerOptions o = model_options(x);
     o.inference = true;
     o.micro_batch_size = micro_batch_size;
     const int64_t global = int64_t(micro_batch_size) * x.comm.size();
     if (global > INT32_MAX)
         fail(Exit::usage, "train.micro_batch_size = {} on {} ranks", micro_batch_size, x.comm.size());
     o.global_batch_size = int(global);
-    o.reduction = Reduction::mpi;
     return o;
 }
 
@@ -108,6 +107,7 @@ Exit run_generate(const Context& x, const CommandLine& line) {
     const Tokenizer tokenizer = open_tokenizer(x.config);
     Trainer model(x.device.k, x.comm, inference_options(x, 1));
     load_weights(checkpoint_to_use(x, line), x.device.k, model);
+    if (!x.device.note.empty()) std::fprintf(stderr, "%s\n", x.device.note.c_str());  // stdout is the text
     SampleOptions options = line.sample;
     options.stop_token = tokenizer.end_of_text();
     std::fputs(line.prompt.c_str(), stdout);
@@ -143,7 +143,7 @@ Exit run_command(const CLI::App& app, const CommandLine& line, Comm& comm, Log& 
                  "another config than rank 0; give every host the same file and --set options");
     const fs::path dir = fs::path(config.run.out_dir) / config.run.name;
     const int threads = set_threads(config, comm);
-    const Context x{choose_device(config, comm, log), comm, log, config, dir, threads, KILN_COMMIT, place};
+    const Context x{choose_device(config, comm, log, training), comm, log, config, dir, threads, KILN_COMMIT, place};
     if (app.got_subcommand("generate")) return run_generate(x, line);
     if (app.got_subcommand("eval")) return run_eval(x, line);
     return TrainingRun(x, line.resume      ? OpenMode::resume
@@ -156,6 +156,8 @@ Exit run_command(const CLI::App& app, const CommandLine& line, Comm& comm, Log& 
 int report(const Comm& comm, const Place& place, Exit code, const char* message) {
     // Ranks mostly fail alike: rank 0 speaks for all, and its abort ends the others while they wait here.
     if (comm.rank() != 0) std::this_thread::sleep_for(std::chrono::milliseconds(400));
+    // Whoever lost a peer lets that one tell what happened to it.
+    if (code == Exit::peer_lost && comm.size() > 1) std::this_thread::sleep_for(std::chrono::seconds(1));
     const std::string from = comm.size() > 1 ? fmt::format("[rank {}] ", comm.rank()) : "";
     std::fprintf(stderr, "\n%serror: %s\n", from.c_str(), message);
     std::fflush(stderr);

@@ -103,15 +103,23 @@ void record_sequences(const Loader::MicroBatch& m, int rank) {
 }
 }  // namespace
 
-TrainerOptions trainer_options(const Context& x) {
+TrainerOptions model_options(const Context& x) {
     const Config& c = x.config;
     TrainerOptions o;
     o.model = model_config(c);
     o.global_batch_size = c.train.global_batch_size;
     o.micro_batch_size = c.train.micro_batch_size;
+    o.reduction = Reduction::mpi;
+    o.real = c.device.dtype == "bf16" ? DType::bf16 : DType::f32;
+    o.seed = c.run.seed;
+    return o;
+}
+
+TrainerOptions training_options(const Context& x) {
+    const Config& c = x.config;
+    TrainerOptions o = model_options(x);
     o.reduction = choose_reduction(c, x.device, x.comm.size());
     o.nccl = x.device.nccl.get();
-    o.real = c.device.dtype == "bf16" ? DType::bf16 : DType::f32;
     o.optimizer.kind = c.optimizer.name == "adamw"  ? OptimizerKind::adamw
                        : c.optimizer.name == "adam" ? OptimizerKind::adam
                                                     : OptimizerKind::sgd;
@@ -121,7 +129,6 @@ TrainerOptions trainer_options(const Context& x) {
     o.optimizer.weight_decay = float(c.optimizer.weight_decay);
     o.optimizer.momentum = float(c.optimizer.momentum);
     o.grad_clip = float(c.train.grad_clip);
-    o.seed = c.run.seed;
     return o;
 }
 
@@ -157,7 +164,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
       train_(open_data(x, "data.train", x.config.data.train)),
       total_steps_(total_steps(x.config, train_)),
       schedule_(schedule_of(x.config, total_steps_)),
-      trainer_(x.device.k, x.comm, trainer_options(x)) {
+      trainer_(x.device.k, x.comm, training_options(x)) {
     const Config& c = x.config;
     if (!c.data.val.empty()) val_.emplace(open_data(x, "data.val", c.data.val));
     if (train_.n_sequences() < uint64_t(c.train.global_batch_size))
@@ -282,14 +289,17 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
 
 void TrainingRun::announce() {
     const GPT2Config& c = trainer_.config();
-    const char* reduction = reduction_name(trainer_options(x_).reduction);
+    const char* reduction = reduction_name(training_options(x_).reduction);
     x_.log.info("kiln {}: {} x {} in {} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(),
-                x_.device.name, x_.config.device.dtype, x_.comm.name(), x_.threads, reduction);
+                x_.device.name, x_.config.device.dtype, x_.comm.name(), x_.threads, trainer_.reduction());
     if (!x_.device.note.empty()) x_.log.info("{}", x_.device.note);
     x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
                 c.C, c.T, c.V);
     x_.log.info("{} training sequences; {} steps of {} tokens", train_.n_sequences(), total_steps_, tokens_per_step());
     x_.log.info("memory of one rank\n{}", trainer_.memory_table());
+    if (x_.device.workspace_bytes)
+        x_.log.info("and {} of the GPU's memory as workspace, besides what CUDA's libraries take",
+                    human_bytes(x_.device.workspace_bytes));
     dir_->record({{"type", "run"},
                   {"step", state_.step},
                   {"time", utc_now()},
@@ -370,7 +380,11 @@ bool TrainingRun::out_of_time() {
 
 void TrainingRun::evaluate_and_sample() {
     const EvalResult r = evaluate_on(x_, trainer_, *val_);
-    if (x_.comm.rank() != 0) return;
+    if (x_.comm.rank() == 0) record_evaluation(r);
+    x_.comm.barrier();  // here the others wait without the deadline that a reduction has
+}
+
+void TrainingRun::record_evaluation(const EvalResult& r) {
     dir_->record(eval_record(state_.step, r));
     x_.log.info("step {}: val loss {:.4f}, accuracy {:.1f}% over {} tokens", state_.step, r.loss, 100 * r.accuracy,
                 r.tokens);

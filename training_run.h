@@ -37,7 +37,9 @@ struct Context {
 // Every host opens its own copy of the data: another file set would train on other tokens, or for another time.
 constexpr const char* kOtherData = "data files other than rank 0's; give every host the same shards";
 
-TrainerOptions trainer_options(const Context& x);
+// What a model needs to run, and what more it needs to be trained.
+TrainerOptions model_options(const Context& x);
+TrainerOptions training_options(const Context& x);
 TokenStream open_data(const Context& x, const char* key, const std::vector<std::string>& patterns);
 // data.tokenizer, checked against model.vocab_size.
 Tokenizer open_tokenizer(const Config& c);
@@ -61,6 +63,7 @@ class TrainingRun {
     void bad_step(const StepResult& r);
     bool out_of_time();
     void evaluate_and_sample();
+    void record_evaluation(const EvalResult& r);
     void save();
     Exit finish(Exit code);
     uint64_t tokens_per_step() const;

@@ -248,7 +248,7 @@ int cuda_device_count(std::string* why);
 struct CudaDevice {
     std::string name;
     int ordinal = 0, capability = 0;  // 90 for 9.0
-    size_t memory_bytes = 0;
+    size_t memory_bytes = 0, workspace_bytes = 0;
     std::string bus_id;  // tells which ranks of a host share a device
 };
 CudaDevice open_cuda_device(int ordinal);

@@ -1,4 +1,4 @@
-// Owners of what a backend hands out: moved nowhere, given back at the end of their scope.
+// Owners of what a backend hands out: never copied, given back at the end of their scope.
 #pragma once
 #include <utility>
 

@@ -47,11 +47,16 @@ using TensorMap = emulator::TensorMap;
 using TensorMap = CUtensorMap;
 #endif
 
+// The kernel that this thread launched last, for error messages.
+inline thread_local const void* last_kernel = nullptr;
+
 // Gives a kernel to a stream and returns the launch's own error; what goes wrong inside it shows at a later call.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t n_shared_bytes, cudaStream_t stream,
                    A&&... arguments) {
-    if (n_shared_bytes > 48 * 1024) {
+    last_kernel = reinterpret_cast<const void*>(kernel);
+    // A block gets 48 KiB without asking; the kernel's static arrays count, and their size is not known here.
+    if (n_shared_bytes > 32 * 1024) {
         const cudaError_t e =
             cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(n_shared_bytes));

@@ -13,6 +13,8 @@ inline TensorMap make_tmap(const void* base, int element_bytes, int rank, const 
     CHECK_THAT(rank >= 1 && rank <= kMaxRank, "tensor map of rank {}, allowed are 1 to {}", rank, kMaxRank);
     CHECK_THAT(element_bytes == 2 || element_bytes == 4, "tensor map of elements of {} bytes", element_bytes);
     CHECK_THAT(reinterpret_cast<uintptr_t>(base) % 16 == 0, "tensor map: the base is not aligned to 16 bytes");
+    CHECK_THAT(box[0] * uint32_t(element_bytes) % 16 == 0,
+               "tensor map: inner box of {} elements of {} bytes is not a multiple of 16 bytes", box[0], element_bytes);
     CHECK_THAT(!swizzle128 || box[0] * uint32_t(element_bytes) <= 128,
                "tensor map: inner box of {} elements exceeds 128 bytes", box[0]);
     for (int d = 0; d < rank; d++) {

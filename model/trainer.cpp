@@ -69,6 +69,14 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
     if (o_.real != DType::f64) reducer_ = make_reducer(k_, comm_, o_.reduction, flat_masters().count, o_.nccl);
 }
 
+// Work may still read what is about to be given back: an error can leave a step in its middle.
+Trainer::~Trainer() {
+    try {
+        k_.synchronize(stream_);
+    } catch (const std::exception&) {  // the error that ends the step has been told
+    }
+}
+
 void Trainer::plan_memory() {
     const GPT2Config& c = o_.model;
     const DType stat = stat_of(o_.real);
@@ -84,12 +92,21 @@ void Trainer::plan_memory() {
     visit_activations(acts_, c, o_.micro_batch_size, c.T, o_.real, !o_.inference,
                       [&](const std::string& name, Buf& b, size_t n, DType t) { act_arena_.add(b, name, n, t); });
     plan_io(param_arena_.n_bytes() / dtype_bytes(o_.real));
-    const auto zero = [this](void* p, size_t n_bytes) { k_.zero(p, n_bytes, stream_); };
-    for (Arena* a : {&param_arena_, &master_arena_, &moment_arena_, &act_arena_, &io_arena_})
-        a->allocate(k_.memory, zero);
-    for (Arena& a : grad_arena_) a.allocate(k_.memory, zero);
+    allocate();
     if (!o_.inference) mark_decay();
     k_.synchronize(stream_);
+}
+
+void Trainer::allocate() {
+    const auto zero = [this](void* p, size_t n_bytes) { k_.zero(p, n_bytes, stream_); };
+    try {
+        for (Arena* a : {&param_arena_, &master_arena_, &moment_arena_, &act_arena_, &io_arena_})
+            a->allocate(k_.memory, zero);
+        for (Arena& a : grad_arena_) a.allocate(k_.memory, zero);
+    } catch (const Error& e) {
+        if (e.code != Exit::memory) throw;
+        fail(Exit::memory, "{}\nThe plan was:\n{}", e.what(), memory_table());
+    }
 }
 
 Buf Trainer::flat_masters() const {
@@ -142,6 +159,8 @@ std::string Trainer::memory_table() const {
     }
     return out + fmt::format("total: {}", human_bytes(total));
 }
+
+const char* Trainer::reduction() const { return reducer_ ? reducer_->name() : "no"; }
 
 std::vector<const Arena*> Trainer::arenas() const {
     std::vector<const Arena*> all = {&param_arena_};
@@ -221,12 +240,10 @@ GPT2Batch Trainer::batch() const {
 }
 
 // Gives a micro-batch to the stream, from pinned memory that stays as it is until the device has read it.
-void Trainer::send(const Tokens& tokens, int64_t step, int micro) {
+void Trainer::send(const Tokens& tokens, const Slot& slot, int64_t step, int micro) {
     CHECK_THAT(tokens.inputs.size() == inputs_.count && tokens.targets.size() == targets_.count,
                "a micro-batch of {} and {} tokens, expected B*T = {}", tokens.inputs.size(), tokens.targets.size(),
                inputs_.count);
-    Slot& slot = slots_[size_t(micro) % slots_.size()];
-    k_.wait_mark(slot.sent.get());
     std::ranges::copy(tokens.inputs, slot.inputs.as<int32_t>());
     std::ranges::copy(tokens.targets, slot.targets.as<int32_t>());
     sort_rows_by_token(tokens.inputs.data(), slot.order.as<int32_t>(), tokens.inputs.size(), o_.model.V);
@@ -243,9 +260,10 @@ void Trainer::accumulate_micro_batches(int64_t step, const NextMicroBatch& next,
     const int B = o_.micro_batch_size;
     const float grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
     for (int i = 0; i < share_.n_micro; i++) {
+        const Slot& slot = slots_[size_t(i) % slots_.size()];
+        k_.wait_mark(slot.sent.get());  // the host is at most two micro-batches ahead
         Stopwatch clock;
-        const Tokens tokens = next();
-        send(tokens, step, i);
+        send(next(), slot, step, i);
         result.ms.data += clock.lap_ms();
 
         k_.set_mark(marks_->start[size_t(i)].get(), stream_);

@@ -34,7 +34,8 @@ struct StepResult {
     double grad_norm = 0;  // before clipping
     bool updated = true;   // false: norm not finite, parameters left as they were
     struct Phases {
-        double data = 0, forward = 0, backward = 0, reduce = 0, optimizer = 0;
+        double data = 0;  // of the host, to get the tokens; the others are the device's
+        double forward = 0, backward = 0, reduce = 0, optimizer = 0;
     } ms;
 };
 
@@ -63,6 +64,7 @@ class Trainer {
     Trainer(const Backend& k, Comm& comm, TrainerOptions options);
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
+    ~Trainer();
 
     // Random parameters, moments zero.  The same on every rank and for every number of ranks.
     void initialize();
@@ -88,6 +90,7 @@ class Trainer {
     bool finite();
     const BatchShare& share() const { return share_; }
     const GPT2Config& config() const { return o_.model; }
+    const char* reduction() const;     // how gradients are summed: "ordered through host memory"
     std::string memory_table() const;  // a line for each kind of tensor, and the sum
     // Test hook: sees this rank's gradient (n) just before the reduction, and may change it.
     std::function<void(std::span<double>)> before_reduce;
@@ -111,13 +114,14 @@ class Trainer {
     std::vector<const Arena*> arenas() const;
     void plan_memory();
     void plan_io(size_t n_params);
+    void allocate();
     void mark_decay();
     bool has_masters() const { return o_.real == DType::bf16; }
     GPT2Params& masters() { return has_masters() ? masters_ : params_; }
     Buf flat_masters() const;
     Buf flat_moments() const;
     Buf flat_gradient(int buffer) const;
-    void send(const Tokens& tokens, int64_t step, int micro);
+    void send(const Tokens& tokens, const Slot& slot, int64_t step, int micro);
     void accumulate_micro_batches(int64_t step, const NextMicroBatch& next, StepResult& result);
     void show_gradient(Buf grad);
     double gather_loss(const std::vector<double>& mine);

@@ -9,22 +9,26 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 DOCTEST = re.compile(r"test cases:\s*\d+ \|\s*(\d+) passed \|\s*(\d+) failed(?: \|\s*(\d+) skipped)?")
 PYTEST = re.compile(r"(\d+) (passed|failed|error|errors|skipped)\b")
+TIMEOUT_S = 1500  # of one suite: a hang is a failure
 
 
 def run(command: list[str]) -> tuple[int, str]:
-    """Runs a command, shows what it prints as it comes, and returns its exit code and output."""
-    print(f"$ {' '.join(command)}", flush=True)
+    """Runs a command, shows what it printed when it has ended, and returns its exit code and output."""
     env = dict(os.environ, ASAN_OPTIONS=os.environ.get("ASAN_OPTIONS", "detect_leaks=0"))  # MPI and oneDNN keep memory
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env)
-    assert process.stdout
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return process.wait(), "".join(lines)
+    print(f"running {' '.join(command)}", flush=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env,
+                              timeout=TIMEOUT_S)
+        code, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as e:
+        text = e.stdout or b""
+        code, output = 124, (text if isinstance(text, str) else text.decode(errors="replace")) + f"\nno end after {TIMEOUT_S} s\n"
+    print(f"$ {' '.join(command)}\n{output}", end="", flush=True)
+    return code, output
 
 
 def count(code: int, output: str, is_pytest: bool) -> tuple[int, int, int]:
@@ -51,15 +55,15 @@ def main() -> int:
     binaries = [f"{args.build}/test", f"{args.build}/test_emulator"]
     if args.race:
         binaries += [f"{args.race}/test_emulator", f"{args.race}/test_race"]
-    suites: list[tuple[list[str], bool]] = [([binary], False) for binary in binaries]
-    suites += [([args.mpirun, "-np", str(n), f"{args.build}/test_mpi"], False) for n in range(1, 6)]
+    mpi = [[args.mpirun, "-np", str(n), f"{args.build}/test_mpi"] for n in range(1, 6)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each of these keeps about one core busy
+        results = [(*result, False) for result in pool.map(run, [[binary] for binary in binaries])]
+    results += [(*run(command), False) for command in mpi]
     if not args.no_system:
         os.environ["MPIRUN"] = args.mpirun
-        suites.append(([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", "test/system"], True))
-    totals = [0, 0, 0]
-    for command, is_pytest in suites:
-        for i, n in enumerate(count(*run(command), is_pytest)):
-            totals[i] += n
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", "test/system"]
+        results.append((*run(pytest), True))
+    totals = [sum(column) for column in zip(*(count(*result) for result in results))]
     print(f"{totals[0]} passed, {totals[1]} failed" + (f", {totals[2]} skipped" if totals[2] else ""))
     return 1 if totals[1] else 0
 

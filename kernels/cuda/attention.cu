@@ -138,9 +138,9 @@ void attention_backward(const AttentionGrad& a, Stream s) {
             expect_aligned("attention.qkv", a.qkv), expect_aligned("attention.y", a.y);
         }
         const size_t rows = BT * a.NH;
-        CUDA_CHECK(simt::launch(attention::attention_backward_sums_kernel < T, kFp32 ? 1 : 8 >,
-                                dim3(blocks_for(rows, attention::kThreads / 8)), dim3(attention::kThreads), 0, s, D,
-                                a.dy.as<T>(), a.y.as<T>(), rows, a.T, a.NH, a.HS));
+        constexpr auto sums = attention::attention_backward_sums_kernel<T, (kFp32 ? 1 : 8)>;
+        CUDA_CHECK(simt::launch(sums, dim3(blocks_for(rows, attention::kThreads / 8)), dim3(attention::kThreads), 0, s,
+                                D, a.dy.as<T>(), a.y.as<T>(), rows, a.T, a.NH, a.HS));
         if constexpr (kFp32) {
             const attention::Fp32Tensors t = {.y = a.y.as<float>(),
                                               .lse = lse,

@@ -1,9 +1,14 @@
 // The device of this process: found, opened, its workspace; errors named with the kernels that may have caused them.
 #include "kernels/cuda/cuda.h"
 
-#include <atomic>
+#include <cxxabi.h>
+
+#include <algorithm>
 #include <cstdlib>
+#include <memory>
+#include <string>
 #include <string_view>
+#include <utility>
 
 namespace {
 constexpr int kMinCapability = 80;  // bf16 mma, cp.async
@@ -36,31 +41,46 @@ std::string why_none(cudaError_t error) {
 // Exists to ask whether this binary holds code for a device.
 __global__ void probe_kernel() {}
 
-// The texts of the last launches' calls, for error messages; texts are literals.
+// The last launches, for error messages: the kernel, or the call's text where a library chose it.
+struct LaunchNote {
+    const void* kernel;
+    const char* call;
+};
 constexpr unsigned kLaunchesKept = 4;
-std::atomic<const char*> launches[kLaunchesKept];
-std::atomic<unsigned> n_launches{0};
+LaunchNote launches[kLaunchesKept];  // of the thread that computes
+unsigned n_launches = 0;
 
 constexpr std::string_view kLaunch = "simt::launch(";
 bool is_launch(const char* call) { return std::string_view(call).starts_with(kLaunch); }
-// "gemm_kernel<T, 64>" of "simt::launch(gemm_kernel<T, 64>, dim3(...".
-std::string_view kernel_of(std::string_view call) {
-    call.remove_prefix(kLaunch.size());
-    int depth = 0;
-    for (size_t i = 0; i < call.size(); i++) {
-        if (call[i] == '<' || call[i] == '(') depth++;
-        if (call[i] == '>' || call[i] == ')') depth--;
-        if (call[i] == ',' && depth == 0) return call.substr(0, i);
-    }
-    return call;
+
+// "gelu_kernel<float>" of "void (anonymous namespace)::gelu_kernel<float>(float*, ...)", without namespaces.
+std::string short_name(std::string text) {
+    constexpr std::string_view kAnonymous = "(anonymous namespace)::";
+    if (const size_t at = text.find(kAnonymous); at != std::string::npos) text.erase(at, kAnonymous.size());
+    const size_t stop = std::min(text.find_first_of("<("), text.size());  // where arguments begin
+    const size_t scope = text.rfind("::", stop), space = text.rfind(' ', stop);
+    size_t begin = 0;
+    if (space != std::string::npos) begin = space + 1;
+    if (scope != std::string::npos) begin = std::max(begin, scope + 2);
+    const size_t closed = text.rfind(">(");
+    return text.substr(begin, (closed != std::string::npos ? closed + 1 : text.find('(', stop)) - begin);
 }
-// "a<T>, b<T>", the newest last.
+std::string name_of(const LaunchNote& note) {
+    const char* name = nullptr;
+    if (!note.kernel || cudaFuncGetName(&name, note.kernel) != cudaSuccess) {
+        const std::string_view text = std::string_view(note.call).substr(kLaunch.size());
+        return std::string(text.substr(0, text.find(',')));
+    }
+    int status = 0;
+    const std::unique_ptr<char, decltype(&std::free)> plain(abi::__cxa_demangle(name, nullptr, nullptr, &status),
+                                                            std::free);
+    return short_name(status == 0 ? plain.get() : name);
+}
+// "a<float>, b<float>", the newest last.
 std::string last_launches() {
-    const unsigned end = n_launches, begin = end > kLaunchesKept ? end - kLaunchesKept : 0;
     std::string out;
-    for (unsigned i = begin; i < end; i++)
-        if (const char* const call = launches[i % kLaunchesKept]; call)
-            out += fmt::format("{}{}", out.empty() ? "" : ", ", kernel_of(call));
+    for (unsigned i = n_launches > kLaunchesKept ? n_launches - kLaunchesKept : 0; i < n_launches; i++)
+        out += fmt::format("{}{}", out.empty() ? "" : ", ", name_of(launches[i % kLaunchesKept]));
     return out;
 }
 // Not while a graph is captured, which no wait survives.
@@ -75,12 +95,12 @@ int open_ordinal = 0;  // tests open none: the first
 namespace cuda {
 void check_cuda(cudaError_t error, const char* call) {
     if (is_launch(call)) {
-        launches[n_launches % kLaunchesKept] = call;
-        n_launches++;
+        launches[n_launches++ % kLaunchesKept] = {std::exchange(simt::last_kernel, nullptr), call};
         if (error == cudaSuccess && sync_each_launch()) error = cudaDeviceSynchronize();
     }
     if (error == cudaSuccess) return;
-    std::string text = fmt::format("CUDA: {} in {}", cudaGetErrorString(error), call);
+    const std::string where = is_launch(call) ? name_of(launches[(n_launches - 1) % kLaunchesKept]) : std::string(call);
+    std::string text = fmt::format("CUDA: {} in {}", cudaGetErrorString(error), where);
     cudaGetLastError();  // what is not sticky must not show again at the next launch
     if (const std::string last = last_launches(); !last.empty() && !sync_each_launch())
         text += fmt::format("; launched last: {} (KILN_CUDA_SYNC=1 names the guilty one)", last);
@@ -147,5 +167,6 @@ CudaDevice open_cuda_device(int ordinal) {
             .ordinal = ordinal,
             .capability = capability,
             .memory_bytes = properties.totalGlobalMem,
+            .workspace_bytes = cuda::kWorkspaceBytes,
             .bus_id = bus_id};
 }

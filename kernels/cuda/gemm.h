@@ -4,7 +4,7 @@
 // f32.  Sums are taken in fp32 (never in TF32), parts of split sums too, and rounded once to d's dtype.
 //
 // What a kind of product needs (descriptors, layouts, the algorithm) is made at its first use and kept as long as the
-// process; a training step has about twenty kinds.  The choice depends on shape, dtypes and the alignment of the
+// process; a training step has about twenty kinds, text generation a few for each length.  The choice depends on shape, dtypes and the alignment of the
 // addresses up to 16 bytes, never on timing.  A stream that is being captured should meet no kind for the first time.
 // One thread, one stream: products use the first kGemmWorkspaceBytes of the workspace.
 #pragma once

@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <set>
+#include <string>
 
 #include "cuda_state.h"
 
@@ -109,6 +111,11 @@ cudaError_t bad_device(int ordinal) {
 }
 
 // ---- kernels
+// Dynamic shared memory that a block of this kernel may have: what cudaFuncSetAttribute asked for, or the default.
+size_t limit_of(const State& s, const void* kernel) {
+    const auto asked = s.shared_limit.find(kernel);
+    return asked == s.shared_limit.end() ? kSharedPerBlock : asked->second;
+}
 cudaError_t check_launch(const State& s, const void* kernel, dim3 grid, dim3 block, size_t n_shared) {
     const auto text = [](const char* what, dim3 d) {
         return std::string(what) + " (" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " +
@@ -119,8 +126,7 @@ cudaError_t check_launch(const State& s, const void* kernel, dim3 grid, dim3 blo
     if (!block.x || !block.y || !block.z || block.x > 1024 || block.y > 1024 || block.z > 64 ||
         size_t(block.x) * block.y * block.z > 1024)
         return explain(cudaErrorInvalidConfiguration, text("block", block));
-    const auto asked = s.shared_limit.find(kernel);
-    const size_t limit = asked == s.shared_limit.end() ? kSharedPerBlock : std::max(asked->second, kSharedPerBlock);
+    const size_t limit = limit_of(s, kernel);
     if (n_shared > limit || n_shared > shared_limit(machine().capability))
         return explain(cudaErrorInvalidValue, std::to_string(n_shared) + " bytes of dynamic shared memory, " +
                                                   std::to_string(limit) + " asked for by cudaFuncSetAttribute");
@@ -196,8 +202,10 @@ cudaError_t enqueue_kernel(const void* kernel, dim3 grid, dim3 block, size_t n_s
         if (stream->device != t_device)
             return explain(cudaErrorInvalidResourceHandle, "the stream belongs to another device than the current one");
         if (const cudaError_t e = check_launch(s, kernel, grid, block, n_shared_bytes); e != cudaSuccess) return e;
+        // With the static arrays: a block that asked may have what the device has.
+        const size_t limit = s.shared_limit.contains(kernel) ? shared_limit(machine().capability) : kSharedPerBlock;
         return enqueue(s, *stream, [=, body = std::move(body)] {
-            return launch_impl(grid, block, n_shared_bytes, body, kernel), true;
+            return launch_impl(grid, block, n_shared_bytes, body, kernel, limit), true;
         });
     });
     return cudaGetLastError();  // like a launch under nvcc: an older error that nobody took shows here
@@ -328,6 +336,11 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
         s.shared_limit[kernel] = size_t(value);
         return cudaSuccess;
     });
+}
+cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
+    static std::set<std::string> names;  // stay as long as the process
+    *name = names.insert(emulator::name_of_kernel(kernel)).first->c_str();
+    return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
     return call([&](State& s) -> cudaError_t {

@@ -118,7 +118,7 @@ cudaError_t enqueue(State& s, CUstream_st& stream, Work work, OpPtr after) {
     stream.queue.push_back(op);
     stream.last = op;
     if (machine().mode == StreamMode::eager) run_until(s, op);
-    if (stream.queue.size() > kQueueLimit) run_until(s, stream.queue.front());
+    if (stream.queue.size() > kQueueLimit) run_until(s, OpPtr(stream.queue.front()));
     return s.sticky;
 }
 

@@ -59,6 +59,7 @@ struct Launch {
     size_t n_shared_bytes;
     const std::function<void()>& body;
     const void* kernel;
+    size_t shared_limit;
     uint64_t n_blocks;
     std::atomic<uint64_t> next{0};
     std::mutex mutex;
@@ -79,6 +80,7 @@ void run_blocks(Launch& launch, size_t worker) {
     note_main_stack(b);
     b.body = &launch.body;
     b.kernel = launch.kernel;
+    b.shared_limit = launch.shared_limit;
     b.n_threads = int(launch.dim.x * launch.dim.y * launch.dim.z);
     b.n_warps = (b.n_threads + 31) / 32;
     b.order = c.order;
@@ -123,12 +125,13 @@ Stats& stats() {
     return s;
 }
 
-void launch_impl(dim3 grid, dim3 dim, size_t n_shared_bytes, const std::function<void()>& body, const void* kernel) {
+void launch_impl(dim3 grid, dim3 dim, size_t n_shared_bytes, const std::function<void()>& body, const void* kernel,
+                 size_t shared_limit) {
     static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     const auto start = std::chrono::steady_clock::now();
     const Config& c = config();
-    Launch launch{grid, dim, n_shared_bytes, body, kernel, uint64_t(grid.x) * grid.y * grid.z};
+    Launch launch{grid, dim, n_shared_bytes, body, kernel, shared_limit, uint64_t(grid.x) * grid.y * grid.z};
     const uint64_t n_threads = uint64_t(dim.x) * dim.y * dim.z;
     if (n_threads == 0 || n_threads > 1024 || dim.z > 64 || launch.n_blocks == 0 || grid.y > 65535 || grid.z > 65535)
         throw Error(failure_text(launch, {Report{"", "invalid launch configuration"}}));

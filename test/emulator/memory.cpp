@@ -95,6 +95,7 @@ void prepare_arena(Block& b, size_t n_shared_bytes) {
         b.arena = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + kAlign - 1) & ~(kAlign - 1));
     }
     b.n_dynamic_shared = n_shared_bytes;
+    b.n_static_shared = 0;
     b.arena_used = kSharedBase + n_shared_bytes;
     b.static_arrays.clear();
     poison(b.arena, kArenaBytes);
@@ -111,6 +112,14 @@ void* static_shared(const void* tag, size_t n_bytes, size_t align) {
     const size_t a = std::max(align, size_t(16)), offset = (b.arena_used + kSharedGap + a - 1) / a * a;
     if (offset + n_bytes > kArenaBytes) fail("memcheck", "the block's shared memory exceeds the window");
     b.static_arrays.push_back({tag, offset, n_bytes});
+    // Dynamic memory begins on its own alignment behind the static arrays, as kernels declare it (SIMT_DYN_SHARED).
+    b.n_static_shared += n_bytes;
+    const size_t pad = b.n_dynamic_shared ? 1024 : 1;
+    if ((b.n_static_shared + pad - 1) / pad * pad + b.n_dynamic_shared > b.shared_limit)
+        fail("memcheck", std::to_string(b.n_static_shared) + " bytes of static and " +
+                             std::to_string(b.n_dynamic_shared) + " of dynamic shared memory, more than the " +
+                             std::to_string(b.shared_limit) +
+                             " that the launch may use: no such launch starts on a GPU");
     b.arena_used = offset + n_bytes;
     unpoison(b.arena + offset, n_bytes);
     std::memset(b.arena + offset, kPoison, n_bytes);

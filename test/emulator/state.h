@@ -185,7 +185,7 @@ struct Block {
     }
 
     uint8_t* arena = nullptr;
-    size_t n_dynamic_shared = 0, arena_used = 0;
+    size_t n_dynamic_shared = 0, n_static_shared = 0, shared_limit = 0, arena_used = 0;
     std::vector<StaticShared> static_arrays;
     DeviceBuffer *last_buffer = nullptr, *recent[4] = {};
     unsigned n_recent = 0;

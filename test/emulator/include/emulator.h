@@ -80,9 +80,10 @@ void reset_counters();
 // Gives a launch to a stream; it runs when the stream gets there.
 cudaError_t enqueue_kernel(const void* kernel, dim3 grid, dim3 block, size_t n_shared_bytes, cudaStream_t stream,
                            std::function<void()> body);
-// Runs a grid to its end; body() is one thread.  `kernel` only names it in messages and counters.
+// Runs a grid to its end; body() is one thread.  `kernel` only names it in messages and counters;
+// static and dynamic shared memory together must not exceed `shared_limit` bytes.
 void launch_impl(dim3 grid, dim3 block, size_t n_shared_bytes, const std::function<void()>& body,
-                 const void* kernel = nullptr);
+                 const void* kernel = nullptr, size_t shared_limit = 227 << 10);
 std::string name_of_kernel(const void* kernel);
 // Device memory between red zones, filled with NaN.
 void* dev_alloc(size_t n_bytes);

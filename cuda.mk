@@ -1,0 +1,94 @@
+# Everything about CUDA: the backend built by nvcc for GPUs, and the same sources built by the host compiler over the
+# emulator (test/emulator/): plain, with sanitizers, and with the race check.  The Makefile includes it.
+
+# ---- by nvcc ----
+CUDA_SRC   := $(wildcard kernels/cuda/*.cu) comm/nccl.cpp
+N          := build/$(VARIANT)/obj/cuda# kernels' objects are the same for every CPU
+KERNEL_OBJ := $(patsubst %.cu,$(N)/%.o,$(filter %.cu,$(CUDA_SRC)))
+CUDA_OBJ   := $(KERNEL_OBJ) $(O)/cuda/comm/nccl.o
+TOOLKIT    := $(if $(NVCC),$(abspath $(dir $(realpath $(NVCC)))..))
+CUDA_FLAGS := -I$(TOOLKIT)/include -DKILN_CUDA=1
+CUDA_LIBS  := -L$(TOOLKIT)/lib64 -Wl,-rpath,$(TOOLKIT)/lib64 -lcublasLt -lnccl -lcudart_static -ldl -lrt -lpthread
+# FMT_USE_CONSTEXPR: fmt 9 takes nvcc for a compiler without constexpr.
+NVCC_FLAGS  = -std=c++20 -O3 -lineinfo -I. -DKILN_CUDA=1 -DFMT_USE_CONSTEXPR=1 -Werror all-warnings -Xcompiler -Wall,-fopenmp \
+              -Xptxas --warn-on-spills,--warning-as-error,-v $(if $(DEBUG),,-DNDEBUG) \
+              $(foreach a,$(ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+              -gencode arch=compute_$(lastword $(ARCH)),code=compute_$(lastword $(ARCH))
+NATIVE     := $(addprefix $(B)/,train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_ops)
+
+gpu-check: $(NATIVE) ## on a machine with a GPU: tests, op times, speed beside PyTorch; STAGE=... chooses
+	KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh
+
+bundle: ## build/kiln-bundle.tar.zst: all that another machine with a GPU needs
+	@$(MAKE) --no-print-directory -j$$(nproc) CPU=x86-64-v3 native
+	scripts/bundle.sh build/release-x86-64-v3
+
+native: $(NATIVE)
+
+kernel-table: $(KERNEL_OBJ) ## registers, memory and spills of each kernel into docs/kernels.md
+	$(PYTHON) scripts/kernel_table.py --logs $(N)
+kernel-table-check: $(KERNEL_OBJ)
+	$(PYTHON) scripts/kernel_table.py --logs $(N) --check
+
+$(B)/train: $(MAIN:%=$(O)/cuda/%.o) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/test_native: $(TEST_OBJ) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/test_mpi_native: $(MPI_TESTS) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/test_isa_native: $(O)/test/main.o $(N)/test/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/test/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/bench_ops: $(O)/cuda/test/bench/ops.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
+# What ptxas says of each kernel stays beside the object, for scripts/kernel_table.py; anything else is shown.
+KERNEL = @mkdir -p $(@D); [ -n "$(NVCC)" ] || { echo "nvcc not found: set CUDA_HOME, or CUDA=0"; exit 2; }; echo "nvcc $<"; \
+         $(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@ >$@.ptxas 2>&1; code=$$?; \
+         grep -vE '^ptxas info|bytes stack frame' $@.ptxas >&2; exit $$code
+# Another compiler, ARCH or flag compiles the kernels anew.
+$(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
+$(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
+$(N)/%.o: %.cu $(N)/flags; $(KERNEL)
+$(N)/sm90/%.o: override ARCH := 90a
+$(N)/sm90/%.o: NVCC_FLAGS += -DKILN_SM90=1
+$(N)/sm90/%.o: %.cu; $(KERNEL)
+$(O)/cuda/%.o: %.cpp; $(COMPILE) $(CUDA_FLAGS) -c $< -o $@
+$(O)/cuda/train.o: train.cu build/commit; $(COMPILE) $(CUDA_FLAGS) $(COMMIT) -x c++ -c $< -o $@
+
+# ---- over the emulator ----
+EMU_SRC    := $(CUDA_SRC) $(wildcard test/emulator/*.cpp)
+EMU_OBJ    := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_SRC)))
+EMU_FLAGS  := -Itest/emulator/include -DKILN_CUDA=1
+# The emulator's core is fast in every variant and never instrumented: in a sanitizer build it poisons by hand.
+EMU_CORE   := $(patsubst %,$(O)/emulated/test/emulator/%.o,async counters fiber hooks launch memory mma race report scheduler sync tma wgmma)
+EMU_KERNEL_TESTS := $(wildcard test/emulator/test/*.cu)
+EMU_TESTS        := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_KERNEL_TESTS) $(wildcard test/emulator/test/*.cpp)))
+EMU_MPI_TESTS    := $(patsubst %.cpp,$(O)/emulated/%.o,$(wildcard test/emulator/mpi/*.cpp))
+
+emulated: $(B)/train-emulated ## build ./train-emulated: the whole GPU program on an emulated GPU
+	@ln -sf $(B)/train-emulated train-emulated
+
+$(B)/train-emulated: $(MAIN:%=$(O)/emulated/%.o) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
+$(B)/test_emulator: $(O)/test/main.o $(EMU_TESTS) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
+$(B)/bench_ops-emulated: $(O)/emulated/test/bench/ops.o $(LIB_OBJ) $(EMU_OBJ); $(LINK)
+$(EMU_CORE): SAN = $(if $(SANITIZE),-DEMULATOR_ASAN=1)
+$(EMU_CORE): EMU_OPT = -O3
+$(O)/emulated/%.o: %.cu; $(COMPILE) $(EMU_FLAGS) $(if $(SANITIZE),,-O2) -x c++ -c $< -o $@
+$(O)/emulated/%.o: %.cpp; $(COMPILE) $(EMU_FLAGS) $(EMU_OPT) -c $< -o $@
+$(O)/emulated/train.o: train.cu build/commit; $(COMPILE) $(EMU_FLAGS) $(COMMIT) -x c++ -c $< -o $@
+
+# ---- with the race check: kernels call the emulator's hooks at every access ----
+# They are compiled with -fsanitize=thread and linked without it; they come last in a link, or std:: templates would be
+# taken from them for the whole program.
+RACE       := $(B:build/$(VARIANT)%=build/race%)
+RACE_FLAGS := $(EMU_FLAGS) -O1 -fsanitize=thread
+TO_HOOKS   := $(foreach f,memcpy memmove memset,--redefine-sym $(f)=__tsan_$(f))
+RACE_CUDA  := $(patsubst %.cu,$(RACE)/obj/emulated/%.o,$(filter %.cu,$(CUDA_SRC)))
+RACE_HOST  := $(filter-out $(patsubst %.cu,$(O)/emulated/%.o,$(filter %.cu,$(CUDA_SRC))),$(EMU_OBJ))
+RACE_TESTS := $(patsubst %.cpp,$(RACE)/obj/%.o,test/main.cpp $(shell grep -l 'targets()' test/*.cpp))
+
+$(RACE)/test_emulator: $(O)/test/main.o $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA) $(EMU_KERNEL_TESTS:%.cu=$(RACE)/obj/emulated/%.o); $(LINK)
+$(RACE)/test_race: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA); $(LINK)
+$(RACE)/obj/emulated/%.o: %.cu; $(COMPILE) $(RACE_FLAGS) -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
+$(RACE)/obj/%.o: %.cpp; $(COMPILE) $(EMU_FLAGS) -O1 -DKILN_RACE=1 -c $< -o $@
+# test/emulator/mutate.py writes a copy of the kernels whose barriers can be left out one by one.
+build/mutants/test_mutants: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(patsubst %.cu,build/mutants/obj/%.o,$(filter %.cu,$(CUDA_SRC))); $(LINK)
+build/mutants/obj/%.o: build/mutants/src/%.cu
+	$(COMPILE) -iquote build/mutants/src $(RACE_FLAGS) -include left_out.h -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
+
+.PHONY: emulated gpu-check bundle native kernel-table kernel-table-check
