@@ -2,7 +2,6 @@
 #pragma once
 #include <fmt/format.h>
 
-#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -33,12 +32,12 @@ template <class... A>
 }
 
 // A broken invariant: exit 70, with the place in the source.
-[[noreturn]] void fail_check(const char* condition, const std::string& message, std::source_location at);
+[[noreturn]] void fail_check(const char* condition, const std::string& message, const char* file, int line);
 
-#define CHECK_THAT(condition, ...)                                                             \
-    do {                                                                                       \
-        if (!(condition)) [[unlikely]]                                                         \
-            fail_check(#condition, fmt::format(__VA_ARGS__), std::source_location::current()); \
+#define CHECK_THAT(condition, ...)                                                \
+    do {                                                                          \
+        if (!(condition)) [[unlikely]]                                            \
+            fail_check(#condition, fmt::format(__VA_ARGS__), __FILE__, __LINE__); \
     } while (0)
 
 // The text of an errno value: "No space left on device".
