@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Removes every barrier and asynchronous wait of the CUDA kernels, one at a time: do the tests notice?
 
-    python3 test/emulator/mutate.py             all removals
-    python3 test/emulator/mutate.py --every 4   each fourth one, for CI
+    python3 test/emulator/mutate.py             all removals, as in CI
+    python3 test/emulator/mutate.py --every 4   each fourth one: a quick look
 
-A copy of the kernels is made in which each removable statement asks an environment variable whether to run; it is
-compiled once, with the race check, and its op tests run once for each statement. A removal counts as detected when a
-test fails or a report of the emulator appears. HARMLESS lists the statements that no test can miss, with the reason.
+A copy of the kernels is made in which each removable call asks an environment variable whether to run; it is compiled
+once, with the race check, and its op tests run once for each call. A removal counts as detected when a test fails or a
+report of the emulator appears. A barrier with a vote (__syncthreads_or) is replaced by the thread's own vote. HARMLESS
+lists the calls that no test can miss, with the reason.
 Exit code 1: less than 95 % of the others were detected, or a listed one was.
 """
 from __future__ import annotations
@@ -24,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "mutants" / "src"
 BINARY = ROOT / "build" / "mutants" / "test_mutants"
 REMOVABLE = re.compile(
-    r"\b(__syncthreads|__syncwarp|ptx::bar_sync|ptx::bar_arrive|ptx::cp_async_wait<[^<>;]*>|ptx::bulk_wait(?:_read)?<[^<>;]*>"
-    r"|ptx::wgmma_wait<[^<>;]*>|ptx::mbar_wait|ptx::fence_proxy_async|__threadfence)\s*\("
+    r"\b(__syncthreads(?:_or|_and|_count)?|__syncwarp|ptx::bar_sync|ptx::bar_arrive|ptx::cp_async_wait<[^<>;]*>"
+    r"|ptx::bulk_wait(?:_read)?<[^<>;]*>|ptx::wgmma_wait<[^<>;]*>|ptx::mbar_wait|ptx::fence_proxy_async|__threadfence)\s*\("
 )
 TIMEOUT_S = 120
-# (file, number of the statement in it, from 1): why leaving it out changes nothing.
+# (file, number of the call in it, from 1): why leaving it out changes nothing.
 HARMLESS: dict[tuple[str, int], str] = {}
 
 
@@ -60,17 +61,22 @@ def without_comments(text: str) -> str:
 
 
 def copy_with_switches(path: Path, first: int) -> list[Site]:
-    """Writes the file's copy; a statement `f(...);` becomes `if (!emulator::left_out(n)) f(...);`."""
+    """Writes the file's copy: a statement `f(...);` becomes `if (!emulator::left_out(n)) f(...);`, and a barrier's vote
+    `f(x)` becomes `(emulator::left_out(n) ? int(x) : f(x))`."""
     text = path.read_text()
     code, out, sites, done = without_comments(text), [], [], 0
     name = str(path.relative_to(ROOT))
     for match in REMOVABLE.finditer(code):
         end = end_of_call(code, match.end() - 1)
-        if not code[end:].lstrip().startswith(";"):
-            continue                                # its value is used: not a statement
+        vote = re.match(r"__syncthreads_\w+", match.group())
+        if not vote and not code[end:].lstrip().startswith(";"):
+            continue                                # its value is used, and nothing can stand for it
         number = first + len(sites)
         sites.append(Site(number, name, len(sites) + 1, text.count("\n", 0, match.start()) + 1, text[match.start():end]))
-        out += [text[done:match.start()], f"if (!emulator::left_out({number})) ", text[match.start():end]]
+        call, argument = text[match.start():end], text[match.end():end - 1]
+        switched = f"(emulator::left_out({number}) ? int({argument}) : {call})" if vote else \
+                   f"if (!emulator::left_out({number})) {call}"
+        out += [text[done:match.start()], switched]
         done = end
     target = COPY / name
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@
 #include <cstring>
 #include <utility>
 
+#include "common/hash.h"
 #include "nccl_state.h"
 
 namespace emulator::nccl {
@@ -36,11 +37,6 @@ struct UniqueId {
 };
 constexpr char kMagic[8] = "kilnfnc";
 
-uint64_t mixed(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-}
 int number_in(const char* variable) {
     const char* text = std::getenv(variable);
     return text ? std::atoi(text) : 0;
@@ -132,7 +128,7 @@ ncclResult_t ncclComm::begin(const char* name, std::function<void()> work) {
     n_calls++;
     if (faulty()) return ncclInProgress;
     at_end = std::move(work);
-    looks = int(mixed(uint64_t(n_calls) * 64 + uint64_t(rank)) % 4);
+    looks = int(hash_word(uint64_t(n_calls), uint32_t(rank)) % 4);
     state = ncclInProgress;
     if (looks == 0) advance();
     return state;

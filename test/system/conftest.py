@@ -42,6 +42,7 @@ TINY: dict[str, object] = {
     "train.micro_batch_size": 1,
     "optimizer.learning_rate": 1e-2,
     "checkpoint.interval": 10,
+    "device.kind": "cpu",
     "device.threads": 1,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def numbers(r: Run) -> list[float]:
     return [float(x) for row in r.losses() for x in row[1:]]
 
 
+def val_loss(out: str) -> str:
+    """What `eval` printed."""
+    found = re.search(r"val loss (\S+) ", out)
+    assert found, out
+    return found.group(1)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_ordered_gives_the_same_bits_on_any_ranks_and_schedules(gpus: Lab, dtype: str) -> None:
     """Shards moved by NCCL (a GPU each), through host memory (two ranks on one GPU), and not at all (one rank); on each,
@@ -58,13 +66,14 @@ def test_ordered_gives_the_same_bits_on_any_ranks_and_schedules(gpus: Lab, dtype
 
 
 def test_nccl_agrees_with_ordered(gpus: Lab) -> None:
+    """Another order of summation: a few roundings of the gradient."""
     gpus.train("ordered", {"parallel.allreduce": "ordered"}, 2)
-    for np in (2, 3):
-        settings: dict[str, object] = {"parallel.allreduce": "nccl", "train.global_batch_size": 8 if np == 2 else 9}
-        gpus.train(f"nccl{np}", settings, np)
+    for np in (1, 2, 4):
+        gpus.train(f"nccl{np}", {"parallel.allreduce": "nccl"}, np)
         assert "nccl" in gpus.run(f"nccl{np}").records("run")[0]["allreduce"]
-        if np == 2:  # another order of summation: a few roundings of the gradient
-            assert numbers(gpus.run("nccl2")) == pytest.approx(numbers(gpus.run("ordered")), rel=1e-6)
+        assert numbers(gpus.run(f"nccl{np}")) == pytest.approx(numbers(gpus.run("ordered")), rel=1e-6)
+    gpus.train("nccl3", {"parallel.allreduce": "nccl", "train.global_batch_size": 9}, 3)  # not a power of two
+    assert len(gpus.run("nccl3").losses()) == STEPS
 
 
 def test_auto_takes_nccl_with_a_gpu_each_and_host_memory_on_a_shared_one(gpus: Lab) -> None:
@@ -94,22 +103,93 @@ def test_a_run_moves_between_cpu_and_gpu(gpus: Lab) -> None:
     assert numbers(gpus.run("moved")) == pytest.approx(numbers(gpus.run("stayed")), rel=1e-4)
 
 
-def test_evaluation_and_generation_on_the_gpu(gpus: Lab, data: Path) -> None:
-    gpus.defaults |= {"data.tokenizer": f"{data}/tokenizer.json", "eval.interval": STEPS, "model.context_length": 16}
+@pytest.mark.parametrize("np", [1, 2])
+def test_a_resumed_bf16_run_is_the_one_that_never_stopped(gpus: Lab, np: int) -> None:
+    """Bit for bit: masters and moments come from the files, and from the masters the rounded copy, which no file holds:
+    the losses of the steps after the resume are its."""
+    settings: dict[str, object] = {"checkpoint.interval": 2, "eval.interval": 2}
+    gpus.train("straight", settings | {"train.max_steps": 4}, np)
+    gpus.train("halves", settings | {"train.max_steps": 2}, np)
+    out = gpus.train("halves", settings | {"train.max_steps": 4}, np, flags=["--resume"]).out
+    assert "resuming from" in out and "step_2" in out
+    straight, halves = gpus.run("straight"), gpus.run("halves")
+    assert halves.losses() == straight.losses() and len(straight.losses()) == 4
+    assert halves.val_losses() == straight.val_losses() and len(straight.val_losses()) == 2
+    assert halves.hashes(4) == straight.hashes(4)
+
+
+@pytest.mark.parametrize("before, after", [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_resumed_run_may_change_its_dtype_and_says_so(gpus: Lab, before: str, after: str) -> None:
+    settings: dict[str, object] = {"checkpoint.interval": 2, "train.max_steps": 4}
+    gpus.train("stayed", settings | {"device.dtype": before})
+    gpus.train("moved", settings | {"device.dtype": before, "train.max_steps": 2})
+    err = gpus.train("moved", settings | {"device.dtype": after}, flags=["--resume"]).err
+    assert f"device.dtype changed from {before} to {after}" in err
+    stayed, moved = gpus.run("stayed"), gpus.run("moved")
+    assert moved.losses()[:2] == stayed.losses()[:2] and moved.losses()[2:] != stayed.losses()[2:]
+    assert numbers(moved) == pytest.approx(numbers(stayed), rel=2e-2)  # losses and norms of bf16 activations
+    assert [r["dtype"] for r in moved.records("run")] == [before, after]
+
+
+@pytest.fixture
+def sampled(gpus: Lab, data: Path) -> Lab:
+    """A lab whose run `base` was trained in bf16 on two ranks, evaluated at its end, and wrote text."""
+    gpus.defaults |= {
+        "data.tokenizer": f"{data}/tokenizer.json",
+        "eval.interval": STEPS,
+        "eval.sample_prompts": ["ab"],
+        "run.seed": 7,
+    }
     gpus.train("base", np=2)
-    assert len(gpus.run("base").val_losses()) == 1
-    config = gpus.config("base")
-    text = run([EMULATED, "generate", "--config", config, "--prompt", "ab", "--max-tokens", "8", "--seed", "1"])
-    assert text.code == 0, text.err
-    assert text.out.startswith("ab") and len(text.out) > 2
-    again = run([EMULATED, "generate", "--config", config, "--prompt", "ab", "--max-tokens", "8", "--seed", "1"])
-    assert again.out == text.out
+    return gpus
+
+
+def test_eval_of_a_bf16_checkpoint_agrees_with_the_run(sampled: Lab) -> None:
+    """Weights reach every rank as masters: a rounded copy that is not made again there shows."""
+    inside = [f"{r['val_loss']:.6f}" for r in sampled.run("base").records("eval")]
+    assert len(inside) == 1
+    for np in (1, 2):
+        assert val_loss(sampled.train("base", np=np, flags=["eval"]).out) == inside[0]
+
+
+def test_text_of_a_bf16_checkpoint_agrees_with_the_run(sampled: Lab) -> None:
+    """The same model, prompt and seed give the same text.  `generate` loads weights and shares them with no other rank:
+    it shows a rounded copy that loading has not made."""
+    (sample,) = sampled.run("base").records("sample")
+    flags = ["generate", "--prompt", "ab", "--max-tokens", "128", "--seed", "7"]
+    text = sampled.train("base", flags=flags).out
+    # Bytes that are no text are shown in two ways.
+    plain = [re.sub(r"[^ -~]", "", t) for t in (text, sample["prompt"] + sample["text"])]
+    assert plain[0] == plain[1] and len(plain[0]) > 5
+    assert sampled.train("base", flags=flags).out == text
 
 
 @pytest.mark.parametrize("np", [1, 2])
-def test_every_step_agrees_with_pytorch(np: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bf16_run_begins_from_weights(gpus: Lab, np: int) -> None:
+    """From the first step on the weights are those of the file, rounded where products read them; the second run's rate
+    is too small to move one."""
+    gpus.train("base", {"device.kind": "cpu", "device.dtype": "fp32", "train.max_steps": 20, "checkpoint.interval": 20,
+                        "eval.interval": 20})
+    weights: dict[str, object] = {
+        "model.init_from": str(gpus.run("base").checkpoints / "step_20"),
+        "model.dropout": 0,
+        "optimizer.learning_rate": 1e-30,
+        "train.max_steps": 2,
+        "checkpoint.interval": 2,
+        "eval.interval": 1,
+    }
+    gpus.train("cpu", weights | {"device.kind": "cpu", "device.dtype": "fp32"})
+    gpus.train("bf16", weights, np)
+    cpu, bf16 = gpus.run("cpu"), gpus.run("bf16")
+    assert float(cpu.losses()[0][1]) < 5  # of ln 257 = 5.5 that a model without weights has
+    assert [float(row[1]) for row in bf16.losses()] == pytest.approx([float(row[1]) for row in cpu.losses()], rel=1e-3)
+    assert [float(x) for x in bf16.val_losses()] == pytest.approx([float(x) for x in cpu.val_losses()], rel=1e-3)
+    assert bf16.hashes(2)[0] == gpus.run("base").hashes(20)[0]
+
+
+@pytest.mark.parametrize("case, np", [(CASES[0], 2), (CASES[1], 1)], ids=["bias-2", "nobias-1"])
+def test_every_step_agrees_with_pytorch(case: Case, np: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same golden numbers as for the CPU; fp32 has no tensor-core path, so odd sizes are allowed."""
-    case: Case = CASES[1]
     parity_case.write_case(case, tmp_path)
     monkeypatch.setenv("KILN_TRAIN", str(EMULATED))
     kiln = parity_case.run_kiln(case, tmp_path, np, ("--set", "device.kind=cuda"))
@@ -126,10 +206,46 @@ def test_no_device_is_said_and_never_silent(gpus: Lab) -> None:
     refused = gpus.train("refused", expect=2, env=none)
     assert "device.kind: cuda, but no GPU" in refused.error()
     refused = gpus.train("bf16", {"device.kind": "auto"}, expect=2, env=none)
-    assert "device.dtype: bf16 needs a GPU" in refused.error()
+    assert "device.dtype: bf16 needs a GPU" in refused.error() and "no GPU" in refused.error()
     result = gpus.train("cpu", {"device.kind": "auto", "device.dtype": "fp32"}, env=none)
     assert "device.kind: auto uses the CPU; no GPU" in result.out
     assert gpus.run("cpu").records("run")[0]["device"] == "cpu"
+
+
+def test_generate_says_on_stderr_that_it_uses_the_cpu(gpus: Lab, data: Path) -> None:
+    settings: dict[str, object] = {
+        "data.tokenizer": f"{data}/tokenizer.json",
+        "device.kind": "auto",
+        "device.dtype": "fp32",
+        "train.max_steps": 1,
+        "checkpoint.interval": 1,
+    }
+    none = {"KILN_EMULATOR_DEVICES": 0}
+    gpus.train("base", settings, env=none)
+    flags = ["generate", "--prompt", "ab", "--max-tokens", "8"]
+    result = gpus.train("base", settings, flags=flags, env=none)
+    assert "device.kind: auto uses the CPU; no GPU" in result.err
+    asked = gpus.train("base", settings | {"device.kind": "cpu"}, flags=flags, env=none)
+    assert result.out == asked.out and result.out.startswith("ab") and asked.err == ""
+
+
+def test_how_gradients_are_reduced_does_not_matter_to_generate_and_eval(gpus: Lab, data: Path) -> None:
+    settings: dict[str, object] = {
+        "data.tokenizer": f"{data}/tokenizer.json",
+        "device.dtype": "fp32",
+        "parallel.allreduce": "nccl",
+        "eval.interval": STEPS,
+    }
+    gpus.train("base", settings, 2)
+    inside = gpus.run("base").records("eval")[0]["val_loss"]
+    on_cpu = settings | {"device.kind": "cpu"}
+    flags = ["generate", "--prompt", "ab", "--max-tokens", "8"]
+    assert gpus.train("base", on_cpu, flags=flags).out.startswith("ab")
+    for np in (1, 2):
+        assert float(val_loss(gpus.train("base", on_cpu, np, flags=["eval"]).out)) == pytest.approx(inside, rel=1e-4)
+    shared = {"KILN_EMULATOR_DEVICES": 1}  # which training refuses
+    out = gpus.train("base", settings, 2, flags=["eval"], env=shared).out
+    assert float(val_loss(out)) == pytest.approx(inside, rel=1e-6)
 
 
 def test_nccl_on_a_shared_gpu_is_refused(gpus: Lab) -> None:
@@ -150,8 +266,9 @@ def test_a_model_too_large_for_the_device_is_exit_7(gpus: Lab) -> None:
 
 
 def test_this_binary_without_a_driver(lab: Lab) -> None:
-    """./train as built here, with CUDA where nvcc was found: a machine without a GPU uses the CPU and says so."""
-    result = lab.train("auto", {"train.max_steps": 2, "device.kind": "auto"})
+    """./train as built here, with CUDA where nvcc was found: where it sees no GPU it uses the CPU and says so."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    result = lab.train("auto", {"train.max_steps": 2, "device.kind": "auto"}, env=hidden)
     assert "device.kind: auto uses the CPU" in result.out
-    refused = lab.train("cuda", {"train.max_steps": 2, "device.kind": "cuda"}, expect=2)
+    refused = lab.train("cuda", {"train.max_steps": 2, "device.kind": "cuda"}, expect=2, env=hidden)
     assert "device.kind: cuda" in refused.error()
