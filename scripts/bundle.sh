@@ -1,16 +1,26 @@
 #!/bin/bash
-# make bundle: everything that a GPU machine needs of kiln in one archive, build/kiln-bundle.tar.zst (.tar.xz where zstd
-# is missing here, or with FORMAT=xz). The other machine needs x86-64 Linux with the glibc that README.txt in it names, an
-# NVIDIA driver, and CUDA 13's libraries; python3 for scripts/gpu_check.sh.
-# Usage: scripts/bundle.sh BUILD_FOLDER [FOLDER_OF_THE_ARCHIVE]     (build/release-x86-64-v3: not tied to this CPU)
+# make bundle: everything that a GPU machine needs of kiln in one archive. The other machine needs x86-64 Linux with
+# the glibc and the CPU that README.txt in it names, an NVIDIA driver, and CUDA 13's libraries; python3 for
+# scripts/gpu_check.sh.
+# Usage: scripts/bundle.sh BUILD_FOLDER [ARCHIVE]
+#   BUILD_FOLDER   build/release-x86-64-v3, or build/release, whose programs are tied to this machine's CPU
+#   ARCHIVE        *.tar.zst or *.tar.xz; build/kiln-bundle.tar.zst, or .tar.xz where zstd is missing here
+# Exit code: 0 packed, 1 over LIMIT_MB or a library is missing, 2 usage, or kernels or programs that are not all there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-build=${1:?usage: scripts/bundle.sh BUILD_FOLDER [FOLDER_OF_THE_ARCHIVE]}
-out=${2:-build}
+usage="usage: scripts/bundle.sh BUILD_FOLDER [ARCHIVE.tar.zst|ARCHIVE.tar.xz]"
+[ $# -eq 1 ] || [ $# -eq 2 ] || { echo "$usage" >&2; exit 2; }
+build=${1%/}
+archive=${2:-build/kiln-bundle.tar.$(command -v zstd >/dev/null && echo zst || echo xz)}
+architectures="80 86 89 90a 100"
 limit_mb=${LIMIT_MB:-60}
+case $archive in
+    *.tar.zst) command -v zstd >/dev/null || { echo "zstd not found: name an archive *.tar.xz" >&2; exit 2; } ;;
+    *.tar.xz) ;;
+    *) echo "$usage" >&2; exit 2 ;;
+esac
 programs=(train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_ops)
 launcher=${HYDRA:-$(command -v mpiexec.hydra)} || { echo "mpiexec.hydra (MPICH) not found" >&2; exit 2; }
-top=$out/kiln-bundle
 
 # From the machine, never from the bundle: glibc, whose parts must match its kernel and each other, the driver, CUDA.
 not_ours='^(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|anl|mvec|nsl|nss_.*|thread_db|BrokenLocale|cuda|nvidia.*|cudart|cublas|cublasLt|nccl|nvrtc|nvJitLink))\.so'
@@ -26,11 +36,41 @@ closure() {
     awk '$2 == "=>" && $3 ~ /^\// {print $1, $3}' <<<"$listed" | { grep -vE "$not_ours" || true; }
 }
 
-rm -rf "$top"
+# Kernels' objects are the same for every CPU: build/release/obj/cuda for build/release-x86-64-v3 too. What ptxas has
+# said of each stands beside it, with a line for each kernel and architecture.
+kernels_are_complete() {
+    local objects log object source arch program missing=0 found=0
+    objects=$(dirname "$build")/$(basename "$build" | cut -d- -f1)/obj/cuda/kernels/cuda
+    for log in "$objects"/*.o.ptxas; do
+        [ -e "${log%.ptxas}" ] || continue # also where there is no log at all
+        source=$(basename "$log" .o.ptxas).cu
+        grep -q "Compiling entry function" "$log" || continue # host code
+        found=1
+        for arch in $architectures; do
+            grep -q "Compiling entry function .* for 'sm_$arch'" "$log" ||
+                { echo "$source is not compiled for sm_$arch; ARCH must have all of $architectures" >&2; missing=1; }
+        done
+    done
+    [ $found = 1 ] || { echo "no compiled kernels in $objects" >&2; return 1; }
+    for program in train test_native test_mpi_native bench_ops; do
+        object=$(find "$objects" -name '*.o' -newer "$build/$program" -print -quit)
+        [ -z "$object" ] || { echo "$build/$program is older than $object; make bundle builds it" >&2; missing=1; }
+    done
+    return $missing
+}
+
+for program in "${programs[@]}"; do
+    [ -x "$build/$program" ] || { echo "$build/$program is missing; make bundle builds it" >&2; exit 2; }
+done
+kernels_are_complete || exit 2
+
+mkdir -p "$(dirname "$archive")"
+work=$(mktemp -d "$(dirname "$archive")/.kiln-bundle.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+top=$work/kiln-bundle
 mkdir -p "$top"/{bin,libexec,lib/ucx,scripts,configs}
 files=()
 for program in "${programs[@]}"; do
-    [ -x "$build/$program" ] || { echo "$build/$program is missing; make bundle builds it" >&2; exit 2; }
     cp "$build/$program" "$top/libexec/"
     files+=("$build/$program")
 done
@@ -39,7 +79,7 @@ cp -L "$launcher" "$top/libexec/mpiexec.hydra"
 cp -L "$(dirname "$launcher")/hydra_pmi_proxy" "$top/libexec/"
 files+=("$top"/libexec/mpiexec.hydra "$top"/libexec/hydra_pmi_proxy)
 
-needed=$(for f in "${files[@]}"; do closure "$f"; done | sort -u)
+needed=$(for f in "${files[@]}"; do closure "$f" || exit 1; done | sort -u)
 while read -r name path; do
     cp -L "$path" "$top/lib/$name"
     # UCX loads its transports from ucx/ beside itself; of those in files of their own only cma stays within one host.
@@ -72,27 +112,34 @@ cp LICENSE "$top/"
 { cat build/commit 2>/dev/null || echo unknown; } >"$top/commit"
 
 glibc=$(find "$top/libexec" "$top/lib" -type f -exec objdump -T {} + 2>/dev/null | grep -oE 'GLIBC_2\.[0-9]+' | sort -uV | tail -1)
+name=$(basename "$build")
+case $name in
+    *-x86-64-v3) cpu="an x86-64-v3 CPU (AVX2)" ;;
+    *-*) cpu="a CPU that is ${name#*-}" ;;
+    *) cpu="a CPU like that where it was built ($(awk -F ': ' '/^model name/ {print $2; exit}' /proc/cpuinfo))" ;;
+esac
 cat >"$top/README.txt" <<END
 kiln $(cat "$top/commit"): programs for an x86-64 Linux machine with an NVIDIA GPU.
 
-Needed there: an x86-64-v3 CPU (AVX2), glibc ${glibc#GLIBC_} or newer (ldd --version), the NVIDIA driver for CUDA 13, and
-CUDA 13's libcublasLt.so.13 and libnccl.so.2: found through CUDA_HOME, LD_LIBRARY_PATH, /usr/local/cuda or python3's
-nvidia-* packages. Everything else is in lib/.
+Needed there: $cpu, glibc ${glibc#GLIBC_} or newer (ldd --version),
+the NVIDIA driver for CUDA 13, and CUDA 13's libcublasLt.so.13 and libnccl.so.2: found through CUDA_HOME,
+LD_LIBRARY_PATH, /usr/local/cuda or python3's nvidia-* packages. Everything else is in lib/.
 
-    scripts/gpu_check.sh                          tests, op times, speed beside PyTorch; needs python3 (its head lists stages)
-    ./train --config configs/demo.yaml --help     ./mpirun -np 2 ./train --config configs/demo.yaml
+    scripts/gpu_check.sh        tests, op times, speed beside PyTorch; needs python3 (its head lists stages)
+
+The demo, on two ranks, which may share one GPU; the first line makes its data, and python3 is needed for that:
+
+    python3 scripts/prepare_data.py --python-stdlib --out runs/demo-data
+    ./mpirun -np 2 ./train --config configs/demo.yaml
 END
 
-rm -f "$top".tar.zst "$top".tar.xz
+rm -f "$archive"
 # The programs share the kernels' code: a window over several of them stores it once.
-pack=(tar --sort=name --owner=0 --group=0 --numeric-owner -C "$out" -c kiln-bundle)
-if [ "${FORMAT:-zst}" = zst ] && command -v zstd >/dev/null; then
-    archive=$top.tar.zst
-    "${pack[@]}" | zstd -q -T0 "-${LEVEL:-15}" --long=27 -o "$archive"
-else
-    archive=$top.tar.xz
-    "${pack[@]}" | xz -T0 "--lzma2=preset=${LEVEL:-6},dict=128MiB" >"$archive"
-fi
+pack=(tar --sort=name --owner=0 --group=0 --numeric-owner -C "$work" -c kiln-bundle)
+case $archive in
+    *.zst) "${pack[@]}" | zstd -q -T0 "-${LEVEL:-15}" --long=27 -o "$archive" ;;
+    *.xz) "${pack[@]}" | xz -T0 "--lzma2=preset=${LEVEL:-6},dict=128MiB" >"$archive" ;;
+esac
 size=$(stat -c %s "$archive")
 echo "$archive: $((size / 1000000)).$((size / 100000 % 10)) MB, unpacked $(du -sm "$top" | cut -f1) MiB, needs glibc ${glibc#GLIBC_}"
 if [ "$size" -ge $((limit_mb * 1000000)) ]; then

@@ -2,6 +2,7 @@
 # Prints the folders of CUDA 13's libcublasLt and of NCCL, joined by colons, as LD_LIBRARY_PATH wants them.
 # Looked for in CUDA_HOME, LD_LIBRARY_PATH, the loader's own list, beside nvcc, in /usr/local/cuda*, and in python3's
 # nvidia-* packages; the first that has it counts. A library that is nowhere is named on stderr, and the exit code is 1.
+# KILN_CUDA_SYSTEM=DIR:DIR (may be empty) stands in for the loader's list and /usr/local/cuda*.
 set -uo pipefail
 
 python_folders() {
@@ -14,14 +15,19 @@ END
 
 folder_of() {  # library: its folder
     local name=$1 dir listed nvcc
-    local -a places=()
+    local -a places=() system=()
     [ -z "${CUDA_HOME:-}" ] || places+=("$CUDA_HOME/lib64" "$CUDA_HOME/lib" "$CUDA_HOME/targets/x86_64-linux/lib")
     while IFS= read -r -d : dir; do [ -z "$dir" ] || places+=("$dir"); done <<<"${LD_LIBRARY_PATH:-}:"
-    listed=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null |
-             awk -v n="$name" '$1 == n && /x86-64/ {print $NF; exit}')
-    [ -z "$listed" ] || places+=("${listed%/*}")
+    if [ -z "${KILN_CUDA_SYSTEM+set}" ]; then
+        listed=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null |
+                 awk -v n="$name" '$1 == n && /x86-64/ {print $NF; exit}')
+        [ -z "$listed" ] || places+=("${listed%/*}")
+        system=(/usr/local/cuda/lib64 /usr/local/cuda-13*/lib64)
+    else
+        IFS=: read -ra system <<<"$KILN_CUDA_SYSTEM"
+    fi
     ! nvcc=$(command -v nvcc) || places+=("$(dirname "$(readlink -f "$nvcc")")/../lib64")
-    places+=(/usr/local/cuda/lib64 /usr/local/cuda-13*/lib64)
+    places+=("${system[@]}")
     for dir in "${places[@]}"; do
         [ ! -e "$dir/$name" ] || { echo "$dir"; return 0; }
     done

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -17,12 +18,15 @@ import time
 from pathlib import Path
 from typing import Optional
 
-from gpu_stages import (BUNDLE, LIBRARIES, ROOT, Data, Failed, Gpu, Skipped, Stage, kiln_env, quietly, stages,
-                        torch_python)
+import gpu_stages
+from gpu_stages import (BUNDLE, LIBRARIES, ROOT, SDPA, SIZES, STAGE_SECONDS, TOOLS, Data, Failed, Gpu, Skipped, Stage,
+                        TimedOut, kiln_env, option, options_of, pytorch_stage, quietly, stages, torch_python)
 
 OUT = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results-in-progress").resolve()
 FORCE = os.environ.get("FORCE", "") not in ("", "0")
 DEFAULT = ("tests", "ops", "pytorch-124m")
+SAME = ("commit", "gpu", "driver", "cublaslt", "nccl", "torch")  # of the environment, for a result to be kept
+SCRIPTS = ("gpu_check.py", "gpu_stages.py", "bench_pytorch.py", "gpt2_torch.py", "prepare_data.py")
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
@@ -105,15 +109,35 @@ def read_result(name: str) -> Optional[Data]:
         return None
 
 
+def code_hash() -> str:
+    """Of the programs and of the scripts that run them: a build of the same commit may be another."""
+    h = hashlib.sha256()
+    folder = ROOT / "libexec" if BUNDLE else gpu_stages.BIN
+    programs = ("train", "test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native", "bench_ops")
+    for path in (*(folder / p for p in programs), *(ROOT / "scripts" / s for s in SCRIPTS)):
+        h.update(path.name.encode() + b"\0")
+        if path.exists():
+            with open(path, "rb") as f:
+                while block := f.read(1 << 20):
+                    h.update(block)
+    return h.hexdigest()
+
+
+def options(stage: str) -> Data:
+    return {name: option(name) for name in options_of(stage)}
+
+
 def keep(result: Optional[Data], here: Data) -> bool:
-    """A result that need not be made again: it passed, on this GPU, at this commit."""
-    if FORCE or not result or result["result"] not in ("passed", "skipped"):
+    """A result that need not be made again: it passed, made by this code under these options on this machine. What a
+    dirty tree stands for nobody can say later."""
+    if FORCE or not result or result["result"] != "passed" or str(here["commit"]).endswith("-dirty"):
         return False
     before = result["environment"]
-    return all(before.get(key) == here[key] for key in ("commit", "gpu"))
+    return (all(before.get(key) == here.get(key) for key in SAME) and before.get("code") == here["code"]
+            and result.get("options") == options(result["stage"]))
 
 
-def run_stage(name: str, gpu: Gpu, here: Data) -> Data:
+def run_stage(name: str, gpu: Gpu, here: Data, seconds: float) -> Data:
     log = OUT / f"{name}.log"
     log.write_text("")
     start = time.monotonic()
@@ -122,13 +146,14 @@ def run_stage(name: str, gpu: Gpu, here: Data) -> Data:
         try:
             if gpu.why:
                 raise Failed(f"no usable GPU: {gpu.why}")
-            headline, data = stages()[name](Stage(name, gpu, log, Path(work)))
-        except (Failed, Skipped, MemoryError) as e:
-            result = "skipped" if isinstance(e, Skipped) else "failed"
+            headline, data = stages()[name](Stage(name, gpu, log, Path(work), seconds))
+        except (Failed, Skipped, TimedOut, MemoryError) as e:
+            result = {Skipped: "skipped", TimedOut: "timed out"}.get(type(e), "failed")
             headline, data = str(e.args[0]), e.args[1] if len(e.args) > 1 else {}
         except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:    # output not as expected
             result, headline = "failed", f"{type(e).__name__}: {e}"
-    return {"stage": name, "result": result, "headline": headline, "seconds": round(time.monotonic() - start, 1),
+    return {"stage": name, "result": result, "headline": headline, "options": options(name),
+            "seconds": round(time.monotonic() - start, 1),
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "environment": here,
             "clocks_after": clocks(), "data": data}
 
@@ -148,37 +173,55 @@ def merge() -> Path:
     return path
 
 
-def main() -> int:
-    names = os.environ.get("STAGE", "").replace(",", " ").split() or list(DEFAULT)
-    known = [*stages(), "merge"]
+def asked_for(names: list[str]) -> dict[str, list[str]]:
+    """What STAGE says, each with the stages that it stands for."""
+    sdpa = os.environ.get("SDPA") or "default"
+    if sdpa not in SDPA:
+        raise ValueError(f"SDPA={sdpa}; known are {', '.join(SDPA)}")
+    known = {"tests": ["tests"], "sanitize": [f"sanitize-{tool}" for tool in TOOLS]}
+    known |= {name: [name] for name in stages()}
+    known |= {f"pytorch-{size}": [pytorch_stage(size, sdpa)] for size in SIZES} | {"merge": []}
     for name in names:
         if name not in known:
-            print(f"error: STAGE={name}; known are {', '.join(known)}", file=sys.stderr)
-            return 2
+            raise ValueError(f"STAGE={name}; known are {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def main() -> int:
+    try:
+        asked = asked_for(os.environ.get("STAGE", "").replace(",", " ").split() or list(DEFAULT))
+        for name in gpu_stages.OPTIONS:
+            option(name)
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     OUT.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that what is running is ended too
-    wanted = [n for n in names if n != "merge"]
+    wanted = [stage for group in asked.values() for stage in group]
     if wanted:
         gpu = find_gpu()
         if not gpu.why and not LIBRARIES:
             gpu = gpu._replace(why="libcublasLt.so.13 and libnccl.so.2 are nowhere; set CUDA_HOME or LD_LIBRARY_PATH")
-        here = environment(gpu)
+        here = environment(gpu) | {"code": code_hash()}
         print(f"{gpu.name or 'no GPU'}; results in {OUT}", flush=True)
-        for name in wanted:
-            before = read_result(name)
-            if keep(before, here):
-                print(f"== {name}: has passed before; FORCE=1 runs it again", flush=True)
-                continue
-            print(f"== {name} ({datetime.datetime.now():%H:%M:%S})", flush=True)
-            write_json(OUT / f"{name}.json", run_stage(name, gpu, here))
-            merge()
+        for group in asked.values():
+            left = [name for name in group if not keep(read_result(name), here)]
+            for name in group:
+                if name not in left:
+                    print(f"== {name}: has passed before; FORCE=1 runs it again", flush=True)
+            end = time.monotonic() + STAGE_SECONDS
+            for i, name in enumerate(left):                     # what one does not use of its share the next ones have
+                print(f"== {name} ({datetime.datetime.now():%H:%M:%S})", flush=True)
+                share = (end - time.monotonic()) / (len(left) - i)
+                write_json(OUT / f"{name}.json", run_stage(name, gpu, here, share))
+                merge()
     path = merge()
     results = [r for r in map(read_result, stages()) if r and (not wanted or r["stage"] in wanted)]
-    print(f"\n{'stage':20} {'result':8} {'seconds':>8}  headline")
+    print(f"\n{'stage':20} {'result':9} {'seconds':>8}  headline")
     for r in results:
-        print(f"{r['stage']:20} {r['result']:8} {r['seconds']:8.1f}  {r['headline']}")
+        print(f"{r['stage']:20} {r['result']:9} {r['seconds']:8.1f}  {r['headline']}")
     print(path)
-    return 0 if all(r["result"] != "failed" for r in results) else 1
+    return 0 if all(r["result"] in ("passed", "skipped") for r in results) else 1
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@
 #   STAGE=sanitize scripts/gpu_check.sh         one stage, or several: STAGE="tests train"
 #
 #   tests            instruction conformance, op and model tests, two ranks on one GPU
-#   sanitize         compute-sanitizer's four tools over the op tests; one alone: sanitize-racecheck
+#   sanitize         compute-sanitizer's four tools over the op tests, those that have not passed yet, in equal shares
+#                    of the time; one that does not get done ("timed out") has all of it as sanitize-racecheck
 #   train            loss of the demo on the GPU, fp32 and bf16, against the CPU
 #   ops              time of every op; attention of PyTorch beside ours
 #   pytorch-SIZE     tokens/s beside PyTorch, in turn; 124m, 350m, 774m, 1558m
 #   merge            only puts the results in OUT together
 #
-#   OUT=DIR          where results go; a stage that has passed there, at this commit, is not run again
+#   OUT=DIR          where results go; a stage that has passed there, with the same programs, options and GPU and not
+#                    from a dirty tree, is not run again
 #   FORCE=1          run it again
-#   BATCH=16 ROUNDS=2 SDPA=default|cudnn|flash   of pytorch-SIZE      STAGE_SECONDS=470   limit of one stage
+#   BATCH=16 ROUNDS=2     of pytorch-SIZE       SDPA=default|cudnn|flash   the same; cudnn is stage pytorch-SIZE-cudnn
+#   DEMO_STEPS=1500       of train              STAGE_SECONDS=470          limit of one stage
 #
-# Exit code: 0 all passed, 1 something did not, 2 usage.
+# Exit code: 0 all passed (or skipped, in words), 1 something did not, 2 usage.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then

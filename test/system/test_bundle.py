@@ -1,7 +1,8 @@
 """scripts/bundle.sh: what it packs is complete, small enough, and runs where nothing of this machine is but glibc.
 
 The CPU's programs stand in for the GPU's, which take minutes to build and load the same libraries and CUDA's.  Seen to
-fail: a library left out of the closure, hydra_pmi_proxy left out, a wrapper that forgets LD_LIBRARY_PATH.
+fail: a library left out of the closure, hydra_pmi_proxy left out, a wrapper that forgets LD_LIBRARY_PATH, kernels of
+four architectures packed, programs older than their kernels packed, a README whose demo has no data.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ STANDS_IN = {"train": "train", "bench_ops": "train"} | {
     name: "test_mpi" for name in ("test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native")
 }
 FROM_THE_MACHINE = re.compile(r"(lib(c|m|dl|rt|pthread|resolv|util|mvec)|ld-linux-x86-64|lib(cuda|cublasLt|nccl))\.so")
+ARCHITECTURES = ("80", "86", "89", "90a", "100")
 FEW = "-tc=*broadcast*,*gather*"
 
 pytestmark = pytest.mark.skipif(
@@ -27,27 +31,45 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def pack(build: Path, out: Path, **env: object):
-    out.mkdir(exist_ok=True)
-    return run([REPO / "scripts" / "bundle.sh", build, out], {"LEVEL": 1} | env)
+def pack(build: Path, archive: Path, **env: object):
+    return run([REPO / "scripts" / "bundle.sh", build, archive], {"LEVEL": 1} | env)
+
+
+def compiled(build: Path, source: str, architectures: Sequence[str]) -> Path:
+    """What nvcc leaves of a kernel's source, older than the programs; the folder of the kernels' objects."""
+    folder = build.parent / build.name.split("-")[0] / "obj" / "cuda" / "kernels" / "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    line = "ptxas info    : Compiling entry function '_Z3add' for 'sm_{}'\n"
+    lines = [line.format(a) for a in architectures] or ["ptxas info    : 0 bytes gmem\n"]
+    (folder / f"{source}.o.ptxas").write_text("".join(lines))
+    (folder / f"{source}.o").touch()
+    os.utime(folder / f"{source}.o", (0, 0))
+    return folder
+
+
+def programs(build: Path) -> Path:
+    build.mkdir(exist_ok=True)
+    for name, source in STANDS_IN.items():
+        (build / name).symlink_to(BUILD / source)
+    compiled(build, "backend", ())
+    compiled(build, "gelu", ARCHITECTURES)
+    return build
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("build")
-    for name, source in STANDS_IN.items():
-        (path / name).symlink_to(BUILD / source)
-    return path
+    return programs(tmp_path_factory.mktemp("build") / "release-x86-64-v3")
 
 
 @pytest.fixture(scope="module")
 def unpacked(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle")
-    done = pack(build, path / "out")
+    archive = path / "new" / f"x.tar.{'zst' if shutil.which('zstd') else 'xz'}"
+    done = pack(build, archive)
     assert done.code == 0, done.err
-    archive = next((path / "out").glob("kiln-bundle.tar.*"))
+    assert list(archive.parent.iterdir()) == [archive]
     subprocess.run(["tar", "-C", path, "-xf", archive], check=True)
-    shutil.rmtree(path / "out")
+    shutil.rmtree(archive.parent)
     return path / "kiln-bundle"
 
 
@@ -115,13 +137,56 @@ def test_the_bundle_checks_itself(unpacked: Path, tmp_path: Path) -> None:
     assert done.code == 1 and "no usable GPU" in done.out, done.out + done.err
 
 
+def test_the_demo_of_the_readme_runs(unpacked: Path) -> None:
+    text = (unpacked / "README.txt").read_text()
+    assert "Needed there: an x86-64-v3 CPU" in text
+    data, train = re.findall(r"^    (python3 scripts/prepare_data.*|./mpirun .*)$", text, re.M)
+    try:
+        done = run(data.split(), cwd=unpacked)
+        assert done.code == 0, done.err
+        short = {"device.kind": "cpu", "train.max_steps": 2, "schedule.warmup_steps": 0, "eval.interval": 0}
+        words = [word for key, value in short.items() for word in ("--set", f"{key}={value}")]
+        done = run([*train.split(), *words], cwd=unpacked)
+        assert done.code == 0, done.out + done.err
+    finally:
+        shutil.rmtree(unpacked / "runs", ignore_errors=True)
+
+
 def test_over_the_limit_is_an_error(build: Path, tmp_path: Path) -> None:
-    done = pack(build, tmp_path / "out", LIMIT_MB=1)
+    done = pack(build, tmp_path / "x.tar.xz", LEVEL=0, LIMIT_MB=1)
     assert done.code == 1
     assert "over its limit of 1 MB" in done.err and "lib/libmpich.so.12" in done.err
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
-    done = pack(tmp_path, tmp_path / "out")
+    done = pack(tmp_path, tmp_path / "x.tar.xz")
     assert done.code == 2
     assert f"{tmp_path}/train is missing; make bundle builds it" in done.err
+
+
+def test_kernels_must_be_compiled_for_every_architecture(tmp_path: Path) -> None:
+    build = programs(tmp_path / "release-x86-64-v3")
+    compiled(build, "gelu", ("80", "90", "100"))
+    compiled(build, "add", ARCHITECTURES[1:])
+    done = pack(build, tmp_path / "x.tar.xz")
+    assert done.code == 2
+    missing = re.findall(r"(\S+) is not compiled for (\S+); ARCH must have all of 80 86 89 90a 100", done.err)
+    assert missing == [("add.cu", "sm_80"), ("gelu.cu", "sm_86"), ("gelu.cu", "sm_89"), ("gelu.cu", "sm_90a")]
+    shutil.rmtree(tmp_path / "release")
+    done = pack(build, tmp_path / "x.tar.xz")
+    assert done.code == 2 and f"no compiled kernels in {tmp_path}/release/obj/cuda/kernels/cuda" in done.err
+    assert not (tmp_path / "x.tar.xz").exists()
+
+
+def test_programs_older_than_their_kernels_are_refused(tmp_path: Path) -> None:
+    build = programs(tmp_path / "release")
+    later = time.time() + 60
+    os.utime(compiled(build, "gelu", ARCHITECTURES) / "gelu.o", (later, later))
+    done = pack(build, tmp_path / "x.tar.xz")
+    assert done.code == 2
+    assert done.err.count("/gelu.o; make bundle builds it") == 4 and f"{build}/train is older than" in done.err
+
+
+def test_an_archive_of_another_kind_is_refused(build: Path, tmp_path: Path) -> None:
+    done = pack(build, tmp_path)
+    assert done.code == 2 and done.err.startswith("usage: ")

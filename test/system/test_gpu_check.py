@@ -1,7 +1,8 @@
 """scripts/gpu_check.sh where there is no GPU: it says so; and what it does with results, with programs that stand in.
 
 Also what it starts: bench_ops and bench_pytorch.py at tiny sizes, cuda_libraries.sh.  Seen to fail: a result kept after
-another commit, a failed result kept, a stage that outlives its limit, one stage's crash that ends the others.
+another commit, build or option, a failed, skipped or dirty result kept, a stage that outlives its limit, one stage's
+crash that ends the others, a sanitizer without time that passes.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +48,9 @@ import sys
 if "-c" in sys.argv:
     print("2.99")
     sys.exit()
-open("{calls}", "a").write("torch " + sys.argv[sys.argv.index("--batch") + 1] + "\\n")
+sdpa = sys.argv[sys.argv.index("--sdpa") + 1]
+with open("{calls}", "a") as f:
+    f.write("torch " + sys.argv[sys.argv.index("--batch") + 1] + (" " + sdpa if sdpa != "default" else "") + "\\n")
 print("compiling")
 print('{{"tokens_per_s": 200000.0}}')
 """
@@ -83,8 +89,8 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     monkeypatch.syspath_prepend(str(REPO / "scripts"))
     for name in ("gpu_check", "gpu_stages"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    for name, default in (("STAGE", ""), ("FORCE", ""), ("BATCH", "16"), ("ROUNDS", "2"), ("SDPA", "default")):
-        monkeypatch.setenv(name, default)
+    for name in ("STAGE", "FORCE", "BATCH", "ROUNDS", "SDPA", "DEMO_STEPS"):
+        monkeypatch.setenv(name, "")
     stages, module = importlib.import_module("gpu_stages"), importlib.import_module("gpu_check")
     monkeypatch.setattr(module, "OUT", tmp_path / "out")
     monkeypatch.setattr(stages, "BIN", tmp_path / "programs")
@@ -100,6 +106,7 @@ def test_every_stage_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     done = run([SCRIPT], {"OUT": tmp_path, "STAGE": " ".join(stages), "CUDA_VISIBLE_DEVICES": ""})
     assert done.code == 1, done.err
     table = done.out.split("headline\n")[1].splitlines()
+    stages[1:2] = [f"sanitize-{tool}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")]
     assert sorted(line.split()[0] for line in table[:-1]) == sorted(stages)
     assert all(line.split()[1] == "failed" and "no usable GPU: " in line for line in table[:-1])
     merged = json.loads(Path(table[-1]).read_text())
@@ -115,25 +122,86 @@ def test_without_a_stage_it_is_tests_ops_and_124m(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("[!n]*.json")) == ["ops.json", "pytorch-124m.json", "tests.json"]
 
 
-def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
-    done = run([SCRIPT], {"OUT": tmp_path, "STAGE": "tests,pytorch-7b"})
-    assert done.code == 2
-    assert "STAGE=pytorch-7b; known are tests, sanitize" in done.err
+def test_an_unknown_stage_or_option_is_refused(tmp_path: Path) -> None:
+    for env, error in (({"STAGE": "tests,pytorch-7b"}, "STAGE=pytorch-7b; known are tests, sanitize"),
+                       ({"STAGE": "tests", "SDPA": "math"}, "SDPA=math; known are default, cudnn, flash"),
+                       ({"STAGE": "tests", "BATCH": "many"}, "'many'")):
+        done = run([SCRIPT], {"OUT": tmp_path} | env)
+        assert done.code == 2 and error in done.err
     assert not list(tmp_path.iterdir())
 
 
-def test_what_has_passed_is_not_run_again(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = check.out / "count"
+def counted(check: Check, stage: str = "ops") -> Callable[[], bool]:
+    """Runs the stage; whether bench_ops was started for that."""
+    count = check.out.parent / "count"
     check.shell("bench_ops", f'echo x >> {count}\necho \'{{"type": "run"}}\' > "$2"')
-    runs = lambda: len(count.read_text())  # noqa: E731  characters: two for each run
-    monkeypatch.setattr(check.stages, "torch_python", lambda: "false")
-    assert check.run("ops") == 0 and check.run("ops") == 0 and runs() == 2
+    check.patch.setattr(check.stages, "torch_python", lambda: "false")
+
+    def again() -> bool:
+        count.write_text("")
+        assert check.run(stage) == 0
+        return bool(count.read_text())
+
+    return again
+
+
+def test_what_has_passed_is_not_run_again(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = counted(check)
+    assert again() and not again()
     monkeypatch.setattr(check.module, "FORCE", True)
-    assert check.run("ops") == 0 and runs() == 4
+    assert again()
     monkeypatch.setattr(check.module, "FORCE", False)
-    monkeypatch.setattr(check.module, "environment", lambda gpu: HERE | {"commit": "another"})
-    assert check.run("ops") == 0 and runs() == 6
-    assert check.merged()["environment"]["commit"] == "another"
+    assert not again()
+    for key in ("commit", "gpu", "driver", "cublaslt", "nccl", "torch"):
+        monkeypatch.setattr(check.module, "environment", lambda gpu, key=key: HERE | {key: "another"})
+        assert again() and not again(), key
+    assert check.merged()["environment"]["torch"] == "another"
+
+
+def test_another_build_of_the_same_commit_is_run_again(check: Check) -> None:
+    again = counted(check)
+    assert again() and not again()
+    check.shell("train", "true")
+    assert again() and not again()
+    check.shell("train", "tru")
+    assert again() and not again()
+
+
+def test_a_dirty_trees_result_is_not_kept(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = counted(check)
+    monkeypatch.setattr(check.module, "environment", lambda gpu: HERE | {"commit": "abc-dirty"})
+    assert again() and again()
+
+
+def test_a_skipped_result_is_not_kept(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = counted(check)
+    assert again()
+    result = check.result("ops") | {"result": "skipped"}
+    (check.out / "ops.json").write_text(json.dumps(result))
+    assert again() and not again()
+
+
+def test_other_options_are_run_again(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = beside(check, monkeypatch, tmp_path)
+
+    def again(stage: str = "pytorch-124m") -> str:
+        calls.write_text("")
+        assert check.run(stage) == 0
+        return calls.read_text().replace("\n", " ")
+
+    assert again() == "kiln 16 torch 16 kiln 16 torch 16 " and again() == ""
+    monkeypatch.setenv("BATCH", "8")
+    assert again().startswith("kiln 8 torch 8 ") and again() == ""
+    monkeypatch.setenv("ROUNDS", "1")
+    assert again() == "kiln 8 torch 8 " and again() == ""
+    assert again("pytorch-350m") == "kiln 8 torch 8 " and again() == ""
+    monkeypatch.setenv("SDPA", "cudnn")
+    assert again() == "kiln 8 torch 8 cudnn " and again() == ""
+    assert check.result("pytorch-124m-cudnn")["data"]["sdpa"] == "cudnn"
+    assert check.result("pytorch-124m")["data"]["sdpa"] == "default"
+    assert {"pytorch-124m", "pytorch-124m-cudnn", "pytorch-350m"} == set(check.merged()["stages"])
+    monkeypatch.setenv("DEMO_STEPS", "7")
+    assert again() == "" and check.module.options("train") == {"DEMO_STEPS": 7}
 
 
 def test_what_has_failed_is_run_again_and_stops_nothing(check: Check, capsys: pytest.CaptureFixture) -> None:
@@ -156,7 +224,7 @@ def test_what_has_failed_is_run_again_and_stops_nothing(check: Check, capsys: py
 
 
 def test_a_stage_ends_at_its_limit_with_all_it_has_started(check: Check, tmp_path: Path) -> None:
-    check.patch.setattr(check.stages, "STAGE_SECONDS", 1.5)
+    check.patch.setattr(check.module, "STAGE_SECONDS", 1.5)
     check.shell("bench_ops", f"(sleep 4; touch {tmp_path}/outlived) & sleep 60")
     start = time.monotonic()
     assert check.run("ops") == 1
@@ -174,29 +242,105 @@ def test_output_that_is_not_as_expected_is_a_failure(check: Check, monkeypatch: 
 
 def test_no_sanitizer_is_skipped_in_words(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check.stages.shutil, "which", lambda name: None)
+    monkeypatch.setattr(check.stages, "SANITIZERS", ())
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    if Path("/usr/local/cuda/bin/compute-sanitizer").exists():
-        pytest.skip("compute-sanitizer is here")
     assert check.run("sanitize") == 0
-    assert check.result("sanitize")["result"] == "skipped"
-    assert "compute-sanitizer is not on the PATH" in check.merged()["stages"]["sanitize"]["headline"]
+    assert check.result("sanitize-synccheck")["result"] == "skipped"
+    assert "compute-sanitizer is not on the PATH" in check.merged()["stages"]["sanitize-memcheck"]["headline"]
 
 
-def test_the_sanitizers_findings_fail_the_stage(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = """case "$*" in
---help) echo "--kernel-name arg" ;;
-*racecheck*) echo "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"; exit 9 ;;
+def sanitizer(check: Check, tmp_path: Path, racecheck: str, passed: int = 5) -> Path:
+    """Stands in for compute-sanitizer: racecheck does what is asked for, the others find nothing."""
+    calls = tmp_path / "calls"
+    text = f"""case "$*" in
+--help) echo "--kernel-name arg --report-api-errors arg"; exit ;;
+esac
+echo "========= COMPUTE-SANITIZER"
+echo "$2 $*" >> {calls}
+echo "0.500000 s: gelu: every backend"
+echo "[doctest] test cases: {passed} | {passed} passed | 0 failed | 90 skipped"
+case "$*" in
+*racecheck*) {racecheck} ;;
 *) echo "========= ERROR SUMMARY: 0 errors" ;;
 esac"""
     tool = executable(tmp_path / "compute-sanitizer", f"#!/bin/bash\n{text}\n")
-    monkeypatch.setattr(check.stages.shutil, "which", lambda name: str(tool))
+    check.patch.setattr(check.stages.shutil, "which", lambda name: str(tool))
     check.shell("test_native", "true")
+    return calls
+
+
+def tools_run(calls: Path) -> list[str]:
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    calls.write_text("")
+    return [line.split()[0] for line in lines]
+
+
+NOTHING = 'echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"'
+
+
+def test_the_sanitizers_findings_fail_the_stage(check: Check, tmp_path: Path) -> None:
+    summary = "RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"
+    calls = sanitizer(check, tmp_path, f'echo "========= {summary}"; exit 9')
     assert check.run("sanitize") == 1
-    result = check.result("sanitize")
-    assert result["headline"].startswith("racecheck: RACECHECK SUMMARY: 2 hazards")
-    assert [result["data"][t]["exit"] for t in check.stages.TOOLS] == [0, 9, 0, 0]
-    assert check.run("sanitize-memcheck") == 0
-    assert check.result("sanitize-memcheck")["headline"] == "memcheck: nothing found"
+    assert tools_run(calls) == list(check.stages.TOOLS)
+    results = {tool: check.result(f"sanitize-{tool}") for tool in check.stages.TOOLS}
+    assert [r["result"] for r in results.values()] == ["passed", "failed", "passed", "passed"]
+    assert results["racecheck"]["headline"] == f"racecheck: {summary}"
+    assert results["memcheck"]["headline"] == "memcheck: nothing found in 5 test cases"
+    assert results["memcheck"]["data"]["seconds_of"] == {"gelu: every backend": 0.5}
+    assert check.run("sanitize-memcheck") == 0 and tools_run(calls) == []
+    sanitizer(check, tmp_path, NOTHING)
+    assert check.run("sanitize") == 0
+    assert tools_run(calls) == ["racecheck"]  # the others have passed
+
+
+def test_a_sanitizer_out_of_time_has_not_passed(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = sanitizer(check, tmp_path, "sleep 60")
+    monkeypatch.setattr(check.module, "STAGE_SECONDS", 4)
+    start = time.monotonic()
+    assert check.run("sanitize") == 1
+    assert time.monotonic() - start < 15 and tools_run(calls) == list(check.stages.TOOLS)  # each has its share
+    result = check.result("sanitize-racecheck")
+    assert result["result"] == "timed out" and "racecheck: not done after 1 s; nothing found" in result["headline"]
+    assert check.result("sanitize-initcheck")["result"] == "passed"
+    assert check.run("sanitize") == 1 and tools_run(calls) == ["racecheck"]
+    assert "not done after 4 s" in check.result("sanitize-racecheck")["headline"]  # alone it has all of the time
+    sanitizer(check, tmp_path, 'echo "========= Error: Race reported between Write and Read"; sleep 60')
+    assert check.run("sanitize-racecheck") == 1
+    result = check.result("sanitize-racecheck")
+    assert result["result"] == "failed" and "ran out of time; found ========= Error: Race" in result["headline"]
+
+
+def test_a_sanitizer_that_ran_no_test_has_not_passed(check: Check, tmp_path: Path) -> None:
+    sanitizer(check, tmp_path, NOTHING, passed=0)
+    assert check.run("sanitize") == 1
+    assert check.result("sanitize-racecheck")["headline"] == "racecheck: no test was run"
+
+
+def test_what_the_sanitizers_run(check: Check, tmp_path: Path) -> None:
+    """Every test that runs on a device, but for whole models and for calls that fail on purpose."""
+    calls = sanitizer(check, tmp_path, NOTHING)
+    assert check.run("sanitize-memcheck sanitize-racecheck") == 0
+    memcheck, racecheck = calls.read_text().splitlines()
+    assert all("--report-api-errors no" in line for line in (memcheck, racecheck))
+    assert "--kernel-name kns=_kernel" in racecheck and "--kernel-name" not in memcheck
+
+    def chosen(line: str, name: str) -> bool:
+        takes, leaves = (re.search(f"-{flag}=(.*?)( -|$)", line).group(1).split(",") for flag in ("tc", "tce"))
+        matches = lambda patterns: any(fnmatchcase(name, p) for p in patterns)  # noqa: E731
+        return matches(takes) and not matches(leaves)
+
+    on_devices = {}
+    for path in sorted((REPO / "test").glob("test_*.cpp")):
+        for case in re.split(r"^TEST_CASE\(", path.read_text(), flags=re.M)[1:]:
+            name = re.match(r'"(.*?)"', case).group(1)  # type: ignore[union-attr]
+            on_devices[name] = "targets()" in case or "cuda_backend()" in case
+    left_out = {name for name, there in on_devices.items() if there and not chosen(memcheck, name)}
+    no_memory = {"backend: no memory is an error that says how much was asked for",
+                 "backend: no pinned memory is an error too"}
+    assert left_out == no_memory | {name for name in on_devices if name.startswith("gpt2 on cuda")}
+    products = {name for name in on_devices if chosen(memcheck, name) and not chosen(racecheck, name)}
+    assert len(products) == 2 and all(name.startswith("linear ") for name in products)
 
 
 def beside(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -258,25 +402,42 @@ def test_two_ranks_of_the_emulated_program_are_as_one(check: Check, tmp_path: Pa
 
 
 def test_where_cuda_is_looked_for(tmp_path: Path) -> None:
-    for folder in ("home/lib64", "path", "site/nvidia/cu13/lib", "site/nvidia/nccl/lib"):
+    """Each place alone; what this machine has is kept out of sight."""
+    folders = ("home/lib64", "path", "system", "toolkit/lib64", "toolkit/bin", "site/nvidia/cu13/lib",
+               "site/nvidia/nccl/lib", "bin")
+    for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
+    for tool in ("awk", "bash", "dirname", "env", "readlink"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    executable(tmp_path / "bin" / "python3", f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')  # no packages of its own
+    nowhere = {"CUDA_HOME": "", "LD_LIBRARY_PATH": "", "PYTHONPATH": "", "KILN_CUDA_SYSTEM": "",
+               "PATH": tmp_path / "bin"}
 
     def found(**env: object):
-        return run([REPO / "scripts" / "cuda_libraries.sh"], {"CUDA_HOME": "", "LD_LIBRARY_PATH": ""} | env)
+        return run([REPO / "scripts" / "cuda_libraries.sh"], nowhere | env)
 
-    for folder in ("home/lib64", "path"):
+    for folder in ("home/lib64", "path", "system", "toolkit/lib64"):
         for library in ("libcublasLt.so.13", "libnccl.so.2"):
             (tmp_path / folder / library).touch()
+    none = found()
+    assert none.code == 1 and none.out == "\n"
+    assert "libcublasLt.so.13 not found" in none.err and "libnccl.so.2 not found" in none.err
     assert found(CUDA_HOME=tmp_path / "home").out == f"{tmp_path}/home/lib64\n"
     assert found(LD_LIBRARY_PATH=f"/nowhere:{tmp_path}/path").out == f"{tmp_path}/path\n"
-    if found().code == 0:
-        return  # the machine has them where they come before Python's packages
+    assert found(KILN_CUDA_SYSTEM=f"/nowhere:{tmp_path}/system").out == f"{tmp_path}/system\n"
+    executable(tmp_path / "toolkit/bin/nvcc", "")
+    beside = found(PATH=f"{tmp_path}/bin:{tmp_path}/toolkit/bin").out
+    assert Path(beside.strip()).resolve() == tmp_path / "toolkit/lib64"
+
+    site = {"PYTHONPATH": tmp_path / "site"}
     (tmp_path / "site/nvidia/cu13/lib/libcublasLt.so.13").touch()
-    one = found(PYTHONPATH=tmp_path / "site")
-    assert one.code == 1 and "libnccl.so.2 not found" in one.err
+    one = found(**site)
+    assert one.code == 1 and one.out == f"{tmp_path}/site/nvidia/cu13/lib\n"
+    assert "libnccl.so.2 not found" in one.err and "libcublasLt" not in one.err
     (tmp_path / "site/nvidia/nccl/lib/libnccl.so.2").touch()
-    both = found(PYTHONPATH=tmp_path / "site")
-    assert both.out == f"{tmp_path}/site/nvidia/cu13/lib:{tmp_path}/site/nvidia/nccl/lib\n"
+    both = found(**site)
+    assert both.code == 0 and both.out == f"{tmp_path}/site/nvidia/cu13/lib:{tmp_path}/site/nvidia/nccl/lib\n"
+    assert found(CUDA_HOME=tmp_path / "home", **site).out == f"{tmp_path}/home/lib64\n"  # before the packages
 
 
 @pytest.mark.parametrize("backend, dtype", [("cpu", "f32"), ("cuda", "f32"), ("cuda", "bf16")])
