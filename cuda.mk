@@ -37,7 +37,7 @@ $(B)/test_isa_native: $(O)/test/main.o $(N)/test/emulator/test/test_isa.o $(LIB_
 $(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/test/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/bench_ops: $(O)/cuda/test/bench/ops.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 # What ptxas says of each kernel stays beside the object, for scripts/kernel_table.py; anything else is shown.
-KERNEL = @mkdir -p $(@D); [ -n "$(NVCC)" ] || { echo "nvcc not found: set CUDA_HOME, or CUDA=0"; exit 2; }; echo "nvcc $<"; \
+KERNEL = @mkdir -p $(@D); [ -n "$(NVCC)" ] || { echo "nvcc not found: this needs the CUDA toolkit (CUDA_HOME); without it: make CUDA=0, make emulated"; exit 2; }; echo "nvcc $<"; \
          $(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@ >$@.ptxas 2>&1; code=$$?; \
          grep -vE '^ptxas info|bytes stack frame' $@.ptxas >&2; exit $$code
 # Another compiler, ARCH or flag compiles the kernels anew.

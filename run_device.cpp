@@ -74,7 +74,7 @@ RunDevice choose_device(const Config& config, [[maybe_unused]] Comm& comm, [[may
 #else
     if (config.device.kind == "cuda")
         fail(Exit::usage,
-             "device.kind: cuda is not available in this build, which was made without CUDA (make CUDA=1)");
+             "device.kind: cuda is not available in this build, which was made without nvcc; use device.kind: cpu");
     return cpu(config, "no GPU: this build was made without CUDA");
 #endif
 }

@@ -19,7 +19,7 @@ import pytest
 from conftest import REPO, TRAIN, run
 
 BUILD = TRAIN.resolve().parent
-STANDS_IN = {"train": "train", "bench_ops": "train"} | {
+STANDS_IN = {"train": TRAIN.resolve().name, "bench_ops": TRAIN.resolve().name} | {
     name: "test_mpi" for name in ("test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native")
 }
 FROM_THE_MACHINE = re.compile(r"(lib(c|m|dl|rt|pthread|resolv|util|mvec)|ld-linux-x86-64|lib(cuda|cublasLt|nccl))\.so")
