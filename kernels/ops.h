@@ -17,6 +17,8 @@
 #include "common/arena.h"
 #include "common/buf.h"
 
+#include <string>
+
 struct CUstream_st;
 using Stream = CUstream_st*;  // a cudaStream_t; null on the CPU
 
@@ -239,9 +241,19 @@ struct Backend {
 };
 const Backend& cpu_backend();
 
+// Which kernels compute attention on a GPU (kernels/cuda/attention*.cu).
+enum class AttentionKernel : uint8_t {
+    portable,  // for every device; the only one with dropout, with fp32, and with heads of other sizes than 64 and 128
+    sm90,      // Hopper: compute capability 9.0 exactly
+    cudnn,     // the library's, deterministic, for comparison; only where it was there when kiln was built
+    cudnn_fastest  // the library's fastest, whose bits may differ from run to run: for benchmarks only
+};
 // The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary without
-// it has none of these three; KILN_CUDA tells run_device.cpp.
-const Backend& cuda_backend();
+// it has none of these four; KILN_CUDA tells run_device.cpp.  The tables differ in attention only.
+const Backend& cuda_backend(AttentionKernel attention = AttentionKernel::portable);
+// Why these kernels cannot run on the open device, or are not in this binary; empty: they can.  They refuse nothing that
+// `portable` takes: a call with dropout, in fp32 or of another head size goes to the portable kernels.
+std::string cuda_attention_refusal(AttentionKernel attention);
 // Usable devices; 0 on a machine without a driver, with the reason in `why`.
 int cuda_device_count(std::string* why);
 // Device `ordinal` for this process, its workspace and library handles.  Error(Exit::usage) when it is not usable.

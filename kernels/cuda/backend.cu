@@ -60,10 +60,10 @@ double ms_between(const Mark* from, const Mark* to) {
     CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(from), event_of(to)));
     return double(ms);
 }
-}  // namespace
 
-const Backend& cuda_backend() {
-    static constexpr Backend backend = {
+constexpr Backend table(void (*attention_forward)(const Attention&, Stream),
+                        void (*attention_backward)(const AttentionGrad&, Stream)) {
+    return {
         .name = "cuda",
         .memory = {.alloc = alloc, .free = release},
         .host_memory = {.alloc = alloc_host, .free = release_host},
@@ -86,8 +86,8 @@ const Backend& cuda_backend() {
         .linear_backward = cuda::linear_backward,
         .gelu_forward = cuda::gelu_forward,
         .gelu_backward = cuda::gelu_backward,
-        .attention_forward = cuda::attention_forward,
-        .attention_backward = cuda::attention_backward,
+        .attention_forward = attention_forward,
+        .attention_backward = attention_backward,
         .dropout = cuda::dropout,
         .cross_entropy = cuda::cross_entropy,
         .row_sum = cuda::row_sum,
@@ -98,5 +98,22 @@ const Backend& cuda_backend() {
         .optimizer_update = cuda::optimizer_update,
         .grad_norm = cuda::grad_norm,
     };
-    return backend;
+}
+}  // namespace
+
+const Backend& cuda_backend(AttentionKernel attention) {
+    static constexpr Backend portable = table(cuda::attention_forward, cuda::attention_backward);
+    switch (attention) {
+        case AttentionKernel::portable:
+            return portable;
+        case AttentionKernel::sm90:
+        case AttentionKernel::cudnn:
+        case AttentionKernel::cudnn_fastest:
+            break;
+    }
+    fail(Exit::internal, "{}", cuda_attention_refusal(attention));
+}
+
+std::string cuda_attention_refusal(AttentionKernel attention) {
+    return attention == AttentionKernel::portable ? "" : "these attention kernels are not in this build";
 }
