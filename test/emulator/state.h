@@ -95,6 +95,7 @@ struct WgmmaOp {
     int n;
     std::shared_ptr<Accumulator> accumulator;
     uint32_t a_registers[32][4];
+    const uint32_t* a_at[32];  // where they were read
     bool a_in_registers;
     uint64_t a, b;  // descriptors
     int scale_d, transpose_a, transpose_b;

@@ -1,5 +1,6 @@
 // wgmma: asynchronous products of a warpgroup.  A warp's part runs at its wait_group; until then the accumulator's
-// registers are NaN and the operands in shared memory must not change.
+// registers are NaN, and neither they nor the operands, in registers or in shared memory, may be written.  Whose warp of
+// the group reads which rows of A is not promised: each counts as a reader of all 64.
 #include <algorithm>
 #include <cstring>
 
@@ -47,10 +48,10 @@ void for_operand(uint64_t descriptor, bool mn_major, uint32_t first, uint32_t n,
             for (uint32_t k = 0; k < 16; k += 8) f(shared_pointer(element_address(descriptor, false, r, k)));
     }
 }
-// All that this warp's part of the product reads from shared memory.
+// All that this warp may read from shared memory.
 template <class F>
 void for_operands(const WgmmaOp& op, F f) {
-    if (!op.a_in_registers) for_operand(op.a, op.transpose_a, uint32_t(op.first_row), 16, f);
+    if (!op.a_in_registers) for_operand(op.a, op.transpose_a, 0, 64, f);
     for_operand(op.b, op.transpose_b, 0, uint32_t(op.n), f);
 }
 
@@ -74,7 +75,8 @@ WgmmaOp make_op(const WgmmaLane* const* lanes) {
     for (int l = 0; l < 32; l++) {
         if (lanes[l]->a != op.a || lanes[l]->b != op.b || lanes[l]->scale_d != op.scale_d)
             fail("synccheck", "wgmma: operands differ between the lanes of a warp");
-        if (op.a_in_registers) std::memcpy(op.a_registers[l], lanes[l]->a_registers, sizeof op.a_registers[l]);
+        op.a_at[l] = lanes[l]->a_registers;
+        if (op.a_in_registers) std::memcpy(op.a_registers[l], op.a_at[l], sizeof op.a_registers[l]);
     }
     return op;
 }
@@ -162,6 +164,22 @@ void multiply(const WgmmaOp& op) {
     }
 }
 
+// Registers in flight are not the kernel's to write.
+void check_registers(const WgmmaOp& op) {
+    if (!op.a_in_registers) return;
+    for (int l = 0; l < 32; l++)
+        if (std::memcmp(op.a_registers[l], op.a_at[l], sizeof op.a_registers[l]) != 0)
+            fail("synccheck", "registers of wgmma's operand A were written before wait_group");
+}
+void check_poison(const Accumulator& accumulator) {
+    const auto is_poison = [](float x) {
+        return __builtin_bit_cast(uint32_t, x) == __builtin_bit_cast(uint32_t, __builtin_nanf(""));
+    };
+    for (int l = 0; l < 32; l++)
+        if (!std::all_of(accumulator.registers[l], accumulator.registers[l] + accumulator.n, is_poison))
+            fail("synccheck", "registers of wgmma's accumulator were written before wait_group");
+}
+
 // The operands may be written again by whoever knows of the wait.
 void end_reads(const WgmmaOp& op, int agent, uint32_t clock) {
     for_operands(op, [&](uint8_t* p) {
@@ -181,6 +199,7 @@ void give_back(Accumulator& accumulator) {
     if (accumulator.values.empty() || uses(w.wgmma)) return;
     for (const auto& group : w.wgmma_groups)
         if (uses(group)) return;
+    check_poison(accumulator);
     for (int l = 0; l < 32; l++)
         std::copy_n(&accumulator.values[size_t(l * accumulator.n)], accumulator.n, accumulator.registers[l]);
     accumulator.values.clear();
@@ -195,6 +214,7 @@ void wait(void* const* arguments, uint32_t) {
     std::vector<std::shared_ptr<Accumulator>> finished;
     while (int(w.wgmma_groups.size()) > n_left) {
         for (const WgmmaOp& op : w.wgmma_groups.front()) {
+            check_registers(op);
             multiply(op);
             finished.push_back(op.accumulator);
             if (b.racecheck) end_reads(op, agent, clock);

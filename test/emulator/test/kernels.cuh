@@ -16,7 +16,10 @@ enum class Defect {
     no_proxy_fence,       // between ordinary stores and the TMA store that reads them
     init_not_published,   // mbarriers used without a barrier after their init
     expects_too_many_bytes,
-    read_before_wait  // of wgmma's accumulators
+    read_before_wait,     // of wgmma's accumulators
+    write_before_wait,    // to them
+    operand_before_wait,  // to wgmma's operand in registers
+    write_over_operand    // in shared memory, by a warp that knows of its own wait only
 };
 
 __global__ inline void vector_add_kernel(const float* a, const float* b, float* c, int n) {
@@ -278,7 +281,10 @@ __global__ void __launch_bounds__(160)
                                                 1);
         }
         ptx::wgmma_commit();
+        if (DEFECT == Defect::write_before_wait) d[7] = 0.0f;
+        if (DEFECT == Defect::operand_before_wait) af[1][2]++;
         if (DEFECT != Defect::read_before_wait) ptx::wgmma_wait<0>();
+        if (DEFECT == Defect::write_over_operand && lane == 0) sa[i * kBytesA + 128 * 16 * warp] = 0;
         if (RS) __syncwarp();  // the other lanes' ldmatrix before lane 0 gives the buffer back
         if (lane == 0) ptx::mbar_arrive(&empty[i]);
     }

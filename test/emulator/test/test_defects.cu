@@ -218,6 +218,13 @@ TEST_CASE("missing waits and fences in Hopper's pipeline") {
     expect_defect(
         "accumulator read before its wait", {Seen::numbers, ""},
         [&] { return with.operator()<Defect::read_before_wait>(128); }, 1e-3);
+    expect_defect("accumulator written before its wait", {Seen::always, "synccheck"},
+                  [&] { return with.operator()<Defect::write_before_wait>(128); });
+    expect_defect("operand in registers written before its wait", {Seen::always, "synccheck"},
+                  [] { return hopper_gemm<0, true, false, Defect::operand_before_wait>(64, 128, 128).error(); });
+    expect_defect(
+        "a warp writes over rows that its group may still read", {Seen::race_check, "racecheck"},
+        [&] { return with.operator()<Defect::write_over_operand>(64); }, 1e-3);
 }
 
 #if SIMT_HOOKED
