@@ -27,7 +27,7 @@ SAN        := $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize
 CXXFLAGS   += -std=c++20 -I. -Wall -Wextra -Werror -Wno-missing-field-initializers -Wno-restrict -fopenmp -g -march=$(CPU) $(SAN) \
               -fno-math-errno -fno-trapping-math $(if $(DEBUG)$(SANITIZE),-O1,-O3 -DNDEBUG)
 LIBS       := -ldnnl -lyaml-cpp -lfmt -lxxhash
-LIB_SRC    := $(filter-out comm/nccl.cpp,$(wildcard common/*.cpp kernels/*.cpp kernels/cpu/*.cpp model/*.cpp data/*.cpp comm/*.cpp))
+LIB_SRC    := $(filter-out comm/nccl.cpp,$(wildcard common/*.cpp kernels/*.cpp kernels/cpu/*.cpp model/*.cpp data/*.cpp comm/*.cpp)) attention_choice.cpp
 LIB_OBJ    := $(LIB_SRC:%.cpp=$(O)/%.o)
 MAIN       := train training_run run_device
 TRAIN      := $(B)/train$(if $(filter 1,$(CUDA)),,-cpu)

@@ -3,8 +3,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <fstream>
 #include <vector>
+
+#include "attention_choice.h"
 
 #ifndef KILN_CUDA
 #define KILN_CUDA 0
@@ -19,17 +22,20 @@ RunDevice cpu(const Config& config, const std::string& why) {
     if (config.device.dtype != "fp32")
         fail(Exit::usage, "device.dtype: {} needs a GPU{}{}; the CPU computes in fp32", config.device.dtype,
              why.empty() ? "" : "; ", why);
+    if (const std::string& kernels = config.device.attention; kernels != "auto" && kernels != "portable")
+        fail(Exit::usage, "device.attention: {} needs a GPU{}{}; use device.attention: auto", kernels,
+             why.empty() ? "" : "; ", why);
     RunDevice chosen{.k = cpu_backend(), .name = "cpu"};
     if (!why.empty()) chosen.note = "device.kind: auto uses the CPU; " + why;
     return chosen;
 }
 
 #if KILN_CUDA
-// Ranks in ascending order: "1, 3".
-std::string ranks_without(const std::vector<int>& devices) {
+// The ranks that have 0, in ascending order: "1, 3".
+std::string ranks_without(const std::vector<int>& all) {
     std::string out;
-    for (size_t r = 0; r < devices.size(); r++)
-        if (devices[r] == 0) out += fmt::format("{}{}", out.empty() ? "" : ", ", r);
+    for (size_t r = 0; r < all.size(); r++)
+        if (all[r] == 0) out += fmt::format("{}{}", out.empty() ? "" : ", ", r);
     return out;
 }
 
@@ -42,9 +48,29 @@ std::string this_host() {
     return id.empty() ? name : id;
 }
 
+// Why these kernels cannot run on every rank's open device: the first such rank's reason.  The same on all ranks, whose
+// GPUs may differ.
+std::string attention_refusal(Comm& comm, AttentionKernel kernel) {
+    using Text = std::array<char, 256>;
+    Text mine{};
+    cuda_attention_refusal(kernel).copy(mine.data(), mine.size() - 1);
+    std::vector<Text> all(size_t(comm.size()));  // (ranks) why not
+    comm.all_gather(mine.data(), all.data(), sizeof mine);
+    const auto first = std::ranges::find_if(all, [](const Text& why) { return why[0] != 0; });
+    if (first == all.end()) return "";
+    if (comm.size() == 1) return first->data();
+    std::vector<int> able;  // (ranks)
+    for (const Text& why : all) able.push_back(why[0] == 0);
+    return fmt::format("rank(s) {}: {}", ranks_without(able), first->data());
+}
+
 RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool training) {
     const CudaDevice device = open_cuda_device(comm.local_rank() % n_devices);
-    RunDevice chosen{.k = cuda_backend(), .name = device.name};
+    const AttentionChoice attention =
+        choose_attention(config, attention_refusal(comm, preferred_attention(config)), training);
+    RunDevice chosen{.k = cuda_backend(attention.kernel), .name = device.name};
+    chosen.attention = attention_name(attention.kernel);
+    chosen.note = attention.note;
     chosen.workspace_bytes = device.workspace_bytes;
     chosen.own = every_rank_has_its_own_device(comm, this_host() + "/" + device.bus_id);
     if (!chosen.own)

@@ -13,13 +13,15 @@ class NcclComm;
 struct RunDevice {
     const Backend& k;
     std::string name;                // "cpu", or the GPU's
+    std::string attention;           // the GPU's kernels for it: "portable"; empty on the CPU
     bool own = false;                // every rank has a GPU of its own
     std::shared_ptr<NcclComm> nccl;  // there on several ranks that have
     size_t workspace_bytes = 0;      // of the GPU's memory, for the kernels' scratch
-    std::string note;                // why `auto` is the CPU
+    std::string note;                // why `auto` is the CPU, or what the attention kernels do not compute
 };
 
 // By device.kind: `auto` takes a GPU where every rank finds one, else the CPU with a note; `cuda` without a usable device
-// is Error(Exit::usage), and so is a device that cannot be opened or a dtype that it cannot compute in.  Ranks of a host take its
-// GPUs in turn.  `training`: gradients will be reduced, by NCCL where parallel.allreduce and the devices allow it.
+// is Error(Exit::usage), and so is a device that cannot be opened, or a dtype or device.attention that it cannot compute
+// with.  Ranks of a host take its GPUs in turn; all use the same attention kernels (attention_choice.h).
+// `training`: gradients will be reduced, by NCCL where parallel.allreduce and the devices allow it.
 RunDevice choose_device(const Config& config, Comm& comm, Log& log, bool training);

@@ -276,6 +276,10 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     if (before.device.dtype != x_.config.device.dtype)
         x_.log.warn("device.dtype changed from {} to {}: the run goes on, but not bit for bit", before.device.dtype,
                     x_.config.device.dtype);
+    if (before.device.attention != x_.config.device.attention)
+        x_.log.warn(
+            "device.attention changed from {} to {}: the run goes on, bit for bit only if the kernels are the same",
+            before.device.attention, x_.config.device.attention);
     require_same_data("data.train", saved.train, state_.train);
     require_same_data("data.val", saved.val, state_.val);
     load_weights(checkpoint, x_.device.k, trainer_);
@@ -290,8 +294,10 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
 void TrainingRun::announce() {
     const GPT2Config& c = trainer_.config();
     const char* reduction = reduction_name(training_options(x_).reduction);
-    x_.log.info("kiln {}: {} x {} in {} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(),
-                x_.device.name, x_.config.device.dtype, x_.comm.name(), x_.threads, trainer_.reduction());
+    const std::string& attention = x_.device.attention;
+    x_.log.info("kiln {}: {} x {} in {}{}{} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(),
+                x_.device.name, x_.config.device.dtype, attention.empty() ? "" : " with attention ", attention,
+                x_.comm.name(), x_.threads, trainer_.reduction());
     if (!x_.device.note.empty()) x_.log.info("{}", x_.device.note);
     x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
                 c.C, c.T, c.V);
@@ -300,19 +306,21 @@ void TrainingRun::announce() {
     if (x_.device.workspace_bytes)
         x_.log.info("and {} of the GPU's memory as workspace, besides what CUDA's libraries take",
                     human_bytes(x_.device.workspace_bytes));
-    dir_->record({{"type", "run"},
-                  {"step", state_.step},
-                  {"time", utc_now()},
-                  {"commit", x_.commit},
-                  {"config_hash", hash_text(hash64(state_.config))},
-                  {"device", x_.device.name},
-                  {"dtype", x_.config.device.dtype},
-                  {"world", x_.comm.size()},
-                  {"threads", x_.threads},
-                  {"allreduce", reduction},
-                  {"parameters", count_params(c)},
-                  {"flops_per_token", flops_per_token(c)},
-                  {"total_steps", total_steps_}});
+    ordered_json record = {{"type", "run"},
+                           {"step", state_.step},
+                           {"time", utc_now()},
+                           {"commit", x_.commit},
+                           {"config_hash", hash_text(hash64(state_.config))},
+                           {"device", x_.device.name},
+                           {"dtype", x_.config.device.dtype}};
+    if (!attention.empty()) record["attention"] = attention;
+    record.update({{"world", x_.comm.size()},
+                   {"threads", x_.threads},
+                   {"allreduce", reduction},
+                   {"parameters", count_params(c)},
+                   {"flops_per_token", flops_per_token(c)},
+                   {"total_steps", total_steps_}});
+    dir_->record(record);
     write_status(x_.run_dir, "running", state_.step, 0, "");
 }
 

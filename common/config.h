@@ -16,9 +16,10 @@ struct Config {
         std::string on_bad_step = "skip";  // skip | stop: a loss or gradient that is not finite
     } run;
     struct Device {
-        std::string kind = "auto";   // auto | cpu | cuda
-        std::string dtype = "fp32";  // fp32 | bf16: of activations and matrix products
-        int threads = 0;             // 0: auto, this rank's share of the host's cores
+        std::string kind = "auto";       // auto | cpu | cuda
+        std::string dtype = "fp32";      // fp32 | bf16: of activations and matrix products
+        int threads = 0;                 // 0: auto, this rank's share of the host's cores
+        std::string attention = "auto";  // auto | portable | sm90 | cudnn: the kernels of attention on a GPU
     } device;
     struct Model {
         std::string architecture = "gpt2";

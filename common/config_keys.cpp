@@ -24,7 +24,7 @@ std::vector<Key> table() {
         {KEY(device.kind), .may_change = true, .values = {"auto", "cpu", "cuda"}},
         {KEY(device.dtype), .may_change = true, .values = {"fp32", "bf16"}},
         {KEY(device.threads), .may_change = true, .low = 1, .high = 4096, .zero_word = "auto"},
-        {"device.attention"},
+        {KEY(device.attention), .may_change = true, .values = {"auto", "portable", "sm90", "cudnn"}},
         {"device.graph"},
         {KEY(model.architecture), .values = {"gpt2"}},
         {KEY(model.n_layer), .required = true, .low = 1, .high = 1024},

@@ -30,7 +30,7 @@ optimizer:
 // Every key that is available, each with another value than in kSmall where there is one.
 inline const std::string kLarge = R"(# comment
 run: {name: "a \"b\" \\ é: #1", out_dir: /tmp/x y, seed: 9007199254740991, max_minutes: 0.1, on_bad_step: stop}
-device: {kind: cpu, dtype: fp32, threads: 3}
+device: {kind: cpu, dtype: fp32, threads: 3, attention: portable}
 model:
   architecture: gpt2
   n_layer: 3

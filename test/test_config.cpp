@@ -19,6 +19,7 @@ TEST_CASE("config: the smallest file, and the defaults") {
     CHECK(c.run.out_dir == "runs");
     CHECK(c.run.seed == 1337);
     CHECK(c.device.threads == 0);
+    CHECK(c.device.attention == "auto");
     CHECK(c.model.n_embd == 64);
     CHECK(c.model.bias);
     CHECK(c.data.train == std::vector<std::string>{"a*.bin", "b.bin"});
@@ -42,6 +43,7 @@ TEST_CASE("config: every key survives to_yaml, and differing_keys names it") {
     CHECK(again.eval.sample_prompts ==
           std::vector<std::string>{"def f(x):\n\treturn", "", std::string("\0\x7f", 2), "true", "- 'a'"});
     CHECK(again.device.threads == 3);
+    CHECK(again.device.attention == "portable");
     CHECK(again.schedule.decay_steps == 50);
     CHECK(again.train.max_epochs == 2.5);
     const std::vector<std::string> differ = differing_keys(c, small);
@@ -54,7 +56,7 @@ TEST_CASE("config: every key survives to_yaml, and differing_keys names it") {
         CHECK_MESSAGE(std::count(differ.begin(), differ.end(), key) == 1, key);
     for (const char* key :
          {"train.max_steps", "run.max_minutes", "eval.interval", "checkpoint.interval", "checkpoint.keep",
-          "log.interval", "device.threads", "parallel.allreduce", "train.micro_batch_size"})
+          "log.interval", "device.threads", "device.attention", "parallel.allreduce", "train.micro_batch_size"})
         CHECK_MESSAGE(may_change_on_resume(key), key);
     for (const char* key : {"run.seed", "model.n_embd", "data.train", "train.global_batch_size",
                             "optimizer.learning_rate", "schedule.name", "model.dropout", "no.such", "eval.tokens"})
@@ -109,26 +111,11 @@ TEST_CASE("config: unknown keys get a suggestion (row 1)") {
 }
 
 TEST_CASE("config: what is not built yet is refused by name, never ignored") {
-    for (const char* key : {"run.timeout_seconds",
-                            "run.spike_factor",
-                            "run.replica_check_interval",
-                            "device.attention",
-                            "device.graph",
-                            "train.recompute",
-                            "checkpoint.async",
-                            "checkpoint.on_error",
-                            "parallel.tensor",
-                            "parallel.pipeline",
-                            "parallel.schedule",
-                            "parallel.zero",
-                            "parallel.overlap",
-                            "parallel.reduce_dtype",
-                            "parallel.method",
-                            "parallel.servers",
-                            "parallel.staleness",
-                            "parallel.sync_interval",
-                            "parallel.outer_learning_rate",
-                            "parallel.outer_momentum"}) {
+    for (const char* key :
+         {"run.timeout_seconds", "run.spike_factor", "run.replica_check_interval", "device.graph", "train.recompute",
+          "checkpoint.async", "checkpoint.on_error", "parallel.tensor", "parallel.pipeline", "parallel.schedule",
+          "parallel.zero", "parallel.overlap", "parallel.reduce_dtype", "parallel.method", "parallel.servers",
+          "parallel.staleness", "parallel.sync_interval", "parallel.outer_learning_rate", "parallel.outer_momentum"}) {
         const std::string override = std::string(key) + "=1";
         CHECK(refusal(kSmall, {override}) == "--set " + override + ": " + key + " is not available in this build");
     }
@@ -165,6 +152,10 @@ TEST_CASE("config: wrong types (row 2)") {
     CHECK(refusal(kSmall, {"schedule.name=cosin"}) ==
           "--set schedule.name=cosin: schedule.name = cosin is unknown; expected constant, cosine, linear or wsd; did "
           "you mean cosine?");
+    CHECK(
+        refusal(kSmall, {"device.attention=sm80"}) ==
+        "--set device.attention=sm80: device.attention = sm80 is unknown; expected auto, portable, sm90 or cudnn; did "
+        "you mean sm90?");
     CHECK(refusal(kSmall, {"device.threads=all"}).ends_with("expected an integer from 1 to 4096, or auto"));
     CHECK(refusal(kSmall, {"schedule.decay_steps=0"})
               .ends_with("is out of range; expected an integer from 1 to 1000000000, or all"));

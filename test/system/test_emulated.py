@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import EMULATED, REPO, Lab, Run, run
+from conftest import EMULATED, MPIRUN, REPO, Lab, Result, Run, run
 
 sys.path.insert(0, str(REPO / "scripts"))
 import parity_case  # noqa: E402
@@ -196,6 +196,87 @@ def test_every_step_agrees_with_pytorch(case: Case, np: int, tmp_path: Path, mon
     want = parity_case.json.loads(parity_case.golden_path(case).read_text())["float32"]
     for key, (deviation, step) in parity_case.worst(kiln, want).items():
         assert deviation <= BOUNDS[key], f"{key} at step {step}"
+
+
+# device.attention.  Whether sm90 runs on an emulated 9.0 is for the tests of its kernels; on 8.0 it never does.
+OLDER = {"KILN_EMULATOR_CAPABILITY": 80}
+HEADS_OF_64: dict[str, object] = {"model.n_embd": 128, "train.max_steps": 2, "checkpoint.interval": 2}
+
+
+def attention_of(r: Run) -> list[object]:
+    return [record.get("attention") for record in r.records("run")]
+
+
+def test_the_attention_kernels_are_in_the_log_and_in_the_record(gpus: Lab) -> None:
+    runs: list[tuple[str, dict[str, object], dict[str, int]]] = [
+        ("asked", {"device.attention": "portable"}, {}),
+        ("older", {"device.attention": "auto"}, OLDER),
+        ("fp32", {"device.attention": "auto", "device.dtype": "fp32"}, {}),
+        ("heads", {"device.attention": "auto", "model.n_embd": 16}, {}),
+    ]
+    for name, settings, env in runs:
+        out = gpus.train(name, HEADS_OF_64 | settings, env=env).out
+        assert " with attention portable on " in out and "attention with dropout" not in out
+        assert attention_of(gpus.run(name)) == ["portable"]
+    assert gpus.run("asked").losses() == gpus.run("older").losses()
+    for attention in ("auto", "portable"):
+        on_cpu = {"device.kind": "cpu", "device.dtype": "fp32", "device.attention": attention}
+        assert "with attention" not in gpus.train(f"cpu-{attention}", HEADS_OF_64 | on_cpu).out
+        assert "attention" not in gpus.run(f"cpu-{attention}").records("run")[0]
+
+
+def test_attention_kernels_that_the_device_cannot_run_are_refused_when_asked_for(gpus: Lab) -> None:
+    asked: dict[str, object] = HEADS_OF_64 | {"device.attention": "sm90"}
+    for flags in ([], ["eval"], ["generate", "--prompt", "ab"]):
+        error = gpus.train("refused", asked, flags=flags, expect=2, env=OLDER).error()
+        assert error.startswith("device.attention: sm90 cannot be used: ")
+        assert error.endswith("; use device.attention: auto")
+    assert not gpus.run("refused").path.exists()
+    for attention in ("sm90", "cudnn"):
+        on_cpu = asked | {"device.attention": attention, "device.dtype": "fp32"}
+        error = gpus.train("refused", on_cpu | {"device.kind": "cpu"}, expect=2).error()
+        assert error == f"device.attention: {attention} needs a GPU; use device.attention: auto"
+        error = gpus.train("refused", on_cpu | {"device.kind": "auto"}, expect=2, env={"KILN_EMULATOR_DEVICES": 0}).error()
+        assert error.startswith(f"device.attention: {attention} needs a GPU; no GPU") and error.endswith("attention: auto")
+
+
+def test_ranks_on_unlike_gpus_take_the_same_attention_kernels(gpus: Lab) -> None:
+    """Rank 1's GPU is an older one."""
+
+    def launch(name: str, settings: dict[str, object]) -> Result:
+        program = gpus.command(name, HEADS_OF_64 | settings)
+        ranks = [["-np", "1", "-env", "KILN_EMULATOR_CAPABILITY", capability, *program] for capability in ("90", "80")]
+        return run([MPIRUN, *ranks[0], ":", *ranks[1]])
+
+    auto = launch("auto", {"device.attention": "auto"})
+    assert auto.code == 0, auto.err
+    assert attention_of(gpus.run("auto")) == ["portable"]
+    refused = launch("refused", {"device.attention": "sm90"})
+    assert refused.code == 2
+    # Rank 0 too, where this binary has no such kernels at all.
+    assert re.match(r"device.attention: sm90 cannot be used: rank\(s\) (0, )?1: ", refused.error())
+
+
+def test_a_resumed_run_may_change_its_attention_kernels_and_says_so(gpus: Lab) -> None:
+    settings: dict[str, object] = HEADS_OF_64 | {"checkpoint.interval": 2}
+    gpus.train("moved", settings | {"device.attention": "portable"}, env=OLDER)
+    later = settings | {"device.attention": "auto", "train.max_steps": 4}
+    err = gpus.train("moved", later, flags=["--resume"], env=OLDER).err
+    assert "device.attention changed from portable to auto" in err
+    gpus.train("stayed", later, env=OLDER)
+    assert attention_of(gpus.run("moved")) == ["portable", "portable"]
+    assert gpus.run("moved").losses() == gpus.run("stayed").losses()
+    assert gpus.run("moved").hashes(4) == gpus.run("stayed").hashes(4)
+
+
+def test_eval_and_generate_take_the_attention_kernels_too(sampled: Lab) -> None:
+    """Not those of training: what computes is this command's choice."""
+    inside = [f"{r['val_loss']:.6f}" for r in sampled.run("base").records("eval")]
+    portable = {"device.attention": "portable"}
+    assert [val_loss(sampled.train("base", portable, flags=["eval"]).out)] == inside
+    flags = ["generate", "--prompt", "ab", "--max-tokens", "8"]
+    texts = [sampled.train("base", settings, flags=flags) for settings in (portable, {"device.attention": "auto"})]
+    assert texts[0].out == texts[1].out and texts[0].err == "" == texts[1].err
 
 
 # What the user is told.
