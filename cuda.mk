@@ -43,6 +43,7 @@ KERNEL = @mkdir -p $(@D); [ -n "$(NVCC)" ] || { echo "nvcc not found: this needs
 # Another compiler, ARCH or flag compiles the kernels anew.
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
+$(N)/%_sm90.o: override ARCH := 90a# instructions of that one architecture
 $(N)/%.o: %.cu $(N)/flags; $(KERNEL)
 $(N)/sm90/%.o: override ARCH := 90a
 $(N)/sm90/%.o: NVCC_FLAGS += -DKILN_SM90=1
@@ -80,7 +81,7 @@ RACE_FLAGS := $(EMU_FLAGS) -O1 -fsanitize=thread
 TO_HOOKS   := $(foreach f,memcpy memmove memset,--redefine-sym $(f)=__tsan_$(f))
 RACE_CUDA  := $(patsubst %.cu,$(RACE)/obj/emulated/%.o,$(filter %.cu,$(CUDA_SRC)))
 RACE_HOST  := $(filter-out $(patsubst %.cu,$(O)/emulated/%.o,$(filter %.cu,$(CUDA_SRC))),$(EMU_OBJ))
-RACE_TESTS := $(patsubst %.cpp,$(RACE)/obj/%.o,test/main.cpp $(shell grep -l 'targets()' test/*.cpp))
+RACE_TESTS := $(patsubst %.cpp,$(RACE)/obj/%.o,test/main.cpp $(shell grep -lE 'targets\(\)|cuda_backend' test/*.cpp))
 
 $(RACE)/test_emulator: $(O)/test/main.o $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA) $(EMU_KERNEL_TESTS:%.cu=$(RACE)/obj/emulated/%.o); $(LINK)
 $(RACE)/test_race: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA); $(LINK)

@@ -67,6 +67,15 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
+// Its inverse, exact.
+__device__ __forceinline__ float2 unpack_bf16(uint32_t both) {
+    const uint32_t low = both << 16, high = both & 0xffff0000u;
+    float2 v;
+    memcpy(&v.x, &low, sizeof low);
+    memcpy(&v.y, &high, sizeof high);
+    return v;
+}
+
 // ---- named barriers: id 0 is __syncthreads'; n_threads is a multiple of 32 ----
 __device__ __forceinline__ void bar_sync(int id, int n_threads) {
     PTX(emulator::bar_sync(id, n_threads), "bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
@@ -252,6 +261,13 @@ __device__ __forceinline__ void tma_store_2d(const simt::TensorMap* m, const voi
         "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(m), "r"(s), "r"(x), "r"(y)
         : "memory");
 }
+__device__ __forceinline__ void tma_store_4d(const simt::TensorMap* m, const void* from, int x, int y, int z, int w) {
+    const uint32_t s = smem_u32(from);
+    PTX(emulator::tma_store(m, s, {x, y, z, w}, false),
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(m), "r"(s), "r"(x),
+        "r"(y), "r"(z), "r"(w)
+        : "memory");
+}
 __device__ __forceinline__ void tma_reduce_add_2d(const simt::TensorMap* m, const void* from, int x, int y) {
     const uint32_t s = smem_u32(from);
     PTX(emulator::tma_store(m, s, {x, y}, true),
@@ -286,9 +302,27 @@ __device__ __forceinline__ void wgmma_fence() {
 __device__ __forceinline__ void wgmma_commit() {
     PTX(emulator::wgmma_commit(), "wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// Waits until at most N groups are in flight.  What they read and wrote may be touched behind it; the compiler knows that
+// only of registers given to wgmma_done after it.
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     PTX(emulator::wgmma_wait(N), "wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Ties registers that a wgmma has written (or read, as A) to this place: no use of them moves to before it.
+template <size_t N>
+__device__ __forceinline__ void wgmma_done([[maybe_unused]] float (&r)[N]) {
+#if !SIMT_EMULATED
+    SIMT_UNROLL
+    for (size_t i = 0; i < N; i++) asm volatile("" : "+f"(r[i])::"memory");
+#endif
+}
+template <size_t K>
+__device__ __forceinline__ void wgmma_done([[maybe_unused]] uint32_t (&r)[K][4]) {
+#if !SIMT_EMULATED
+    SIMT_UNROLL
+    for (size_t k = 0; k < K; k++)
+        asm volatile("" : "+r"(r[k][0]), "+r"(r[k][1]), "+r"(r[k][2]), "+r"(r[k][3])::"memory");
+#endif
 }
 }  // namespace ptx
 

@@ -8,18 +8,15 @@
 // all tiles.
 #include <functional>
 
-#include "common/rng.h"
-#include "test/cpu_check.h"
+#include "test/attention_reference.h"
 
 namespace emulator {
 [[gnu::weak]] void reset_device();  // linked where the CUDA backend runs on the emulator
 }
 
+using namespace attention_test;
+
 namespace {
-struct Case {
-    int B, T, NH, HS;
-    float p;
-};
 const Case cases[] = {{1, 1, 1, 1, 0},     {2, 5, 2, 3, 0},       {2, 5, 2, 3, 0.3f},   {1, 67, 3, 17, 0.2f},
                       {2, 64, 2, 32, 0},   {1, 131, 2, 33, 0},    {1, 96, 1, 64, 0.1f}, {1, 5, 1, 136, 0.2f},
                       {2, 1, 3, 8, 0},     {2, 17, 2, 40, 0.2f},  {1, 64, 1, 128, 0},   {1, 100, 2, 40, 0.3f},
@@ -30,128 +27,6 @@ bool on_cuda(const Target& t) { return t.k != &cpu_backend(); }
 bool takes(const Target& t, const Case& c) {
     if (t.real == DType::bf16) return c.HS % 8 == 0 && c.HS <= 128;            // others are refused, see below
     return !on_cuda(t) || !emulated() || size_t(c.T) * c.T * c.HS <= 1100000;  // more takes the emulator too long
-}
-constexpr uint64_t kSeed = 77;
-constexpr uint32_t kStep = 3, kPlace = 1000, kSite = 9;
-
-size_t size_of(const Case& c) { return size_t(c.B) * c.T * c.NH * c.HS; }
-size_t stats_of(const Case& c) { return size_t(c.B) * c.T * c.NH; }
-
-struct Forward {
-    Doubles y, lse;
-};
-Forward forward(const Target& t, const Case& c, const Doubles& qkv, double place = kPlace) {
-    Dev y(t, t.real, poison(size_of(c))), lse(t, t.stat(), poison(stats_of(c))), in(t, t.real, qkv);
-    Dev where(t, DType::u32, {kStep, place});
-    t.k->attention_forward({.y = y,
-                            .lse = lse,
-                            .qkv = in,
-                            .dropout = {.where = where, .seed = kSeed, .site = kSite, .p = c.p},
-                            .B = c.B,
-                            .T = c.T,
-                            .NH = c.NH,
-                            .HS = c.HS},
-                           nullptr);
-    return {y.host(), lse.host()};
-}
-Doubles backward(const Target& t, const Case& c, const Doubles& qkv, const Forward& f, const Doubles& dy) {
-    Dev dqkv(t, t.real, poison(3 * size_of(c))), d(t, t.real, dy), in(t, t.real, qkv), y(t, t.real, f.y);
-    Dev lse(t, t.stat(), f.lse), scratch(t, t.stat(), poison(stats_of(c))), where(t, DType::u32, {kStep, kPlace});
-    t.k->attention_backward({.dqkv = dqkv,
-                             .dy = d,
-                             .qkv = in,
-                             .y = y,
-                             .lse = lse,
-                             .scratch = scratch,
-                             .dropout = {.where = where, .seed = kSeed, .site = kSite, .p = c.p},
-                             .B = c.B,
-                             .T = c.T,
-                             .NH = c.NH,
-                             .HS = c.HS},
-                            nullptr);
-    return dqkv.host();
-}
-
-// The naive answer; beside each value the sum of its terms' absolute values, with what the error of a score adds
-// (size), and the sum that roundings of f p and ds to bf16 act on (round):
-//
-//   y    sum_j f p v       each f p is off by 2^-8 f p                      round = sum_j f p |v|
-//   dv   sum_i f p dy      likewise                                         round = sum_i f p |dy|
-//   dq   sum_j ds k        ds by 2^-8 |ds|, and by 2^-8 p sum_c |dy y|      round = sum_j (|ds| + p sum_c |dy y|) |k|
-//   dk   sum_i ds q        because D is summed from a rounded y             likewise with |q|
-//
-// A bf16 result is off by 2^-8 round, by 2^-8 |result| of its own store, and by what an fp32 one is off.
-struct Naive {
-    Doubles y, lse, dqkv, y_size, lse_size, dqkv_size, y_round, dqkv_round;
-};
-Doubles tolerance(const Target& t, double bound, const Doubles& size, const Doubles& round, const Doubles& want) {
-    Doubles v(size.size());
-    for (size_t i = 0; i < v.size(); i++)
-        v[i] = bound * size[i] + (t.real == DType::bf16 ? 0x1p-8 * (round[i] + std::abs(want[i])) : 0);
-    return v;
-}
-struct Head {  // one head of one sequence, with accessors into the packed layouts
-    const Case& c;
-    int b, h;
-    size_t qkv(int t, int which, int k) const { return (((size_t(b) * c.T + t) * 3 + which) * c.NH + h) * c.HS + k; }
-    size_t y(int t, int k) const { return ((size_t(b) * c.T + t) * c.NH + h) * c.HS + k; }
-    double factor(int i, int j) const {  // of dropout: ops.h, word for word
-        if (c.p == 0) return 1;
-        const size_t e = (size_t(h) * c.T + i) * c.T + j;
-        const Philox4 r = philox(kSeed, kStep, kPlace + uint32_t(b), kSite, uint32_t(e / 4));
-        return r.v[e % 4] < keep_below(c.p) ? 1 / (1 - double(c.p)) : 0;
-    }
-};
-void naive_row(Naive& o, const Head& a, const Doubles& x, const Doubles& dy, int i) {
-    const int HS = a.c.HS;
-    const double scale = 1 / std::sqrt(double(HS));
-    Doubles p(size_t(i) + 1), f(p.size()), t(p.size()), t_size(p.size());
-    double m = -HUGE_VAL, sum = 0, s_size = 0, D = 0, D_size = 0;
-    for (int j = 0; j <= i; j++) {
-        double s = 0, size = 0;
-        for (int k = 0; k < HS; k++) {
-            s += x[a.qkv(i, 0, k)] * x[a.qkv(j, 1, k)] * scale;
-            size += std::abs(x[a.qkv(i, 0, k)] * x[a.qkv(j, 1, k)] * scale);
-        }
-        p[j] = s, m = std::max(m, s), s_size = std::max(s_size, size), f[j] = a.factor(i, j);
-    }
-    for (double& v : p) sum += v = std::exp(v - m);
-    o.lse[(size_t(a.b) * a.c.NH + a.h) * a.c.T + i] = m + std::log(sum);
-    o.lse_size[(size_t(a.b) * a.c.NH + a.h) * a.c.T + i] = s_size + 1;
-    for (int j = 0; j <= i; j++) {
-        p[j] /= sum;
-        for (int k = 0; k < HS; k++) {
-            const double v = x[a.qkv(j, 2, k)], g = dy[a.y(i, k)];
-            const double weighed = f[j] * p[j] * std::abs(v);
-            o.y[a.y(i, k)] += f[j] * p[j] * v;
-            o.y_round[a.y(i, k)] += weighed, o.y_size[a.y(i, k)] += weighed * (1 + s_size);
-            t[j] += g * v, t_size[j] += std::abs(g * v);
-        }
-        D += f[j] * p[j] * t[j], D_size += f[j] * p[j] * t_size[j];
-    }
-    double dy_y = 0;
-    for (int k = 0; k < HS; k++) dy_y += std::abs(dy[a.y(i, k)] * o.y[a.y(i, k)]);
-    for (int j = 0; j <= i; j++) {
-        const double ds = p[j] * (f[j] * t[j] - D), size = p[j] * (f[j] * t_size[j] + D_size) * (1 + s_size);
-        for (int k = 0; k < HS; k++) {
-            const double q = x[a.qkv(i, 0, k)] * scale, key = x[a.qkv(j, 1, k)] * scale,
-                         g = f[j] * p[j] * dy[a.y(i, k)];
-            const double off = std::abs(ds) + p[j] * dy_y;
-            o.dqkv_round[a.qkv(i, 0, k)] += off * std::abs(key), o.dqkv_round[a.qkv(j, 1, k)] += off * std::abs(q);
-            o.dqkv_round[a.qkv(j, 2, k)] += std::abs(g);
-            o.dqkv[a.qkv(i, 0, k)] += ds * key, o.dqkv_size[a.qkv(i, 0, k)] += size * std::abs(key);
-            o.dqkv[a.qkv(j, 1, k)] += ds * q, o.dqkv_size[a.qkv(j, 1, k)] += size * std::abs(q);
-            o.dqkv[a.qkv(j, 2, k)] += g, o.dqkv_size[a.qkv(j, 2, k)] += std::abs(g) * (1 + s_size);
-        }
-    }
-}
-Naive naive(const Case& c, const Doubles& qkv, const Doubles& dy) {
-    const Doubles y(size_of(c)), lse(stats_of(c)), dqkv(qkv.size());
-    Naive o{y, lse, dqkv, y, lse, dqkv, y, dqkv};
-    for (int b = 0; b < c.B; b++)
-        for (int h = 0; h < c.NH; h++)
-            for (int i = 0; i < c.T; i++) naive_row(o, {c, b, h}, qkv, dy, i);
-    return o;
 }
 }  // namespace
 
@@ -166,18 +41,7 @@ TEST_CASE("attention: forward and backward against a naive softmax in double") {
             CAPTURE(c.NH);
             CAPTURE(c.HS);
             CAPTURE(c.p);
-            const Doubles qkv = rounded(normal(3 * size_of(c), 1), t.real), dy = rounded(normal(size_of(c), 2), t.real);
-            const Naive want = naive(c, qkv, dy);
-            // Sums of HS terms in the scores and of T terms over the row.  A score's own error enters every weight by
-            // the factor 1 + sum |q k| that the sizes carry.  16: scaling, exp and the steps between the sums.
-            const double unit = t.real == DType::f64 ? 1e-6 * kUnit : kUnit, bound = unit * (c.HS + c.T + 16);
-            const Forward got = forward(t, c, qkv);
-            CHECK(worst_each(got.y, want.y, tolerance(t, bound, want.y_size, want.y_round, want.y)) <= 1);
-            CHECK(worst_each(got.lse, want.lse, bound * want.lse_size) <= 1);
-            const Forward exact{rounded(want.y, t.real), rounded(want.lse, t.stat())};
-            // twice: the products pass through two sums over HS and T each
-            CHECK(worst_each(backward(t, c, qkv, exact, dy), want.dqkv,
-                             tolerance(t, 2 * bound, want.dqkv_size, want.dqkv_round, want.dqkv)) <= 1);
+            check_against_naive(t, c);
         }
 }
 

@@ -18,7 +18,7 @@
 //              on 16-byte boundaries.  fp32: HS up to kMaxFp32Head.  Any B, T, NH; B NH ceil(T/64) < 2^31 blocks.
 //              Shared memory: 65 KiB a block at most; the smallest of these GPUs (8.6, 8.9) have 99.
 //   order      every sum in the order of its tiles, ascending; nothing depends on the number of multiprocessors
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/attention.h"
 
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
@@ -61,10 +61,6 @@ void expect_bf16_head(int HS) {
          "multiple of 8, at most 128; change model.n_head or model.n_embd, or set device.dtype to fp32",
          HS);
 }
-void expect_aligned(const char* what, const Buf& b) {
-    CHECK_THAT(reinterpret_cast<uintptr_t>(b.data) % 16 == 0, "{} does not start on a 16-byte boundary", what);
-}
-
 // f.operator()<W, dropout>(): W is the compiled head size that HS is padded to.
 template <class F>
 void with_shape(int HS, bool dropout, F&& f) {
@@ -96,19 +92,15 @@ void launch_fp32(const Call& call, Kernel* kernel, size_t n_floats, const attent
 
 namespace cuda {
 void attention_forward(const Attention& a, Stream s) {
-    const size_t BT = size_t(a.B) * a.T, C = size_t(a.NH) * a.HS;
-    expect_size("attention.y", a.y, BT * C, "B*T*NH*HS");
-    expect_size("attention.lse", a.lse, BT * a.NH, "B*NH*T");
-    expect_size("attention.qkv", a.qkv, BT * 3 * C, "B*T*3*NH*HS");
+    expect_attention(a, a.qkv.dtype == DType::bf16);
     const Call call = call_of(a.B, a.T, a.NH, a.HS, a.dropout, s);
-    if (BT * C == 0) return;
+    if (a.qkv.count == 0) return;
     with_real(a.qkv.dtype, [&]<class T>() {
         if constexpr (std::is_same_v<T, float>) {
             launch_fp32(call, attention::attention_fp32_forward_kernel, attention::fp32_forward_floats(a.HS),
                         {.y = a.y.as<float>(), .lse = a.lse.as<float>(), .qkv = a.qkv.as<float>()});
         } else {
             expect_bf16_head(a.HS);
-            expect_aligned("attention.y", a.y), expect_aligned("attention.qkv", a.qkv);
             const attention::ForwardTensors t = {a.y.as<bf16>(), a.lse.as<float>(), a.qkv.as<bf16>()};
             with_shape(a.HS, call.drop.on(), [&]<int W, bool kDrop>() {
                 using Shape = attention::ForwardShape<W, kDrop>;
@@ -120,24 +112,14 @@ void attention_forward(const Attention& a, Stream s) {
 }
 
 void attention_backward(const AttentionGrad& a, Stream s) {
-    const size_t BT = size_t(a.B) * a.T, C = size_t(a.NH) * a.HS;
-    expect_size("attention.dqkv", a.dqkv, BT * 3 * C, "B*T*3*NH*HS");
-    expect_size("attention.dy", a.dy, BT * C, "B*T*NH*HS");
-    expect_size("attention.qkv", a.qkv, BT * 3 * C, "B*T*3*NH*HS");
-    expect_size("attention.y", a.y, BT * C, "B*T*NH*HS");
-    expect_size("attention.lse", a.lse, BT * a.NH, "B*NH*T");
-    expect_size("attention.scratch", a.scratch, BT * a.NH, "B*NH*T");
+    expect_attention(a, a.qkv.dtype == DType::bf16);
     const Call call = call_of(a.B, a.T, a.NH, a.HS, a.dropout, s);
-    if (BT * C == 0) return;
+    if (a.qkv.count == 0) return;
     float *lse = a.lse.as<float>(), *D = a.scratch.as<float>();  // (B, NH, T)
     with_real(a.qkv.dtype, [&]<class T>() {
         constexpr bool kFp32 = std::is_same_v<T, float>;
-        if constexpr (!kFp32) {
-            expect_bf16_head(a.HS);
-            expect_aligned("attention.dqkv", a.dqkv), expect_aligned("attention.dy", a.dy);
-            expect_aligned("attention.qkv", a.qkv), expect_aligned("attention.y", a.y);
-        }
-        const size_t rows = BT * a.NH;
+        if constexpr (!kFp32) expect_bf16_head(a.HS);
+        const size_t rows = size_t(a.B) * a.T * a.NH;
         constexpr auto sums = attention::attention_backward_sums_kernel<T, (kFp32 ? 1 : 8)>;
         CUDA_CHECK(simt::launch(sums, dim3(blocks_for(rows, attention::kThreads / 8)), dim3(attention::kThreads), 0, s,
                                 D, a.dy.as<T>(), a.y.as<T>(), rows, a.T, a.NH, a.HS));

@@ -1,5 +1,5 @@
 // The table of the CUDA backend, its memory, streams and marks.  The device itself: device.cu.
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/attention.h"
 
 #include <string_view>
 
@@ -102,18 +102,25 @@ constexpr Backend table(void (*attention_forward)(const Attention&, Stream),
 }  // namespace
 
 const Backend& cuda_backend(AttentionKernel attention) {
-    static constexpr Backend portable = table(cuda::attention_forward, cuda::attention_backward);
+    static constexpr Backend portable = table(cuda::attention_forward, cuda::attention_backward),
+                             sm90 = table(cuda::attention_sm90_forward, cuda::attention_sm90_backward);
+    if (const std::string refusal = cuda_attention_refusal(attention); !refusal.empty())
+        fail(Exit::internal, "{}", refusal);
     switch (attention) {
-        case AttentionKernel::portable:
-            return portable;
         case AttentionKernel::sm90:
-        case AttentionKernel::cudnn:
-        case AttentionKernel::cudnn_fastest:
-            break;
+            return sm90;
+        default:
+            return portable;
     }
-    fail(Exit::internal, "{}", cuda_attention_refusal(attention));
 }
 
 std::string cuda_attention_refusal(AttentionKernel attention) {
-    return attention == AttentionKernel::portable ? "" : "these attention kernels are not in this build";
+    switch (attention) {
+        case AttentionKernel::portable:
+            return "";
+        case AttentionKernel::sm90:
+            return cuda::attention_sm90_refusal();
+        default:
+            return "this build has no cuDNN";
+    }
 }

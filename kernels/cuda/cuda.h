@@ -42,6 +42,7 @@ T* workspace(size_t count, const char* op) {
 // Streaming multiprocessors of the open device: how many blocks a persistent grid has.  An op whose sums depend on the
 // number of blocks must not use it: bits would differ from GPU to GPU.
 int n_multiprocessors();
+int open_capability();  // of the open device: 90 for 9.0
 
 // Calls f.operator()<float>() or <bf16>() by the dtype of an op's `real` tensors: the only dtype switch of an op.
 template <class F>

@@ -120,6 +120,8 @@ int n_multiprocessors() {
     CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, open_ordinal));
     return n;
 }
+
+int open_capability() { return capability_of(open_ordinal); }
 }  // namespace cuda
 
 int cuda_device_count(std::string* why) {

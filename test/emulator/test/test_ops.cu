@@ -152,6 +152,11 @@ Doubles attention(const Target& t, const AttentionShape& d) {
     return joined({&y, &lse, &dqkv});
 }
 
+// By the kernels for 9.0, whichever the target's.
+Doubles attention_sm90(const Target& t, const AttentionShape& d) {
+    return attention({&cuda_backend(AttentionKernel::sm90), t.real, t.name}, d);
+}
+
 Doubles elementwise(const Target& t, size_t parts) {
     constexpr int B = 2, T = 37, C = 32;
     const size_t BT = B * T, n = BT * C;
@@ -244,6 +249,12 @@ std::vector<OpCase> ops(const Target& t) {
                                               {1, 130, 1, 128, 0.2f}, {1, 200, 1, 32, 0.2f}};
     for (const auto& d : t.real == DType::bf16 ? bf16 : fp32)
         add(d.T > 100, attention, d, fmt::format("attention B={} T={} HS={} p={}", d.B, d.T, d.HS, d.p));
+    // Three tiles of 128 rows, the last one nearly empty; two heads: 4 pairs of tiles for the 4 multiprocessors, and with
+    // six heads a second and a third pair for some, which turn every ring of buffers.
+    const std::vector<AttentionShape> sm90 = {{1, 260, 2, 64, 0}, {1, 260, 2, 128, 0}, {2, 260, 3, 64, 0}};
+    if (t.real == DType::bf16)
+        for (const auto& d : sm90)
+            add(true, attention_sm90, d, fmt::format("attention sm90 B={} T={} NH={} HS={}", d.B, d.T, d.NH, d.HS));
     for (const size_t parts : {4, 32}) add(false, elementwise, parts, fmt::format("elementwise, {} parts", parts));
     // GPT-2's row stays in shared memory on 9.0, and is read twice on 8.6.
     for (const auto& d :
