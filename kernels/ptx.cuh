@@ -180,13 +180,15 @@ __device__ __forceinline__ bool elect_one() {
     return elected != 0;
 #endif
 }
+// Registers of each thread of the warpgroup from here on.  A block shares out what it was launched with: an increase
+// waits until others have given up enough.
 template <int N>
 __device__ __forceinline__ void setmaxnreg_inc() {
-    PTX((void)0, "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+    PTX(emulator::setmaxnreg(N), "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 template <int N>
 __device__ __forceinline__ void setmaxnreg_dec() {
-    PTX((void)0, "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+    PTX(emulator::setmaxnreg(N), "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 // ---- mbarrier: a phase ends when `count` arrivals and all announced bytes are in ----

@@ -52,11 +52,11 @@ struct Backward {
     }
     __device__ __forceinline__ void expect_tiles(const Ring<kOwn>& own) const {
         barriers->own.wait_empty(own);
-        ptx::mbar_arrive_expect_tx(&barriers->own.full[own.at], kOperands * kTileBytes);
+        ptx::mbar_arrive_expect_tx(&barriers->own.full[own.at()], kOperands * kTileBytes);
     }
     __device__ __forceinline__ void expect_pair(const Ring<kStages>& pair) const {
         barriers->pair.wait_empty(pair);
-        ptx::mbar_arrive_expect_tx(&barriers->pair.full[pair.at], 2 * kBlockBytes);
+        ptx::mbar_arrive_expect_tx(&barriers->pair.full[pair.at()], 2 * kBlockBytes);
     }
     // A block that concerns only the other warpgroup.
     __device__ __forceinline__ void pass(Ring<kStages>& pair) const {
@@ -123,15 +123,15 @@ __device__ __forceinline__ void load_queries(const Queries<HS>& s, const QueryMa
     Ring<Queries<HS>::kStages> pair;
     for (Tile t; work.next(t); own.advance()) {
         s.expect_tiles(own);
-        uint64_t* full = &s.barriers->own.full[own.at];
-        load_tile<HS, kTile>(s.tile(own.at, 0), &maps.q, full, t.h, t.number * kTile, t.b);
-        load_tile<HS, kTile>(s.tile(own.at, 1), &maps.dy, full, t.h, t.number * kTile, t.b);
-        load_tile<HS, kTile>(s.tile(own.at, 2), &maps.y, full, t.h, t.number * kTile, t.b);
+        uint64_t* full = &s.barriers->own.full[own.at()];
+        load_tile<HS, kTile>(s.tile(own.at(), 0), &maps.q, full, t.h, t.number * kTile, t.b);
+        load_tile<HS, kTile>(s.tile(own.at(), 1), &maps.dy, full, t.h, t.number * kTile, t.b);
+        load_tile<HS, kTile>(s.tile(own.at(), 2), &maps.y, full, t.h, t.number * kTile, t.b);
         for (int j = t.number * kConsumers + kConsumers - 1; j >= 0; j--, pair.advance()) {
             s.expect_pair(pair);
-            full = &s.barriers->pair.full[pair.at];
-            load_tile<HS, kBlock>(s.block(pair.at, 0), &maps.key, full, s.a.NH + t.h, j * kBlock, t.b);
-            load_tile<HS, kBlock>(s.block(pair.at, 1), &maps.key, full, 2 * s.a.NH + t.h, j * kBlock, t.b);
+            full = &s.barriers->pair.full[pair.at()];
+            load_tile<HS, kBlock>(s.block(pair.at(), 0), &maps.key, full, s.a.NH + t.h, j * kBlock, t.b);
+            load_tile<HS, kBlock>(s.block(pair.at(), 1), &maps.key, full, 2 * s.a.NH + t.h, j * kBlock, t.b);
         }
     }
 }
@@ -177,12 +177,12 @@ __device__ __forceinline__ void query_gradients(const Queries<HS>& s, const floa
         const int rows = group * kRows * 128;  // of the warpgroup in a panel
         if (group == 0) s.pass(now);
         before = now;
-        q.take(s.tile(own.at, 0) + rows);
-        dy.take(s.tile(own.at, 1) + rows);
+        q.take(s.tile(own.at(), 0) + rows);
+        dy.take(s.tile(own.at(), 1) + rows);
         {
             uint32_t x[HS / 16][4], y[HS / 16][4];
-            read_rows<HS>(x, s.tile(own.at, 1) + rows);
-            read_rows<HS>(y, s.tile(own.at, 2) + rows);
+            read_rows<HS>(x, s.tile(own.at(), 1) + rows);
+            read_rows<HS>(y, s.tile(own.at(), 2) + rows);
             dot_rows(D, x, y);
         }
         SIMT_UNROLL
@@ -193,8 +193,8 @@ __device__ __forceinline__ void query_gradients(const Queries<HS>& s, const floa
 
         for_blocks(t.number * kConsumers + group + 1, [&]<bool kFirst>() {
             s.barriers->pair.wait_full(now);
-            q.start(p, s.block(now.at, 0));
-            dy.start(products, s.block(now.at, 1));
+            q.start(p, s.block(now.at(), 0));
+            dy.start(products, s.block(now.at(), 1));
             ptx::wgmma_wait<1>();
             ptx::wgmma_done(p);
             if (!kFirst) {
@@ -211,7 +211,7 @@ __device__ __forceinline__ void query_gradients(const Queries<HS>& s, const floa
             SIMT_UNROLL
             for (int i = 0; i < kBlock / 2; i++) products[i] = p[i] * (products[i] - D[i / 2 % 2]);
             pack(ds, products);
-            start_sum<HS, !kFirst>(dq, ds, s.block(now.at, 0));
+            start_sum<HS, !kFirst>(dq, ds, s.block(now.at(), 0));
             now.advance();
         });
         ptx::wgmma_wait<0>();
@@ -220,8 +220,8 @@ __device__ __forceinline__ void query_gradients(const Queries<HS>& s, const floa
 
         const float factor[2] = {a.scale, a.scale};
         ptx::bar_sync(1 + group, kGroup);  // no warp of the group reads q any more: dq takes its place
-        write_rows<HS>(s.tile(own.at, 0) + rows, dq, factor);
-        announce_results(&s.barriers->ready[own.at]);
+        write_rows<HS>(s.tile(own.at(), 0) + rows, dq, factor);
+        announce_results(&s.barriers->ready[own.at()]);
     }
 }
 
@@ -236,14 +236,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     const int group = group_id();
     if (group == 0) {
-        ptx::setmaxnreg_dec<kProducerRegisters>();
+        ptx::setmaxnreg_dec<Registers<40>::kProducer>();
         if (warp_in_group() == 0 && ptx::elect_one()) load_queries(s, maps);
         if (warp_in_group() == 1 && ptx::elect_one())
             store_results(Work(a, true), s.barriers->own, s.barriers->ready, [&](const Tile& t, int at) {
                 store_tile<HS>(&maps.dq, s.tile(at, 0), t.h, t.number * kTile, t.b);
             });
     } else {
-        ptx::setmaxnreg_inc<kConsumerRegisters>();
+        ptx::setmaxnreg_inc<Registers<40>::kConsumer>();
         if (group == 1)
             query_gradients<HS, 0>(s, lse, D);
         else
@@ -273,14 +273,14 @@ __device__ __forceinline__ void load_keys(const Keys<HS>& s, const KeyMaps& maps
     Ring<Keys<HS>::kStages> pair;
     for (Tile t; work.next(t); own.advance()) {
         s.expect_tiles(own);
-        uint64_t* full = &s.barriers->own.full[own.at];
-        load_tile<HS, kTile>(s.tile(own.at, 0), &maps.key, full, s.a.NH + t.h, t.number * kTile, t.b);
-        load_tile<HS, kTile>(s.tile(own.at, 1), &maps.key, full, 2 * s.a.NH + t.h, t.number * kTile, t.b);
+        uint64_t* full = &s.barriers->own.full[own.at()];
+        load_tile<HS, kTile>(s.tile(own.at(), 0), &maps.key, full, s.a.NH + t.h, t.number * kTile, t.b);
+        load_tile<HS, kTile>(s.tile(own.at(), 1), &maps.key, full, 2 * s.a.NH + t.h, t.number * kTile, t.b);
         for (int i = first_block(t); i < end_block(s.a); i++, pair.advance()) {
             s.expect_pair(pair);
-            full = &s.barriers->pair.full[pair.at];
-            load_tile<HS, kBlock>(s.block(pair.at, 0), &maps.query, full, t.h, i * kBlock, t.b);
-            load_tile<HS, kBlock>(s.block(pair.at, 1), &maps.dy, full, t.h, i * kBlock, t.b);
+            full = &s.barriers->pair.full[pair.at()];
+            load_tile<HS, kBlock>(s.block(pair.at(), 0), &maps.query, full, t.h, i * kBlock, t.b);
+            load_tile<HS, kBlock>(s.block(pair.at(), 1), &maps.dy, full, t.h, i * kBlock, t.b);
         }
     }
 }
@@ -293,19 +293,16 @@ __device__ __forceinline__ void load_stats(const Keys<HS>& s, const float* lse, 
     for (Tile t; work.next(t);) {
         const size_t head = size_t(t.head) * s.a.T;
         for (int block = first_block(t); block < end_block(s.a); block++, pair.advance()) {
-            float stat[2][2];  // lse, D; of two queries; a query past the end: all its weights are 0
-            SIMT_UNROLL
-            for (int n = 0; n < 2; n++) {
-                const int i = block * kBlock + lane + 32 * n;
-                stat[0][n] = i < s.a.T ? lse[head + i] * kLog2e : INFINITY;
-                stat[1][n] = i < s.a.T ? D[head + i] : 0.0f;
-            }
             s.barriers->pair.wait_empty(pair);
+            float* const stats = s.stats + pair.at() * 2 * kBlock + lane;
             SIMT_UNROLL
-            for (int n = 0; n < 4; n++)
-                s.stats[pair.at * 2 * kBlock + n / 2 * kBlock + n % 2 * 32 + lane] = stat[n / 2][n % 2];
+            for (int n = 0; n < kBlock; n += 32) {
+                const int i = block * kBlock + lane + n;  // a query past the end: all its weights are 0
+                stats[n] = i < s.a.T ? lse[head + i] * kLog2e : INFINITY;
+                stats[n + kBlock] = i < s.a.T ? D[head + i] : 0.0f;
+            }
             __syncwarp();
-            if (lane == 0) ptx::mbar_arrive(&s.barriers->pair.full[pair.at]);
+            if (lane == 0) ptx::mbar_arrive(&s.barriers->pair.full[pair.at()]);
         }
     }
 }
@@ -335,20 +332,20 @@ __device__ __forceinline__ void key_gradients(const Keys<HS>& s) {
         const int rows = group * kRows * 128;  // of the warpgroup in a panel
         if (group == 1) s.pass(now);
         before = now;
-        k.take(s.tile(own.at, 0) + rows);
-        v.take(s.tile(own.at, 1) + rows);
+        k.take(s.tile(own.at(), 0) + rows);
+        v.take(s.tile(own.at(), 1) + rows);
 
         for_blocks(end_block(a) - first_block(t) - group, [&]<bool kFirst>() {
             s.barriers->pair.wait_full(now);
-            k.start(p, s.block(now.at, 0));
-            v.start(products, s.block(now.at, 1));
+            k.start(p, s.block(now.at(), 0));
+            v.start(products, s.block(now.at(), 1));
             ptx::wgmma_wait<1>();
             ptx::wgmma_done(p), ptx::wgmma_done(weights), ptx::wgmma_done(ds);
             if (!kFirst) {
                 s.barriers->pair.give_back(before);
                 before.advance();
             }
-            const float* stats = s.stats + now.at * 2 * kBlock + lane % 4 * 2;
+            const float* stats = s.stats + now.at() * 2 * kBlock + lane % 4 * 2;
             SIMT_UNROLL
             for (int j = 0; j < kBlock / 8; j++) {
                 const float2 lse = simt::ld_vec<float2>(stats + 8 * j);
@@ -359,7 +356,7 @@ __device__ __forceinline__ void key_gradients(const Keys<HS>& s) {
                 }
             }
             pack(weights, p);
-            start_sum<HS, !kFirst>(dv, weights, s.block(now.at, 1));
+            start_sum<HS, !kFirst>(dv, weights, s.block(now.at(), 1));
             ptx::wgmma_wait<1>();
             ptx::wgmma_done(products);
             SIMT_UNROLL
@@ -373,7 +370,7 @@ __device__ __forceinline__ void key_gradients(const Keys<HS>& s) {
                 ptx::wgmma_done(dv), ptx::wgmma_done(weights);
             }
             pack(ds, products);
-            start_sum<HS, !kFirst>(dk, ds, s.block(now.at, 0));
+            start_sum<HS, !kFirst>(dk, ds, s.block(now.at(), 0));
             if constexpr (kWide) {
                 ptx::wgmma_wait<0>();
                 ptx::wgmma_done(dk), ptx::wgmma_done(ds);
@@ -387,9 +384,9 @@ __device__ __forceinline__ void key_gradients(const Keys<HS>& s) {
 
         const float scale[2] = {a.scale, a.scale}, one[2] = {1, 1};
         ptx::bar_sync(1 + group, kGroup);  // no warp of the group reads k or v any more: dk and dv take their places
-        write_rows<HS>(s.tile(own.at, 0) + rows, dk, scale);
-        write_rows<HS>(s.tile(own.at, 1) + rows, dv, one);
-        announce_results(&s.barriers->ready[own.at]);
+        write_rows<HS>(s.tile(own.at(), 0) + rows, dk, scale);
+        write_rows<HS>(s.tile(own.at(), 1) + rows, dv, one);
+        announce_results(&s.barriers->ready[own.at()]);
     }
 }
 
@@ -397,13 +394,14 @@ template <int HS>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_sm90_backward_keys_kernel(SIMT_PARAM KeyMaps maps, const float* lse, const float* D,  // (B, NH, T) both
                                         SIMT_PARAM Sizes a) {
+    using R = Registers<(HS == 64 ? 40 : 24)>;  // wide sums need all that can be had
     SIMT_DYN_SHARED(shared);
     const Keys<HS> s(shared, a);
     if (threadIdx.x == 0) s.init();
     __syncthreads();
     const int group = group_id();
     if (group == 0) {
-        ptx::setmaxnreg_dec<kProducerRegisters>();
+        ptx::setmaxnreg_dec<R::kProducer>();
         if (warp_in_group() == 0 && ptx::elect_one()) load_keys(s, maps);
         if (warp_in_group() == 1 && ptx::elect_one())
             store_results(Work(a, false), s.barriers->own, s.barriers->ready, [&](const Tile& t, int at) {
@@ -412,7 +410,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             });
         if (warp_in_group() == 2) load_stats(s, lse, D);
     } else {
-        ptx::setmaxnreg_inc<kConsumerRegisters>();
+        ptx::setmaxnreg_inc<R::kConsumer>();
         if (group == 1)
             key_gradients<HS, 0>(s);
         else

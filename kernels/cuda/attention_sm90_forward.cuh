@@ -43,16 +43,17 @@ struct Forward {
         Ring<kStages> block;  // of k and of v
         for (Tile t; work.next(t); own.advance()) {
             barriers->q.wait_empty(own);
-            ptx::mbar_arrive_expect_tx(&barriers->q.full[own.at], kTileBytes);
-            load_tile<HS, kTile>(q + own.at * kTileBytes, qkv, &barriers->q.full[own.at], t.h, t.number * kTile, t.b);
+            ptx::mbar_arrive_expect_tx(&barriers->q.full[own.at()], kTileBytes);
+            load_tile<HS, kTile>(q + own.at() * kTileBytes, qkv, &barriers->q.full[own.at()], t.h, t.number * kTile,
+                                 t.b);
             for (int j = t.number; j >= 0; j--, block.advance()) {
                 barriers->k.wait_empty(block);
-                ptx::mbar_arrive_expect_tx(&barriers->k.full[block.at], kBlockBytes);
-                load_tile<HS, kKeys>(k + block.at * kBlockBytes, qkv, &barriers->k.full[block.at], a.NH + t.h,
+                ptx::mbar_arrive_expect_tx(&barriers->k.full[block.at()], kBlockBytes);
+                load_tile<HS, kKeys>(k + block.at() * kBlockBytes, qkv, &barriers->k.full[block.at()], a.NH + t.h,
                                      j * kKeys, t.b);
                 barriers->v.wait_empty(block);
-                ptx::mbar_arrive_expect_tx(&barriers->v.full[block.at], kBlockBytes);
-                load_tile<HS, kKeys>(v + block.at * kBlockBytes, qkv, &barriers->v.full[block.at], 2 * a.NH + t.h,
+                ptx::mbar_arrive_expect_tx(&barriers->v.full[block.at()], kBlockBytes);
+                load_tile<HS, kKeys>(v + block.at() * kBlockBytes, qkv, &barriers->v.full[block.at()], 2 * a.NH + t.h,
                                      j * kKeys, t.b);
             }
         }
@@ -123,7 +124,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
         f.barriers->k.wait_full(key);
         ptx::wgmma_done(scores);
         ptx::wgmma_fence();
-        multiply_rows<HS, F::kKeys>(scores, q, f.k + key.at * F::kBlockBytes);
+        multiply_rows<HS, F::kKeys>(scores, q, f.k + key.at() * F::kBlockBytes);
         ptx::wgmma_commit();
     };
     const auto end_scores = [&]() {
@@ -133,7 +134,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
 
     if (kNumber == 1) ptx::bar_arrive(kOther, kThreadsOfTurn);  // the first warpgroup begins
     for (Tile t; work.next(t); own.advance()) {
-        uint8_t* const q = f.q + own.at * F::kTileBytes + kNumber * kRows * 128;
+        uint8_t* const q = f.q + own.at() * F::kTileBytes + kNumber * kRows * 128;
         m[0] = m[1] = -INFINITY, l[0] = l[1] = 0;
         f.barriers->q.wait_full(own);
 
@@ -156,7 +157,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
             if constexpr (kAdd) ptx::wgmma_done(o);
             ptx::wgmma_done(p);
             ptx::wgmma_fence();
-            multiply_tile<HS, F::kKeys, kBefore, kAdd>(o, p, f.v + value.at * F::kBlockBytes);
+            multiply_tile<HS, F::kKeys, kBefore, kAdd>(o, p, f.v + value.at() * F::kBlockBytes);
             ptx::wgmma_commit();
             ptx::bar_arrive(kOther, kThreadsOfTurn);
             ptx::wgmma_wait<1>();
@@ -176,7 +177,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
             if constexpr (kAdd) ptx::wgmma_done(o);
             ptx::wgmma_done(p);
             ptx::wgmma_fence();
-            multiply_tile<HS, F::kKeys, kBefore, kAdd>(o, p, f.v + value.at * F::kBlockBytes);
+            multiply_tile<HS, F::kKeys, kBefore, kAdd>(o, p, f.v + value.at() * F::kBlockBytes);
             ptx::wgmma_commit();
             ptx::wgmma_wait<0>();
             ptx::wgmma_done(o), ptx::wgmma_done(p);
@@ -202,7 +203,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
         }
         ptx::bar_sync(kMeet, kGroup);  // no warp of the group reads q any more: y takes its place
         write_rows<HS>(q, o, factor);
-        announce_results(&f.barriers->ready[own.at]);
+        announce_results(&f.barriers->ready[own.at()]);
     }
     if (kNumber == 0)
         ptx::bar_sync(kTurn, kThreadsOfTurn);  // the other's last turn has ended: as many waits as arrivals
@@ -220,11 +221,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     const int group = group_id();
     if (group == 0) {
-        ptx::setmaxnreg_dec<kProducerRegisters>();
+        ptx::setmaxnreg_dec<Registers<40>::kProducer>();
         if (warp_in_group() == 0 && ptx::elect_one()) f.load(&qkv);
         if (warp_in_group() == 1 && ptx::elect_one()) f.store(&y);
     } else {
-        ptx::setmaxnreg_inc<kConsumerRegisters>();
+        ptx::setmaxnreg_inc<Registers<40>::kConsumer>();
         if (group == 1)
             attend<HS, 64>(f, lse);
         else

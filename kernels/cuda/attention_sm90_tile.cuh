@@ -16,8 +16,16 @@ constexpr int kGroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kGroup
 constexpr int kRows = 64, kTile = kConsumers * kRows;  // rows of a warpgroup, of a block
 constexpr unsigned kConsumerWarps = kConsumers * kGroup / 32;
 constexpr int kPanel = 64;  // columns of a panel: 128 bytes, what the swizzle spans
-// Registers of a thread: 128 * kProducerRegisters + 256 * kConsumerRegisters is what a multiprocessor has.
-constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
+// Registers of a thread after setmaxnreg: of the first warpgroup, and of the others.  A block is launched with as many
+// for each thread as 65,536 allow, in steps of 8, and these are all that it can share out: an increase beyond them would
+// wait for ever.
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // 168
+template <int kOfProducer>
+struct Registers {
+    static constexpr int kProducer = kOfProducer;
+    static constexpr int kConsumer = ((1 + kConsumers) * kLaunchRegisters - kProducer) / kConsumers;
+    static_assert(kProducer % 8 == 0 && kConsumer % 8 == 0 && kConsumer <= 255);
+};
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Sizes {
@@ -72,14 +80,16 @@ class Work {
 
 // One side's place in a ring of N buffers: which buffer, and the parity of the round.
 template <int N>
-struct Ring {
-    int at = 0;
-    unsigned parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++at < N) return;
-        at = 0;
-        parity ^= 1;
-    }
+class Ring {
+    static_assert((N & (N - 1)) == 0);
+
+  public:
+    __device__ __forceinline__ int at() const { return int(n_ % N); }
+    __device__ __forceinline__ unsigned parity() const { return n_ / N % 2; }
+    __device__ __forceinline__ void advance() { n_++; }
+
+  private:
+    unsigned n_ = 0;  // may overflow: N divides 2^32
 };
 // Barriers of such a ring.  The producer waits for `empty` of the round before, which for the first round is over.
 template <int N>
@@ -88,11 +98,11 @@ struct Buffers {
     __device__ __forceinline__ void init(unsigned filled_by, unsigned emptied_by) {
         for (int i = 0; i < N; i++) ptx::mbar_init(&full[i], filled_by), ptx::mbar_init(&empty[i], emptied_by);
     }
-    __device__ __forceinline__ void wait_full(const Ring<N>& r) { ptx::mbar_wait(&full[r.at], r.parity); }
-    __device__ __forceinline__ void wait_empty(const Ring<N>& r) { ptx::mbar_wait(&empty[r.at], r.parity ^ 1); }
+    __device__ __forceinline__ void wait_full(const Ring<N>& r) { ptx::mbar_wait(&full[r.at()], r.parity()); }
+    __device__ __forceinline__ void wait_empty(const Ring<N>& r) { ptx::mbar_wait(&empty[r.at()], r.parity() ^ 1); }
     // By each consuming warp when it reads the buffer no more.
     __device__ __forceinline__ void give_back(const Ring<N>& r) {
-        if (lane_id() == 0) ptx::mbar_arrive(&empty[r.at]);
+        if (lane_id() == 0) ptx::mbar_arrive(&empty[r.at()]);
     }
 };
 
@@ -219,11 +229,11 @@ template <int N, class Store>
 __device__ __forceinline__ void store_results(Work work, Buffers<N>& own, uint64_t (&ready)[N], Store store) {
     Ring<N> ring;
     for (Tile t; work.next(t); ring.advance()) {
-        ptx::mbar_wait(&ready[ring.at], ring.parity);
-        store(t, ring.at);
+        ptx::mbar_wait(&ready[ring.at()], ring.parity());
+        store(t, ring.at());
         ptx::bulk_commit();
         ptx::bulk_wait_read<0>();
-        ptx::mbar_arrive(&own.empty[ring.at]);
+        ptx::mbar_arrive(&own.empty[ring.at()]);
     }
 }
 }  // namespace attention_sm90

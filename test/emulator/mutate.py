@@ -5,7 +5,7 @@
     python3 test/emulator/mutate.py --every 4   each fourth one: a quick look
 
 A copy of the kernels is made in which each removable call asks an environment variable whether to run; it is compiled
-once, with the race check, and its op tests run once for each call. A removal counts as detected when a test fails or a
+once, with the race check, and its op tests run for each call, in order and then under random schedules. A removal counts as detected when a test fails or a
 report of the emulator appears. A barrier with a vote (__syncthreads_or) is replaced by the thread's own vote. HARMLESS
 lists the calls that no test can miss, with the reason.
 Exit code 1: less than 95 % of the others were detected, or a listed one was.
@@ -30,6 +30,7 @@ REMOVABLE = re.compile(
     r"|(?:\w+(?:\.|->))*(?:wait_full|wait_empty|give_back)|__threadfence)\s*\("
 )
 TIMEOUT_S = 300
+ORDERS = ("", "1", "2", "3")        # of threads, until one notices: in order, then at random by these seeds
 # (file, number of the call in it, from 1): why leaving it out changes nothing.
 HARMLESS: dict[tuple[str, int], str] = {}
 
@@ -109,20 +110,21 @@ def tests_of(site: Site) -> list[str]:
     return {"cross": ["cross_entropy*"], "grad": ["*norm*"], "elementwise": ["*sum*"]}.get(op, [f"{op}*"])
 
 
-def detected(site: Site) -> str:
+def detected(site: Site, orders: tuple[str, ...] = ORDERS) -> str:
     """What noticed the removal; empty: nothing did."""
-    env = dict(os.environ, KILN_LEAVE_OUT=str(site.number))
-    for pattern in tests_of(site):
-        try:
-            done = subprocess.run([str(BINARY), f"-tc={pattern}", "--abort-after=1"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  text=True, errors="replace", timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return "hangs"
-        if not re.search(r"test cases:\s*[1-9]", done.stdout):
-            sys.exit(f"no test is named {pattern}: tests_of() is out of date")
-        if done.returncode != 0:
-            kind = re.search(r"(racecheck|memcheck|initcheck|synccheck|proxycheck|deadlock)", done.stdout)
-            return kind.group(1) if kind else "wrong result" if done.returncode == 1 else f"exit {done.returncode}"
+    for order in orders:
+        env = dict(os.environ, KILN_LEAVE_OUT=str(site.number), **({"KILN_EMULATOR_SEED": order} if order else {}))
+        for pattern in tests_of(site):
+            try:
+                done = subprocess.run([str(BINARY), f"-tc={pattern}", "--abort-after=1"], env=env, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                return "hangs"
+            if not re.search(r"test cases:\s*[1-9]", done.stdout):
+                sys.exit(f"no test is named {pattern}: tests_of() is out of date")
+            if done.returncode != 0:
+                kind = re.search(r"(racecheck|memcheck|initcheck|synccheck|proxycheck|deadlock)", done.stdout)
+                return kind.group(1) if kind else "wrong result" if done.returncode == 1 else f"exit {done.returncode}"
     return ""
 
 
@@ -133,7 +135,7 @@ def main() -> int:
     args = parser.parse_args()
     sites = make_copy()
     subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "DEPS=0", str(BINARY.relative_to(ROOT))], check=True)
-    if (found := detected(Site(0, "none", 0, 0, ""))):
+    if (found := detected(Site(0, "none", 0, 0, ""), ("",))):
         print(f"the tests fail with nothing left out: {found}")
         return 1
     chosen = [s for s in sites if not args.only or args.only in s.file][::args.every]

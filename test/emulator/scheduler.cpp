@@ -58,6 +58,25 @@ Thread* pick() {
     }
 }
 
+// setmaxnreg shares out what a block was launched with: at most 65,536 registers, in steps of 8 a thread.  More would be
+// waited for in vain.
+void check_registers_of_block() {
+    const Block& b = block();
+    const int n_threads = b.n_warps * 32, launched = 65536 / n_threads / 8 * 8;
+    int n = 0;
+    bool any = false;
+    for (int w = 0; w < b.n_warps; w++) {
+        const int own = b.warps[w].registers;
+        any = any || own;
+        n += 32 * (own ? own : launched);
+    }
+    if (any && n > n_threads * launched)
+        report("synccheck", 7, 7, [&] {
+            return "setmaxnreg: the warps ask for " + std::to_string(n) + " registers, the block has " +
+                   std::to_string(n_threads * launched) + " (seen as " + agent_name(int(self().lin)) + " exits)";
+        });
+}
+
 void leave_warp(Thread& t) {
     Block& b = block();
     Warp& w = b.warps[t.warp];
@@ -69,6 +88,7 @@ void leave_warp(Thread& t) {
         if (w.collectives[i].mask >> t.lane & 1)
             fail("synccheck",
                  std::string("exits while its warp waits in ") + w.collectives[i].op + " with a mask that names it");
+    if (b.live == 0) check_registers_of_block();
     release_if_all_arrived();
 }
 
@@ -98,6 +118,7 @@ void start_warps(Block& b) {
         warp.wgmma.clear();
         warp.wgmma_groups.clear();
         warp.wgmma_fenced = false;
+        warp.registers = 0;
     }
 }
 

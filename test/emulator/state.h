@@ -108,6 +108,7 @@ struct Warp {
     std::vector<WgmmaOp> wgmma;
     std::deque<std::vector<WgmmaOp>> wgmma_groups;
     bool wgmma_fenced = false;
+    int registers = 0;  // of each thread by setmaxnreg; 0: as launched
     uint32_t wgmma_clock = 0;
 };
 struct Barrier {

@@ -143,6 +143,7 @@ void matrix_store(const char* op, const uint32_t* registers, void* row, int coun
 void cp_async(void* to, const void* from, int n_bytes, int n_source_bytes);  // the rest of n_bytes becomes zero
 void cp_async_commit();
 void cp_async_wait(int n_left);
+void setmaxnreg(int n);  // registers of each thread; that a block asks for more than it has shows at its end
 void mbar_init(uint32_t address, unsigned count);
 void mbar_inval(uint32_t address);
 void mbar_arrive(uint32_t address, unsigned count, int64_t expect_tx);

@@ -113,6 +113,13 @@ __global__ void odd_count_kernel(float*) { ptx::bar_sync(1, 40); }
 __global__ void spin_kernel(float* out) {
     while (atomicAdd(out, 0.0f) != 2.0f) __nanosleep(20);
 }
+template <int REGISTERS>
+__global__ void share_registers_kernel(float*) {  // 384 threads of 168: 64,512
+    if (threadIdx.x < 128)
+        ptx::setmaxnreg_dec<24>();
+    else
+        ptx::setmaxnreg_inc<REGISTERS>();
+}
 TEST_CASE("misuse of warps and barriers") {
     const Expected synccheck{Seen::always, "synccheck"};
     expect_defect("lanes of a warp in different collectives", synccheck, over_ones(divergent_warp_kernel, 1, 32));
@@ -122,6 +129,8 @@ TEST_CASE("misuse of warps and barriers") {
     expect_defect("a count that is no multiple of 32", synccheck, over_ones(odd_count_kernel, 1, 64));
     expect_defect("some threads wait at one more barrier", {Seen::always, "deadlock"},
                   over_ones(one_barrier_more_kernel, 1, 64));
+    expect_defect("more registers than a block has", synccheck, over_ones(share_registers_kernel<248>, 1, 384));
+    expect_clean("as many registers as a block has", over_ones(share_registers_kernel<240>, 1, 384));
     expect_defect("two halves at different __syncthreads", {Seen::race_check, "synccheck"},
                   over_ones(two_barriers_kernel, 1, 64));
 }
