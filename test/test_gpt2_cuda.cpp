@@ -38,11 +38,13 @@ class Source {
     std::vector<int32_t> in_, out_;
 };
 
-// Parameters that bf16 holds exactly, larger than the initialisation so that every gradient is felt.
-void set_parameters(const Backend& k, Trainer& trainer) {
+// Parameters that bf16 holds exactly, larger than the initialisation so that every gradient is felt; smaller for a wider
+// model, so that its scores are no steeper.
+void set_parameters(const Backend& k, Trainer& trainer, int C) {
+    const double scale = 0.8 / std::sqrt(double(C));
     unsigned seed = 10;
     for (const StateTensor& t : trainer.parameters()) {
-        Doubles v = rounded(normal(t.data.count, seed++, 0.2), DType::bf16);
+        Doubles v = rounded(normal(t.data.count, seed++, scale), DType::bf16);
         if (t.name.ends_with("weight") && t.shape.size() == 1)
             for (double& x : v) x = rounded(1 + x, DType::bf16);  // LayerNorm's
         std::vector<float> f(v.begin(), v.end());
@@ -60,7 +62,7 @@ struct OneStep {
 OneStep one_step(const Target& t, const GPT2Config& c) {
     const auto comm = make_self_comm();
     Trainer trainer(*t.k, *comm, options(c, t.real));
-    set_parameters(*t.k, trainer);
+    set_parameters(*t.k, trainer, c.C);
     Doubles flat;
     trainer.before_reduce = [&](std::span<double> g) { flat.assign(g.begin(), g.end()); };
     Source next(c, 7, c.V);
@@ -88,29 +90,41 @@ std::vector<Target> cuda_targets() {
         if (t.k == &cuda_backend()) out.push_back(t);
     return out;
 }
-}  // namespace
 
 // A gradient's error is measured against its tensor's norm: the roundings of single elements are independent and average
 // out, an op that is wrong does not.  fp32: a few hundred roundings of 2^-24 lie on the longest path.  bf16: about 30 roundings
 // of 2^-9 each; sqrt(30) 2^-9 = 1.1 %, and 3 % leaves room for the steepest softmax.
+void check_one_step(const Target& t, const GPT2Config& c, const OneStep& want) {
+    CAPTURE(t.name);
+    const double bound = t.real == DType::bf16 ? 0.03 : 1e-5;
+    const OneStep got = one_step(t, c);
+    CHECK(got.loss == doctest::Approx(want.loss).epsilon(bound / 10));
+    REQUIRE(got.gradients.size() == want.gradients.size());
+    for (size_t i = 0; i < want.gradients.size(); i++) {
+        CAPTURE(want.gradients[i].first);
+        const Doubles& w = want.gradients[i].second;
+        CHECK(norm_of(w) > 1e-4);
+        CHECK(norm_of(difference(got.gradients[i].second, w)) <= bound * norm_of(w));
+    }
+}
+}  // namespace
+
 TEST_CASE("gpt2 on cuda: loss and every gradient agree with the CPU's double instance") {
     GPT2Config c = kTiny;
     SUBCASE("bias") {}
     SUBCASE("no bias, dropout") { c.bias = false, c.dropout = 0.2f; }
     const OneStep want = one_step(reference(), c);
-    for (const Target& t : cuda_targets()) {
-        CAPTURE(t.name);
-        const double bound = t.real == DType::bf16 ? 0.03 : 1e-5;
-        const OneStep got = one_step(t, c);
-        CHECK(got.loss == doctest::Approx(want.loss).epsilon(bound / 10));
-        REQUIRE(got.gradients.size() == want.gradients.size());
-        for (size_t i = 0; i < want.gradients.size(); i++) {
-            CAPTURE(want.gradients[i].first);
-            const Doubles& w = want.gradients[i].second;
-            CHECK(norm_of(w) > 1e-4);
-            CHECK(norm_of(difference(got.gradients[i].second, w)) <= bound * norm_of(w));
-        }
+    for (const Target& t : cuda_targets()) check_one_step(t, c, want);
+}
+
+TEST_CASE("gpt2 on cuda: loss and every gradient with Hopper's attention kernels") {
+    if (const std::string refusal = cuda_attention_refusal(AttentionKernel::sm90); !refusal.empty()) {
+        MESSAGE("skipped: " << refusal);
+        return;
     }
+    GPT2Config c = kTiny;
+    c.NH = 2, c.C = 128, c.T = 70;  // heads of 64; two blocks of keys, the second one not whole
+    check_one_step({&cuda_backend(AttentionKernel::sm90), DType::bf16, "cuda bf16 sm90"}, c, one_step(reference(), c));
 }
 
 TEST_CASE("gpt2 on cuda: twenty steps follow the CPU") {
@@ -156,7 +170,7 @@ TEST_CASE("gpt2 on cuda: two runs give the same bits") {
 TEST_CASE("gpt2 on cuda: evaluation and logits agree with the CPU") {
     const auto comm = make_self_comm();
     Trainer reference_trainer(cpu_backend(), *comm, options(kTiny, DType::f64));
-    set_parameters(cpu_backend(), reference_trainer);
+    set_parameters(cpu_backend(), reference_trainer, kTiny.C);
     const Doubles tokens = integers(size_t(kTiny.T + 1) * 3, 3, kTiny.V);
     const auto read = [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
         for (size_t t = 0; t < in.size(); t++)
@@ -168,7 +182,7 @@ TEST_CASE("gpt2 on cuda: evaluation and logits agree with the CPU") {
     for (const Target& t : cuda_targets()) {
         CAPTURE(t.name);
         Trainer trainer(*t.k, *comm, options(kTiny, t.real));
-        set_parameters(*t.k, trainer);
+        set_parameters(*t.k, trainer, kTiny.C);
         const double bound = t.real == DType::bf16 ? 0.03 : 1e-5;
         CHECK(trainer.evaluate(3, read).loss == doctest::Approx(want.loss).epsilon(bound / 10));
         const auto got = trainer.next_logits(prompt);

@@ -225,6 +225,23 @@ def test_the_attention_kernels_are_in_the_log_and_in_the_record(gpus: Lab) -> No
         assert "attention" not in gpus.run(f"cpu-{attention}").records("run")[0]
 
 
+def test_training_by_the_hopper_kernels(gpus: Lab) -> None:
+    """Two ranks give the bits of one, and the portable kernels nearly the same losses."""
+    settings = HEADS_OF_64 | {"device.attention": "auto", "model.dropout": 0, "train.max_steps": 4,
+                               "parallel.allreduce": "ordered"}
+    for name, more, ranks in (("hopper", {}, 1), ("hopper-2", {}, 2), ("portable", {"device.attention": "portable"}, 1)):
+        gpus.train(name, settings | more, np=ranks)
+    assert [attention_of(gpus.run(n)) for n in ("hopper", "hopper-2", "portable")] == [["sm90"], ["sm90"], ["portable"]]
+    assert gpus.run("hopper").losses() == gpus.run("hopper-2").losses() != gpus.run("portable").losses()
+    assert numbers(gpus.run("hopper")) == pytest.approx(numbers(gpus.run("portable")), rel=0.01)    # bf16 activations
+
+
+def test_dropout_is_left_to_the_portable_kernels_and_said_once(gpus: Lab) -> None:
+    done = gpus.train("dropout", HEADS_OF_64 | {"device.attention": "sm90", "model.dropout": 0.1})
+    assert (done.out + done.err).count("attention with dropout uses the portable kernels") == 1
+    assert attention_of(gpus.run("dropout")) == ["sm90"]
+
+
 def test_attention_kernels_that_the_device_cannot_run_are_refused_when_asked_for(gpus: Lab) -> None:
     asked: dict[str, object] = HEADS_OF_64 | {"device.attention": "sm90"}
     for flags in ([], ["eval"], ["generate", "--prompt", "ab"]):
