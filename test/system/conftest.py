@@ -97,6 +97,12 @@ def run(command: Sequence[str | Path], env: Settings | None = None, cwd: Path | 
     return Result(p.returncode, p.stdout, p.stderr, time.monotonic() - start)
 
 
+def program(path: Path, text: str) -> None:
+    """A shell script in the place of a program."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def bound_by_modes() -> list[str]:
     """What to put before a command so that files of mode 000 are closed to it: root reads everything."""
     if os.geteuid() != 0:

@@ -53,6 +53,7 @@ def programs(build: Path) -> Path:
         (build / name).symlink_to(BUILD / source)
     compiled(build, "backend", ())
     compiled(build, "gelu", ARCHITECTURES)
+    compiled(build, "gelu_sm90", ["90a"])
     return build
 
 
