@@ -29,6 +29,8 @@ kernel-table: $(KERNEL_OBJ) ## registers, memory and spills of each kernel into 
 	$(PYTHON) scripts/kernel_table.py --logs $(N)
 kernel-table-check: $(KERNEL_OBJ)
 	$(PYTHON) scripts/kernel_table.py --logs $(N) --check
+sass-check: $(filter %_sm90.o,$(KERNEL_OBJ)) ## rules that the Hopper kernels' machine code keeps; needs a disassembler
+	$(PYTHON) scripts/sass_check.py --objects $(N)
 
 $(B)/train: $(MAIN:%=$(O)/cuda/%.o) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_native: $(TEST_OBJ) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
@@ -95,4 +97,4 @@ build/mutants/test_mutants: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(patsubst %.c
 build/mutants/obj/%.o: build/mutants/src/%.cu
 	$(COMPILE) -iquote build/mutants/src $(RACE_FLAGS) -include left_out.h -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
 
-.PHONY: emulated gpu-check bundle native kernel-table kernel-table-check
+.PHONY: emulated gpu-check bundle native kernel-table kernel-table-check sass-check

@@ -1,7 +1,26 @@
 #!/bin/bash
 # Installs what kiln needs that is missing.  Debian 12: tested.  Ubuntu 22.04: same names, untested.
 # Without root or sudo it prints the exact command and stops.  --torch adds PyTorch, which only `make parity` and `make bench` use.
+# --disassembler does nothing but put NVIDIA's cuobjdump and nvdisasm into build/deps/bin, from PyPI: `make sass-check` uses them.
 set -euo pipefail
+
+disassembler() {
+    local version=13.2.51 to python=${PYTHON:-python3} work
+    to=$(cd "$(dirname "$0")/.." && pwd)/build/deps/bin
+    [ -x "$to/cuobjdump" ] && [ -x "$to/nvdisasm" ] && return
+    "$python" -m pip --version >/dev/null 2>&1 || { echo "$python has no pip: install python3-pip" >&2; return 2; }
+    work=$(mktemp -d)
+    "$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary :all: -d "$work" \
+        "nvidia-cuda-cuobjdump==$version" "nvidia-cuda-nvdisasm==$version"
+    for wheel in "$work"/*.whl; do "$python" -m zipfile -e "$wheel" "$work"; done
+    install -D -m 755 -t "$to" "$work"/nvidia/cu13/bin/{cuobjdump,nvdisasm}
+    rm -r "$work"
+    echo "$to: cuobjdump and nvdisasm of CUDA $version"
+}
+if [ "${1:-}" = --disassembler ]; then
+    disassembler
+    exit
+fi
 
 # Build and run; then plots; then tests and development.
 packages=(g++ make mpich libmpich-dev libcli11-dev doctest-dev libyaml-cpp-dev libdnnl-dev nlohmann-json3-dev libfmt-dev

@@ -6,8 +6,9 @@
     scripts/kernel_table.py [--check] [--logs build/release/obj/cuda]
 
 The source is what `ptxas -v` says of each kernel and architecture. The build keeps it beside every object (*.o.ptxas);
-without --logs the files are compiled here, which takes minutes. A spill or a stack frame fails always, --check or not.
-Another nvcc gives other numbers: with one the table is not compared, only spills and stack frames fail.
+without --logs the files are compiled here, which takes minutes. A spill, a stack frame or a wgmma that ptxas has
+serialized fails always, --check or not. Another nvcc gives other numbers: with one the table is not compared, and only
+these fail. The Hopper kernels' instructions are counted where a disassembler is at hand (scripts/sass_check.py).
 """
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import sass_check
+from kernel_names import ROOT, architectures, demangle, is_hopper, sources
+
 TABLE = ROOT / "docs" / "kernels.md"
-ARCHITECTURES = ("80", "86", "89", "90a", "100")
 COMPILING = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 PROPERTIES = re.compile(r"Function properties for (\S+)")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -38,6 +39,18 @@ What `ptxas` of nvcc {version} reports for each kernel; `make kernel-table` rewr
 `make kernel-table-check` compares it. Registers are per thread and architecture; static shared memory, stack and spills
 are in bytes, one number where all architectures agree; dynamic shared memory is chosen at launch and not here. A spill
 or a stack frame fails the check.
+"""
+LOSS = re.compile(r"Potential Performance Loss.*|.*setmaxnreg'? ignored.*")
+HOPPER = """\
+Compiled for compute capability 9.0a alone. A thread starts with these registers; setmaxnreg moves them between
+warpgroups afterwards.
+"""
+INSTRUCTIONS = "## Instructions of the Hopper kernels"
+INSTRUCTIONS_HEAD = """\
+What `nvdisasm` shows of `kernels/cuda/*_sm90.cu`: how often the code holds an instruction, not how often it runs. HGMMA
+is wgmma and WARPGROUP.DEPBAR waits for it; UTMALDG, UTMASTG and UTMAREDG are TMA's load, store and addition; R2UR
+brings an address or a descriptor to a uniform register. setmaxnreg: what warpgroups ask for. Highest: the last register
+in use. All: instructions without NOPs. `scripts/sass_check.py` has the rules that these kernels keep.
 """
 
 
@@ -73,58 +86,37 @@ def parse(log: str) -> Uses:
     return uses
 
 
-def demangle(names: Iterable[str]) -> dict[str, str]:
-    """Name and template arguments, without return type, parameters and the file's anonymous namespace."""
-    mangled = sorted(names)
-    lines = subprocess.run(["c++filt"], input="\n".join(mangled), text=True, capture_output=True, check=True).stdout
-    return {m: short_name(line) for m, line in zip(mangled, lines.splitlines())}
-
-
-def short_name(demangled: str) -> str:
-    name = demangled
-    if name.endswith(")"):                                      # the parameters: the last group of brackets
-        depth = 0
-        for at in range(len(name) - 1, -1, -1):
-            depth += {")": 1, "(": -1}.get(name[at], 0)
-            if depth == 0:
-                name = name[:at]
-                break
-    name = name.replace("(anonymous namespace)::", "")
-    return re.sub(r"^(void|\w+) (?=\w)", "", name)
-
-
 def nvcc_version(nvcc: str) -> str:
     out = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=True).stdout
     return re.search(r"V(\d+\.\d+)", out).group(1)              # type: ignore[union-attr]
 
 
-def compile_log(nvcc: str, source: Path) -> str:
-    """As the build compiles it, to an object that is thrown away."""
-    with tempfile.TemporaryDirectory() as tmp:
+def compile_all(nvcc: str, folder: Path) -> None:
+    """As the build compiles them, objects and logs where the build would have them."""
+    for source in sources():
+        obj = folder / Path(source).with_suffix(".o")
+        obj.parent.mkdir(parents=True, exist_ok=True)
         command = [nvcc, "-std=c++20", "-O3", "-lineinfo", "-I.", "-DKILN_CUDA=1", "-DFMT_USE_CONSTEXPR=1", "-DNDEBUG",
-                   "-Xcompiler", "-Wall,-fopenmp", "-Xptxas", "-v", "-c", str(source), "-o", f"{tmp}/o"]
-        for a in ARCHITECTURES:
+                   "-Xcompiler", "-Wall,-fopenmp", "-Xptxas", "-v", "-c", source, "-o", str(obj)]
+        for a in architectures(source):
             command += ["-gencode", f"arch=compute_{a},code=sm_{a}"]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    if done.returncode != 0:
-        sys.exit(f"{source}: does not compile\n{done.stderr}")
-    return done.stdout + done.stderr
+        if done.returncode != 0:
+            sys.exit(f"{source}: does not compile\n{done.stderr}")
+        Path(f"{obj}.ptxas").write_text(done.stdout + done.stderr)
 
 
-def collect(nvcc: str, logs: Path | None) -> dict[str, Uses]:
-    """Source file -> its kernels."""
-    found = {}
-    for source in sorted(ROOT.glob("kernels/cuda/*.cu")):
-        name = str(source.relative_to(ROOT))
-        if logs is None:
-            text = compile_log(nvcc, source)
-        else:
-            path = logs / Path(name).with_suffix(".o.ptxas")
-            if not path.exists():
-                sys.exit(f"{path} is missing; build first: make kernel-table")
-            text = path.read_text()
-        found[name] = parse(text)
-    return found
+def collect(logs: Path) -> tuple[dict[str, Uses], list[str]]:
+    """Source file -> its kernels, and what ptxas only informs of but must not be."""
+    found, bad = {}, []
+    for source in sources():
+        path = logs / Path(source).with_suffix(".o.ptxas")
+        if not path.exists():
+            sys.exit(f"{path} is missing; build first: make kernel-table")
+        text = path.read_text()
+        found[source] = parse(text)
+        bad += [f"{source}: {loss}" for loss in LOSS.findall(text)]
+    return found, bad
 
 
 def same_or_each(values: list[int]) -> str:
@@ -136,13 +128,15 @@ def table(kernels: dict[str, Uses], version: str) -> str:
     for source, uses in kernels.items():
         if not uses:
             continue
-        lines += [f"## {source}", "", "| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) +
-                  " | shared | stack | spilled |", "|---|" + "--:|" * (len(ARCHITECTURES) + 3)]
+        compiled_for = architectures(source)
+        lines += [f"## {source}", "", *([HOPPER] if is_hopper(source) else []),
+                  "| kernel | " + " | ".join(f"sm_{a}" for a in compiled_for) + " | shared | stack | spilled |",
+                  "|---|" + "--:|" * (len(compiled_for) + 3)]
         names = demangle(uses)
         for mangled in sorted(uses, key=lambda m: (names[m], m)):
             by_arch = uses[mangled]
-            there = [by_arch[a] for a in ARCHITECTURES if a in by_arch]
-            registers = [str(by_arch[a].registers or "inlined") if a in by_arch else "-" for a in ARCHITECTURES]
+            there = [by_arch[a] for a in compiled_for if a in by_arch]
+            registers = [str(by_arch[a].registers or "inlined") if a in by_arch else "-" for a in compiled_for]
             lines.append(f"| `{names[mangled]}` | " + " | ".join(registers) +
                          f" | {same_or_each([u.shared for u in there])} | {same_or_each([u.stack for u in there])}"
                          f" | {same_or_each([u.spill_stores + u.spill_loads for u in there])} |")
@@ -159,30 +153,45 @@ def faults(kernels: dict[str, Uses]) -> list[str]:
                 if u.stack or u.spill_stores or u.spill_loads:
                     out.append(f"{source}: {names[mangled]} on sm_{a}: {u.stack} bytes of stack, "
                                f"{u.spill_stores} of spill stores, {u.spill_loads} of spill loads")
-        for a in ARCHITECTURES if uses else ():
+        for a in architectures(source) if uses else ():
             if not any(a in by_arch for by_arch in uses.values()):
                 out.append(f"{source}: not compiled for sm_{a}; build with the Makefile's own ARCH")
     return out
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with docs/kernels.md instead of writing it")
-    parser.add_argument("--logs", type=Path, help="folder of the *.o.ptxas files that the build left")
-    parser.add_argument("--nvcc", default=os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
-    parser.add_argument("--table", type=Path, default=TABLE)
-    args = parser.parse_args()
+def instructions(tools: sass_check.Disassembler, objects: dict[str, Path]) -> tuple[str, list[str]]:
+    """The Hopper kernels' second table, and the rules that they break."""
+    codes, bad = sass_check.check(tools, objects)
+    columns = (*sass_check.COUNTED, "setmaxnreg", "all", "highest")
+    lines = ["", INSTRUCTIONS, "", INSTRUCTIONS_HEAD, "| kernel | " + " | ".join(columns) + " |",
+             "|---|" + "--:|" * len(columns)]
+    lines += [f"| `{name}` | " + " | ".join(sass_check.cells(code)) + " |" for name, code in codes.items()]
+    return "\n".join([*lines, ""]), bad
+
+
+def report(args: argparse.Namespace, logs: Path) -> int:
     version = nvcc_version(args.nvcc)
-    kernels = collect(args.nvcc, args.logs)
-    bad = faults(kernels)
+    kernels, bad = collect(logs)
+    bad += faults(kernels)
+    committed = args.table.read_text() if args.table.exists() else ""
+    text, n = table(kernels, version), sum(len(uses) for uses in kernels.values())
+    hopper = {source: logs / Path(source).with_suffix(".o") for source in kernels if kernels[source] and is_hopper(source)}
+    tools = sass_check.Disassembler.find(args.nvcc, args.disassembler)
+    if hopper and tools:
+        try:
+            counts, broken = instructions(tools, hopper)
+        except sass_check.Unreadable as e:
+            sys.exit(str(e))
+        text += counts
+        bad += broken
+    elif hopper:                                                # what was counted elsewhere stays
+        print(f"the Hopper kernels' instructions are not checked: {sass_check.NO_DISASSEMBLER}")
+        text += committed[committed.index(f"\n{INSTRUCTIONS}"):] if INSTRUCTIONS in committed else ""
     print("\n".join(bad), end="\n" if bad else "")
-    text = table(kernels, version)
-    n = sum(len(uses) for uses in kernels.values())
     if not args.check:
         args.table.write_text(text)
         print(f"{args.table}: {n} kernels of nvcc {version}")
         return 1 if bad else 0
-    committed = args.table.read_text() if args.table.exists() else ""
     if f"nvcc {version} " not in committed and committed:
         print(f"{args.table} is of another nvcc than {version}: not compared")
         return 1 if bad else 0
@@ -193,6 +202,21 @@ def main() -> int:
         return 1
     print(f"{args.table}: {n} kernels, as committed" + ("" if bad else "; no spill, no stack frame"))
     return 1 if bad else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with docs/kernels.md instead of writing it")
+    parser.add_argument("--logs", type=Path, help="folder of the objects and *.o.ptxas files that the build left")
+    parser.add_argument("--nvcc", default=os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    parser.add_argument("--disassembler", type=Path, help="folder of cuobjdump and nvdisasm; looked for otherwise")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    args = parser.parse_args(argv)
+    if args.logs is not None:
+        return report(args, args.logs)
+    with tempfile.TemporaryDirectory() as folder:
+        compile_all(args.nvcc, Path(folder))
+        return report(args, Path(folder))
 
 
 if __name__ == "__main__":

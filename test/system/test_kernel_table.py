@@ -1,18 +1,22 @@
-"""scripts/kernel_table.py: reads what ptxas says, fails on a spill, a stack frame and an old table.
+"""scripts/kernel_table.py: reads what ptxas says, fails on a spill, a stack frame, a serialized wgmma and an old table.
 
-Seen to fail: a spill of a function that was not inlined left out; an architecture that was not compiled taken for fine.
+Seen to fail: a spill of a function that was not inlined left out; an architecture that was not compiled taken for fine;
+the Hopper kernels' counts lost where there is no disassembler.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from conftest import REPO
+from conftest import REPO, program
+from test_sass_check import LISTING
+
+sys.path.insert(0, str(REPO / "scripts"))
+import kernel_names
+import kernel_table
 
 SCRIPT = REPO / "scripts" / "kernel_table.py"
 KERNEL = "_ZN39_GLOBAL__N__e8aef991_7_gelu_cu_16c3817a19gelu_forward_kernelI4bf16EEvPT_PKS2_mb"
@@ -31,20 +35,13 @@ ptxas info    : Compile time = 10.982 ms
 """
 
 
-@pytest.fixture
-def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_table", SCRIPT)
-    loaded = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules["kernel_table"] = loaded
-    spec.loader.exec_module(loaded)  # type: ignore[union-attr]
-    return loaded
-
-
 class Tool:
     """The script over logs that stand in for the build's, with an nvcc that only knows its version."""
 
     def __init__(self, root: Path) -> None:
         self.logs, self.table, self.nvcc = root / "logs", root / "kernels.md", root / "nvcc"
+        self.bin = root / "bin"  # no disassembler in it
+        self.bin.mkdir()
         self.version("13.0.88")
         for source in REPO.glob("kernels/cuda/*.cu"):
             self.log(source.stem, "ptxas info    : 0 bytes gmem\n")
@@ -59,9 +56,18 @@ class Tool:
         path.write_text(text)
 
     def run(self, *flags: str) -> tuple[int, str]:
-        command = [sys.executable, SCRIPT, "--logs", self.logs, "--nvcc", self.nvcc, "--table", self.table, *flags]
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, SCRIPT, *self.flags(*flags)], capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
+
+    def flags(self, *more: str) -> list[str]:
+        paths = {"logs": self.logs, "nvcc": self.nvcc, "table": self.table, "disassembler": self.bin}
+        return [*(f"--{name}={path}" for name, path in paths.items()), *more]
+
+    def disassembler(self, listing: str) -> None:
+        """One that knows a single object."""
+        (self.bin / "listing").write_text(listing)
+        program(self.bin / "cuobjdump", f"cat '{self.bin}/listing'")
+        program(self.bin / "nvdisasm", "exit 1")
 
 
 ALL = ("80", "86", "89", "90a", "100")
@@ -123,15 +129,99 @@ def test_a_missing_log_is_named(tool: Tool) -> None:
     assert code == 1 and "gelu.o.ptxas is missing; build first" in out
 
 
-def test_a_function_that_was_not_inlined_counts(module: ModuleType) -> None:
+# ---- Hopper kernels ----
+HOPPER = "kernels/cuda/attention_sm90.cu"
+ROW = "| `attention_sm90_forward_kernel<64>` | 2 | 2 | 1 | 0 | 1 | 1 | 1 | 1 | 24/240 | 17 | R103 |"
+
+
+@pytest.fixture
+def hopper(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """A source of this kind beside gelu.cu, and a disassembler; to be run by `in_process`."""
+    monkeypatch.setattr(kernel_table, "sources", lambda: [HOPPER, "kernels/cuda/gelu.cu"])
+    tool.log("attention_sm90", entry("90a", 168))
+    (tool.logs / HOPPER).with_suffix(".o").touch()
+    tool.disassembler(LISTING)
+    return tool
+
+
+def in_process(tool: Tool, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
+    code = kernel_table.main(tool.flags(*flags))
+    return code, capsys.readouterr().out
+
+
+def test_hopper_kernels_have_a_column_and_their_instructions(hopper: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process(hopper, capsys)[0] == 0
+    text = hopper.table.read_text()
+    assert "| kernel | sm_90a | shared | stack | spilled |\n|---|--:|--:|--:|--:|\n" in text
+    assert "| `gelu_forward_kernel<bf16>` | 168 | 0 | 0 | 0 |" in text
+    assert "setmaxnreg moves them" in text and text.endswith(f"{ROW}\n")
+    assert in_process(hopper, capsys, "--check") == (0, f"{hopper.table}: 2 kernels, as committed; no spill, no stack frame\n")
+    hopper.disassembler(LISTING.replace("MUFU.RCP", "MUFU.EX2"))
+    code, out = in_process(hopper, capsys, "--check")
+    assert code == 1 and f"-{ROW}" in out and f"+{ROW.replace('| 0 | 1 |', '| 0 | 2 |')}" in out
+
+
+def test_without_a_disassembler_the_counts_stay_as_they_are(hopper: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    in_process(hopper, capsys)
+    text = hopper.table.read_text()
+    (hopper.bin / "nvdisasm").unlink()
+    for flags in ((), ("--check",)):
+        code, out = in_process(hopper, capsys, *flags)
+        assert code == 0 and "the Hopper kernels' instructions are not checked: cuobjdump and nvdisasm not found" in out
+        assert hopper.table.read_text() == text
+
+
+def test_a_broken_rule_fails_with_any_nvcc(hopper: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    in_process(hopper, capsys)
+    hopper.disassembler(LISTING.replace("HGMMA.64x128x16", "HMMA.16816"))
+    for version in ("13.0.88", "13.1.22"):
+        hopper.version(version)
+        code, out = in_process(hopper, capsys, "--check")
+        assert code == 1 and f"{HOPPER}: attention_sm90_forward_kernel<64> has no HGMMA" in out
+    hopper.disassembler(LISTING.replace("MUFU.RCP", "MUFU.EX2"))
+    assert in_process(hopper, capsys, "--check")[0] == 0  # other counts of another nvcc
+
+
+def test_hopper_kernels_must_be_compiled_for_hopper_without_losses(hopper: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    hopper.log("attention_sm90", entry("100"))
+    code, out = in_process(hopper, capsys, "--check")
+    assert code == 1 and f"{HOPPER}: not compiled for sm_90a" in out
+    loss = "Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions"
+    hopper.log("attention_sm90", f"ptxas info    : (C7514) {loss}\n" + entry("90a", stack=8))
+    code, out = in_process(hopper, capsys, "--check")
+    assert code == 1 and f"{HOPPER}: {loss}\n" in out
+    assert f"{HOPPER}: gelu_forward_kernel<bf16> on sm_90a: 8 bytes of stack" in out
+
+
+def test_without_logs_each_source_is_compiled_for_its_architectures(hopper: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    in_process(hopper, capsys)
+    text = hopper.table.read_text()
+    logs = "".join(f"{source.stem})\ncat <<'END'\n{Path(f'{source}.o.ptxas').read_text()}END\n;;\n"
+                   for source in ((hopper.logs / s).with_suffix("") for s in (HOPPER, "kernels/cuda/gelu.cu")))
+    calls = hopper.logs / "calls"
+    program(hopper.nvcc, f"""\
+[ "$1" != --version ] || {{ echo 'release 13.0, V13.0.88'; exit; }}
+echo "$@" >>{calls}
+while [ "$1" != -o ]; do shift; done
+touch "$2"
+case $(basename "$2" .o) in
+{logs}esac""")
+    flags = [flag for flag in hopper.flags("--check") if not flag.startswith("--logs")]
+    assert kernel_table.main(flags) == 0, capsys.readouterr().out
+    assert hopper.table.read_text() == text
+    assert [line.split("code=")[1:] for line in calls.read_text().splitlines()][0] == ["sm_90a"]
+    assert calls.read_text().splitlines()[1].count("code=sm_") == 5
+
+
+def test_a_function_that_was_not_inlined_counts() -> None:
     text = entry("80") + f"""\
 ptxas info    : Function properties for {HELPER}
     24 bytes stack frame, 20 bytes spill stores, 16 bytes spill loads
 """
-    uses = module.parse(text)
-    assert uses[KERNEL]["80"] == module.Use(registers=32)
-    assert uses[HELPER]["80"] == module.Use(stack=24, spill_stores=20, spill_loads=16)
-    assert any("helper on sm_80: 24 bytes of stack" in f for f in module.faults({"gelu.cu": uses}))
+    uses = kernel_table.parse(text)
+    assert uses[KERNEL]["80"] == kernel_table.Use(registers=32)
+    assert uses[HELPER]["80"] == kernel_table.Use(stack=24, spill_stores=20, spill_loads=16)
+    assert any("helper on sm_80: 24 bytes of stack" in f for f in kernel_table.faults({"gelu.cu": uses}))
 
 
 @pytest.mark.parametrize(
@@ -143,5 +233,5 @@ ptxas info    : Function properties for {HELPER}
         ("plain_c_kernel", "plain_c_kernel"),
     ],
 )
-def test_names(module: ModuleType, demangled: str, short: str) -> None:
-    assert module.short_name(demangled) == short
+def test_names(demangled: str, short: str) -> None:
+    assert kernel_names.short_name(demangled) == short
