@@ -48,9 +48,8 @@ KERNEL = @mkdir -p $(@D); [ -n "$(NVCC)" ] || { echo "nvcc not found: this needs
 # Another compiler, ARCH or flag compiles the kernels anew.
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
-$(N)/%_sm90.o: override ARCH := 90a# instructions of that one architecture
 $(N)/%.o: %.cu $(N)/flags; $(KERNEL)
-$(N)/%_sm90.o $(N)/sm90/%.o: override ARCH := 90a
+$(N)/%_sm90.o $(N)/sm90/%.o: override ARCH := 90a# instructions of that one architecture
 $(N)/sm90/%.o: NVCC_FLAGS += -DKILN_SM90=1
 $(N)/sm90/%.o: %.cu; $(KERNEL)
 $(O)/cuda/%.o: %.cpp; $(COMPILE) $(CUDA_FLAGS) -c $< -o $@
