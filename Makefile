@@ -87,7 +87,7 @@ clean: ## remove everything that was built
 	rm -rf build train train-emulated
 help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "  make %-13s %s\n", $$1, $$2} \
-	                  /^[A-Z]+ +\?=.*##/ {sub(/ .*/, "", $$1); printf "  %-18s %s\n", $$1 "=", $$2}' Makefile cuda.mk
+	                  /^[A-Z_]+ +\?=.*##/ {sub(/ .*/, "", $$1); printf "  %-18s %s\n", $$1 "=", $$2}' Makefile cuda.mk
 
 .PHONY: all demo test parity bench lint format deps clean help
 -include $(shell find build -name '*.d' 2>/dev/null)

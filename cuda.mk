@@ -2,13 +2,25 @@
 # emulator (test/emulator/): plain, with sanitizers, and with the race check.  The Makefile includes it.
 
 # ---- by nvcc ----
-CUDA_SRC   := $(wildcard kernels/cuda/*.cu) comm/nccl.cpp
+CUDA_SRC   := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cpp) comm/nccl.cpp
 N          := build/$(VARIANT)/obj/cuda# kernels' objects are the same for every CPU
 KERNEL_OBJ := $(patsubst %.cu,$(N)/%.o,$(filter %.cu,$(CUDA_SRC)))
-CUDA_OBJ   := $(KERNEL_OBJ) $(O)/cuda/comm/nccl.o
+CUDA_OBJ   := $(KERNEL_OBJ) $(patsubst %.cpp,$(O)/cuda/%.o,$(filter %.cpp,$(CUDA_SRC)))
 TOOLKIT    := $(if $(NVCC),$(abspath $(dir $(realpath $(NVCC)))..))
 CUDA_FLAGS := -I$(TOOLKIT)/include -DKILN_CUDA=1
-CUDA_LIBS  := -L$(TOOLKIT)/lib64 -Wl,-rpath,$(TOOLKIT)/lib64 -lcublasLt -lnccl -lcudart_static -ldl -lrt -lpthread
+CUDA_LIBS   = -L$(TOOLKIT)/lib64 -Wl,-rpath,$(TOOLKIT)/lib64 $(CUDNN_RPATH) -lcublasLt -lnccl -lcudart_static -ldl -lrt -lpthread
+
+# cuDNN, for comparison: only its headers and cudnn-frontend's are needed here, and the library is loaded when it is asked for.
+# Looked for beside nvcc, in /usr, in python's packages, and where scripts/install_deps.sh --cudnn puts it.
+PACKAGES   := $(VIRTUAL_ENV:%=%/lib/python3*/site-packages) $(HOME)/.local/lib/python3*/site-packages /usr/local/lib/python3*/*-packages
+has_header  = $(patsubst %/include/$(1),%,$(firstword $(wildcard $(2:%=%/include/$(1)))))
+CUDNN      ?= $(call has_header,cudnn.h,$(TOOLKIT) /usr $(PACKAGES:%=%/nvidia/cudnn) build/deps/cudnn)## folder with cuDNN 9's include/cudnn.h; 0: without cuDNN
+CUDNN_FRONTEND ?= $(call has_header,cudnn_frontend.h,build/deps/cudnn_frontend /usr $(PACKAGES))## folder with cudnn-frontend's include/
+CUDNN_MISSING := $(if $(filter 0,$(CUDNN)),make was told CUDNN=0,$(if $(call has_header,cudnn.h,$(CUDNN)),$(if \
+                 $(call has_header,cudnn_frontend.h,$(CUDNN_FRONTEND)),,cudnn-frontend's headers were not found),cudnn.h was not found))
+CUDNN_FLAGS := $(if $(CUDNN_MISSING),-DKILN_CUDNN_MISSING='"$(subst ','\'',$(CUDNN_MISSING))"',-DKILN_CUDNN=1 \
+               $(patsubst %,-I%/include,$(filter-out /usr $(TOOLKIT),$(CUDNN))) $(patsubst %,-isystem %/include,$(filter-out /usr,$(CUDNN_FRONTEND))))
+CUDNN_RPATH := $(if $(CUDNN_MISSING),,$(patsubst %,-Wl$(comma)-rpath$(comma)%/lib,$(abspath $(filter-out /usr $(TOOLKIT),$(CUDNN)))))
 # FMT_USE_CONSTEXPR: fmt 9 takes nvcc for a compiler without constexpr.
 NVCC_FLAGS  = -std=c++20 -O3 -lineinfo -I. -DKILN_CUDA=1 -DFMT_USE_CONSTEXPR=1 -Werror all-warnings -Xcompiler -Wall,-fopenmp \
               -Xptxas --warn-on-spills,--warning-as-error,-v $(if $(DEBUG),,-DNDEBUG) \
@@ -55,6 +67,13 @@ $(N)/sm90/%.o: %.cu; $(KERNEL)
 $(O)/cuda/%.o: %.cpp; $(COMPILE) $(CUDA_FLAGS) -c $< -o $@
 $(O)/cuda/train.o: train.cu build/commit; $(COMPILE) $(CUDA_FLAGS) $(COMMIT) -x c++ -c $< -o $@
 
+# cudnn-frontend's headers are 30,000 lines: neither debug information nor much optimisation for the calls into them.
+CUDNN_OBJ  := $(O)/cuda/kernels/cuda/attention_cudnn.o
+$(shell mkdir -p $(O)/cuda)$(file >$(O)/cuda/cudnn.flags.new,$(CUDNN_FLAGS))
+$(shell cmp -s $(O)/cuda/cudnn.flags.new $(O)/cuda/cudnn.flags || cp $(O)/cuda/cudnn.flags.new $(O)/cuda/cudnn.flags)
+$(CUDNN_OBJ): $(O)/cuda/cudnn.flags
+$(CUDNN_OBJ): CUDA_FLAGS := $(CUDNN_FLAGS) $(CUDA_FLAGS) -O1 -g0
+
 # ---- over the emulator ----
 EMU_SRC    := $(CUDA_SRC) $(wildcard test/emulator/*.cpp)
 EMU_OBJ    := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_SRC)))
@@ -96,4 +115,8 @@ build/mutants/test_mutants: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(patsubst %.c
 build/mutants/obj/%.o: build/mutants/src/%.cu
 	$(COMPILE) -iquote build/mutants/src $(RACE_FLAGS) -include left_out.h -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
 
-.PHONY: emulated gpu-check bundle native kernel-table kernel-table-check sass-check
+# For scripts/install_deps.sh --cudnn.
+cudnn-found:
+	@echo "cudnn.h=$(call has_header,cudnn.h,$(CUDNN)) cudnn_frontend.h=$(call has_header,cudnn_frontend.h,$(CUDNN_FRONTEND)) "
+
+.PHONY: emulated gpu-check bundle native kernel-table kernel-table-check sass-check cudnn-found

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Who may include whom:  train -> model -> comm -> kernels -> common    train -> data -> common    test -> anything
 # and what keeps kernel files parsing as plain C++20 (the rules at the head of kernels/simt.h):
-#   CUDA's, cuBLASLt's and NCCL's headers only in kernels/*.cuh, kernels/simt.h, kernels/tensor_map.h, kernels/cuda/ and
-#   comm/nccl.cpp, and for bf16 in common/buf.h; in kernels/, inline asm only in ptx.cuh and wgmma.cuh, <<<>>> and
+#   headers of CUDA, cuBLASLt, cuDNN and NCCL only in kernels/*.cuh, kernels/simt.h, kernels/tensor_map.h, kernels/cuda/
+#   and comm/nccl.cpp, and for bf16 in common/buf.h; in kernels/, inline asm only in ptx.cuh and wgmma.cuh, <<<>>> and
 #   __shared__ only in simt.h, cooperative groups and printf nowhere.  Comments do not count.
 # Prints every line that breaks a rule, and fails if there is one.
 set -euo pipefail
@@ -37,9 +37,9 @@ only_in() {  # the files that may have it (an expression), what it is, its expre
     )"
 }
 SOURCES=(common kernels comm model data ./*.cu ./*.cpp ./*.h)
-CUDA_HEADER='# *include [<"](cuda|cublas|nccl|nv|cooperative_groups|mma)'
+CUDA_HEADER='# *include [<"](cuda|cublas|cudnn|nccl|nv|cooperative_groups|mma)'
 only_in 'kernels/cuda/[^:]*|kernels/[^/:]*\.cuh|kernels/(simt|tensor_map)\.h|comm/nccl\.cpp|common/buf\.h' \
-    'only kernels for GPUs and comm/nccl.cpp may include headers of CUDA, cuBLASLt and NCCL:' "$CUDA_HEADER" "${SOURCES[@]}"
+    'only kernels for GPUs and comm/nccl.cpp may include headers of CUDA, cuBLASLt, cuDNN and NCCL:' "$CUDA_HEADER" "${SOURCES[@]}"
 only_in 'kernels/(ptx|wgmma)\.cuh' 'inline asm belongs into kernels/ptx.cuh:' '\basm\b|__asm' kernels
 only_in 'kernels/simt\.h' 'kernels are launched by simt::launch:' '<<<' kernels
 only_in 'kernels/simt\.h' 'shared memory is SIMT_SHARED or SIMT_DYN_SHARED:' '__shared__' kernels

@@ -1,51 +1,73 @@
 #!/bin/bash
 # Installs what kiln needs that is missing.  Debian 12: tested.  Ubuntu 22.04: same names, untested.
-# Without root or sudo it prints the exact command and stops.  --torch adds PyTorch, which only `make parity` and `make bench` use.
-# --disassembler does nothing but put NVIDIA's cuobjdump and nvdisasm into build/deps/bin, from PyPI: `make sass-check` uses them.
+# Without root or sudo it prints the exact command and stops.
+#   --torch           also PyTorch, which only `make parity` and `make bench` use
+#   --cudnn           also the headers through which attention on a GPU can be compared with cuDNN's, from PyPI into
+#                     build/deps, and cuDNN 9 itself (some 400 MB) where make finds no cudnn.h
+#   --disassembler    also NVIDIA's cuobjdump and nvdisasm, from PyPI into build/deps/bin: `make sass-check` uses them
 set -euo pipefail
-
-disassembler() {
-    local version=13.2.51 to python=${PYTHON:-python3} work
-    to=$(cd "$(dirname "$0")/.." && pwd)/build/deps/bin
-    [ -x "$to/cuobjdump" ] && [ -x "$to/nvdisasm" ] && return
-    "$python" -m pip --version >/dev/null 2>&1 || { echo "$python has no pip: install python3-pip" >&2; return 2; }
-    work=$(mktemp -d)
-    "$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary :all: -d "$work" \
-        "nvidia-cuda-cuobjdump==$version" "nvidia-cuda-nvdisasm==$version"
-    for wheel in "$work"/*.whl; do "$python" -m zipfile -e "$wheel" "$work"; done
-    install -D -m 755 -t "$to" "$work"/nvidia/cu13/bin/{cuobjdump,nvdisasm}
-    rm -r "$work"
-    echo "$to: cuobjdump and nvdisasm of CUDA $version"
-}
-if [ "${1:-}" = --disassembler ]; then
-    disassembler
-    exit
-fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+torch=0 cudnn=0 disassembler=0
+for option in "$@"; do
+    case $option in
+        --torch) torch=1 ;;
+        --cudnn) cudnn=1 ;;
+        --disassembler) disassembler=1 ;;
+        *) echo "usage: scripts/install_deps.sh [--torch] [--cudnn] [--disassembler]" >&2; exit 2 ;;
+    esac
+done
 
 # Build and run; then plots; then tests and development.
 packages=(g++ make mpich libmpich-dev libcli11-dev doctest-dev libyaml-cpp-dev libdnnl-dev nlohmann-json3-dev libfmt-dev
           libxxhash-dev python3 python3-matplotlib python3-venv python3-pytest python3-xxhash clang-format shellcheck zstd)
 # OpenBLAS: the reference BLAS that PyTorch gets otherwise would make a straw man of it.
-[ "${1:-}" = --torch ] && packages+=(python3-torch libopenblas0-openmp)
+[ $torch = 0 ] || packages+=(python3-torch libopenblas0-openmp)
 
+install_packages() {
+    local command sudo
+    command="apt-get install -y --no-install-recommends $*"
+    if [ "$(id -u)" -eq 0 ]; then
+        sudo=()
+    elif command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
+        sudo=(sudo)  # asks for the password where a person can type it
+    else
+        echo "kiln needs these packages; run as root, then make again:"
+        echo "    apt-get update && $command"
+        exit 2
+    fi
+    echo "installing (some minutes, without further output): $*"
+    export DEBIAN_FRONTEND=noninteractive
+    "${sudo[@]}" apt-get update -qq
+    # shellcheck disable=SC2086
+    "${sudo[@]}" $command -qq >/dev/null
+}
 missing=()
 for p in "${packages[@]}"; do
     [ "$(dpkg-query -W -f '${Status}' "$p" 2>/dev/null)" = "install ok installed" ] || missing+=("$p")
 done
-[ ${#missing[@]} -eq 0 ] && exit 0
+[ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"
 
-command="apt-get install -y --no-install-recommends ${missing[*]}"
-if [ "$(id -u)" -eq 0 ]; then
-    sudo=()
-elif command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
-    sudo=(sudo)  # asks for the password where a person can type it
-else
-    echo "kiln needs these packages; run as root, then make again:"
-    echo "    apt-get update && $command"
-    exit 2
+unpack() {  # package==version, folder of the wheel, where that goes
+    local wheels
+    wheels=$(mktemp -d build/deps/.wheels.XXXXXX)
+    [ -x build/deps/venv/bin/pip ] || /usr/bin/python3 -m venv build/deps/venv
+    build/deps/venv/bin/pip --disable-pip-version-check download -q --no-deps --only-binary=:all: -d "$wheels" "$1"
+    /usr/bin/python3 -m zipfile -e "$wheels"/*.whl "$wheels/all"
+    mkdir -p "$(dirname "$3")"
+    rm -rf "$3"
+    mv "$wheels/all/$2" "$3"
+    rm -rf "$wheels"
+    echo "$1 is in $3"
+}
+mkdir -p build/deps/bin
+if [ $cudnn = 1 ]; then
+    found=$(make --no-print-directory DEPS=0 cudnn-found)  # where make looks
+    [[ $found != *"cudnn_frontend.h= "* ]] || unpack nvidia-cudnn-frontend==1.18.0 include build/deps/cudnn_frontend/include
+    [[ $found != *"cudnn.h= "* ]] || unpack nvidia-cudnn-cu13==9.19.0.56 nvidia/cudnn build/deps/cudnn
 fi
-echo "installing (some minutes, without further output): ${missing[*]}"
-export DEBIAN_FRONTEND=noninteractive
-"${sudo[@]}" apt-get update -qq
-# shellcheck disable=SC2086
-"${sudo[@]}" $command -qq >/dev/null
+if [ $disassembler = 1 ]; then
+    for tool in cuobjdump nvdisasm; do
+        [ -x build/deps/bin/$tool ] || unpack nvidia-cuda-$tool==13.2.51 nvidia/cu13/bin/$tool build/deps/bin/$tool
+        chmod +x build/deps/bin/$tool
+    done
+fi

@@ -1,5 +1,6 @@
 // The table of the CUDA backend, its memory, streams and marks.  The device itself: device.cu.
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_cudnn.h"
 
 #include <string_view>
 
@@ -102,16 +103,23 @@ constexpr Backend table(void (*attention_forward)(const Attention&, Stream),
 }  // namespace
 
 const Backend& cuda_backend(AttentionKernel attention) {
-    static constexpr Backend portable = table(cuda::attention_forward, cuda::attention_backward),
-                             sm90 = table(cuda::attention_sm90_forward, cuda::attention_sm90_backward);
-    if (const std::string refusal = cuda_attention_refusal(attention); !refusal.empty())
-        fail(Exit::internal, "{}", refusal);
+    static constexpr Backend portable = table(cuda::attention_forward, cuda::attention_backward);
+    static constexpr Backend sm90 = table(cuda::attention_sm90_forward, cuda::attention_sm90_backward);
+    static constexpr Backend cudnn = table(cuda::attention_cudnn_forward, cuda::attention_cudnn_backward);
+    static constexpr Backend cudnn_fastest =
+        table(cuda::attention_cudnn_forward, cuda::attention_cudnn_backward_fastest);
+    if (const std::string why = cuda_attention_refusal(attention); !why.empty()) fail(Exit::internal, "{}", why);
     switch (attention) {
+        case AttentionKernel::portable:
+            return portable;
         case AttentionKernel::sm90:
             return sm90;
-        default:
-            return portable;
+        case AttentionKernel::cudnn:
+            return cudnn;
+        case AttentionKernel::cudnn_fastest:
+            return cudnn_fastest;
     }
+    fail(Exit::internal, "attention kernels {} have no table", int(attention));
 }
 
 std::string cuda_attention_refusal(AttentionKernel attention) {
@@ -120,7 +128,10 @@ std::string cuda_attention_refusal(AttentionKernel attention) {
             return "";
         case AttentionKernel::sm90:
             return cuda::attention_sm90_refusal();
-        default:
-            return "this build has no cuDNN";
+        case AttentionKernel::cudnn:
+            return cuda::attention_cudnn_refusal(true);
+        case AttentionKernel::cudnn_fastest:
+            return cuda::attention_cudnn_refusal(false);
     }
+    return "these attention kernels are not in this build";
 }

@@ -1,0 +1,301 @@
+// Attention by cuDNN, on the host.  What it takes and promises: attention_cudnn.h.
+//
+// cuda.mk defines KILN_CUDNN where it found the headers, else KILN_CUDNN_MISSING: what was not found.  Over the emulator
+// it defines neither.
+#include "kernels/cuda/attention_cudnn.h"
+
+#ifdef KILN_CUDNN
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <cmath>
+#include <map>
+#include <memory>
+#include <string_view>
+#include <tuple>
+#include <unordered_map>
+
+// The frontend finds cuDNN's functions by dlsym() in cudnn_dlhandle.  CUDA's it would look for in a libcudart.so that it
+// loads itself, of CUDA 12 or 13, and it gives up where both are there.  Ours is linked statically: these two are found
+// before libc's and hand it out.
+namespace cudnn_frontend {
+void* cudnn_dlhandle = nullptr;
+
+namespace detail {
+constexpr std::string_view kRuntime = "libcudart.so.13";
+char runtime_is_linked;
+void* const linked_runtime = &runtime_is_linked;  // stands for the handle of a loaded library
+
+void* dlopen(const char* library, int flags) {
+    if (library == kRuntime) return linked_runtime;
+    if (std::string_view(library).starts_with("libcudart.so")) return nullptr;
+    return ::dlopen(library, flags);
+}
+void* dlsym(void* library, const char* name) {
+    if (library != linked_runtime) return ::dlsym(library, name);
+    const std::string_view wanted = name;
+    if (wanted == "cudaGetDevice") return reinterpret_cast<void*>(&cudaGetDevice);
+    if (wanted == "cudaGetErrorString") return reinterpret_cast<void*>(&cudaGetErrorString);
+    if (wanted == "cudaMemcpyAsync") return reinterpret_cast<void*>(&cudaMemcpyAsync);
+    if (wanted == "cudaMemsetAsync") return reinterpret_cast<void*>(&cudaMemsetAsync);
+    if (wanted == "cudaPointerGetAttributes") return reinterpret_cast<void*>(&cudaPointerGetAttributes);
+    if (wanted == "cudaStreamSynchronize") return reinterpret_cast<void*>(&cudaStreamSynchronize);
+    if (wanted == "cudaGetDeviceProperties")
+        return reinterpret_cast<void*>(static_cast<cudaError_t (*)(cudaDeviceProp*, int)>(&cudaGetDeviceProperties));
+    return nullptr;  // the frontend then says which name it missed
+}
+}  // namespace detail
+}  // namespace cudnn_frontend
+
+#define NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING 1
+#define CUDNN_FRONTEND_SKIP_JSON_LIB 1  // its copy of nlohmann::json, for saving graphs: not needed
+#include <cudnn_frontend.h>
+
+namespace {
+namespace fe = cudnn_frontend;
+using Tensor = std::shared_ptr<fe::graph::Tensor_attributes>;
+
+constexpr size_t kMinVersion = 90000;
+constexpr size_t kMinVersionBlackwell = 91800;  // of a deterministic backward on compute capability 10
+
+std::string version_text(size_t v) { return fe::detail::convert_version_to_str(v); }
+
+// Loads the library once.  Why that failed; empty: it is there.
+std::string load() {
+    if (fe::cudnn_dlhandle) return "";
+    void* const library = ::dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);
+    if (!library)
+        return fmt::format(
+            "cuDNN cannot be loaded: {}; name the folder of libcudnn.so.9 in LD_LIBRARY_PATH (the Python package "
+            "nvidia-cudnn-cu13 has one)",
+            ::dlerror());
+    void* const version_of = ::dlsym(library, "cudnnGetVersion");
+    const size_t version = version_of ? reinterpret_cast<size_t (*)()>(version_of)() : 0;
+    if (version < kMinVersion) {
+        ::dlclose(library);
+        return fmt::format("cuDNN {} is too old: this needs {} or newer", version_text(version),
+                           version_text(kMinVersion));
+    }
+    fe::cudnn_dlhandle = library;
+    return "";
+}
+
+void check(const fe::error_t& error, const char* call) {
+    if (!error.is_bad()) return;
+    cudaGetLastError();  // what is not sticky must not show again at the next launch
+    fail(Exit::internal, "cuDNN {}: {} in {}", version_text(fe::detail::get_backend_version()), error.err_msg, call);
+}
+
+cudnnHandle_t handle_for(Stream s) {
+    static cudnnHandle_t handle = nullptr;  // never destroyed: at exit the driver may be gone before static objects are
+    const auto check_status = [](cudnnStatus_t status, const char* call) {
+        if (status == CUDNN_STATUS_SUCCESS) return;
+        cudaGetLastError();
+        const bool memory = status == CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED ||
+                            status == CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED;
+        fail(memory ? Exit::memory : Exit::internal, "cuDNN: {} in {}", fe::detail::get_error_string(status), call);
+    };
+    if (!handle) check_status(fe::detail::create_handle(&handle), "cudnnCreate");
+    check_status(fe::detail::set_stream(handle, s), "cudnnSetStream");
+    return handle;
+}
+
+enum class Pass : uint8_t { forward, backward, backward_fastest };
+struct Shape {
+    int B, T, NH, HS;
+    auto operator<=>(const Shape&) const = default;
+};
+
+// What a graph's tensors are called when it is run.
+enum Id : int64_t { kQ = 1, kK, kV, kY, kLse, kDy, kDq, kDk, kDv };
+using Pointers = std::unordered_map<int64_t, void*>;
+
+// cuDNN's names for dimensions are (batch, head, time, channel); strides say how they lie.
+struct Layout {
+    const Shape& a;
+    // One of the `parts` that a token's row of heads consists of: y (B, T, NH, HS) is 1, qkv (B, T, 3, NH, HS) is 3.
+    fe::graph::Tensor_attributes heads(Id id, const char* name, int64_t parts) const {
+        const int64_t row = parts * a.NH * a.HS;
+        return fe::graph::Tensor_attributes()
+            .set_uid(id)
+            .set_name(name)
+            .set_dim({a.B, a.NH, a.T, a.HS})
+            .set_stride({a.T * row, a.HS, row, 1});
+    }
+    fe::graph::Tensor_attributes lse() const {
+        return fe::graph::Tensor_attributes()
+            .set_uid(kLse)
+            .set_name("lse")
+            .set_dim({a.B, a.NH, a.T, 1})
+            .set_stride({int64_t(a.NH) * a.T, a.T, 1, 1})
+            .set_data_type(fe::DataType_t::FLOAT);
+    }
+    // The same of a tensor that the graph itself has made.
+    void place(const Tensor& output, const fe::graph::Tensor_attributes& at) const {
+        output->set_output(true).set_uid(at.get_uid()).set_dim(at.get_dim()).set_stride(at.get_stride());
+    }
+};
+
+struct Plan {
+    fe::graph::Graph graph;
+    void* workspace = nullptr;
+};
+
+void describe_forward(fe::graph::Graph& graph, const Shape& a) {
+    const Layout at{a};
+    const auto [y, lse] = graph.sdpa(graph.tensor(at.heads(kQ, "q", 3)), graph.tensor(at.heads(kK, "k", 3)),
+                                     graph.tensor(at.heads(kV, "v", 3)),
+                                     fe::graph::SDPA_attributes()
+                                         .set_name("attention")
+                                         .set_generate_stats(true)
+                                         .set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
+                                         .set_diagonal_band_right_bound(0)
+                                         .set_attn_scale(1 / std::sqrt(float(a.HS))));
+    at.place(y, at.heads(kY, "y", 1));
+    at.place(lse, at.lse());
+    lse->set_data_type(fe::DataType_t::FLOAT);
+}
+
+void describe_backward(fe::graph::Graph& graph, const Shape& a, bool deterministic) {
+    const Layout at{a};
+    const auto [dq, dk, dv] = graph.sdpa_backward(
+        graph.tensor(at.heads(kQ, "q", 3)), graph.tensor(at.heads(kK, "k", 3)), graph.tensor(at.heads(kV, "v", 3)),
+        graph.tensor(at.heads(kY, "y", 1)), graph.tensor(at.heads(kDy, "dy", 1)), graph.tensor(at.lse()),
+        fe::graph::SDPA_backward_attributes()
+            .set_name("attention backward")
+            .set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
+            .set_diagonal_band_right_bound(0)
+            .set_attn_scale(1 / std::sqrt(float(a.HS)))
+            .set_deterministic_algorithm(deterministic));
+    at.place(dq, at.heads(kDq, "dq", 3));
+    at.place(dk, at.heads(kDk, "dk", 3));
+    at.place(dv, at.heads(kDv, "dv", 3));
+}
+
+// The graph of this shape, made at its first call.
+Plan& plan_for(const Shape& a, Pass pass, cudnnHandle_t handle) {
+    static auto& plans = *new std::map<std::tuple<Shape, Pass>, std::unique_ptr<Plan>>;  // as the handle
+    std::unique_ptr<Plan>& kept = plans[{a, pass}];
+    if (kept) return *kept;
+    auto plan = std::make_unique<Plan>();
+    plan->graph.set_io_data_type(fe::DataType_t::BFLOAT16)
+        .set_intermediate_data_type(fe::DataType_t::FLOAT)
+        .set_compute_data_type(fe::DataType_t::FLOAT);
+    if (pass == Pass::forward)
+        describe_forward(plan->graph, a);
+    else
+        describe_backward(plan->graph, a, pass == Pass::backward);
+    check(plan->graph.build(handle, {fe::HeurMode_t::A}), "the making of a graph");
+    int64_t n_bytes = 0;
+    check(plan->graph.get_workspace_size(n_bytes), "get_workspace_size");
+    if (n_bytes > 0) plan->workspace = cuda_backend().memory.alloc(size_t(n_bytes));
+    kept = std::move(plan);
+    return *kept;
+}
+
+// The library is loaded: cuda_backend() hands out a table only where nothing is refused.
+void run(const Shape& a, Pass pass, Pointers pointers, Stream s) {
+    try {
+        const cudnnHandle_t handle = handle_for(s);
+        Plan& plan = plan_for(a, pass, handle);
+        check(plan.graph.execute(handle, pointers, plan.workspace), "the running of a graph");
+    } catch (const Error&) {
+        throw;
+    } catch (const std::exception& e) {  // what the frontend throws: a function that this cuDNN lacks
+        fail(Exit::internal, "cuDNN: {}", e.what());
+    }
+}
+
+// cuDNN refuses to differentiate T = 1, and before 9.10 to compute it under a mask.
+bool takes(DType t, const DropoutMask& dropout, const Shape& a) {
+    return t == DType::bf16 && dropout.p == 0 && (a.HS == 64 || a.HS == 128) && a.T > 1 && a.B > 0 && a.NH > 0;
+}
+void* aligned(const char* what, const Buf& b) {
+    void* const p = b.as<bf16>();
+    CHECK_THAT(reinterpret_cast<uintptr_t>(p) % 16 == 0, "{} does not start on a 16-byte boundary", what);
+    return p;
+}
+// The i-th of q, k, v in packed rows.
+void* part(void* packed, int i, const Shape& a) { return static_cast<bf16*>(packed) + size_t(i) * a.NH * a.HS; }
+
+void backward(const AttentionGrad& a, Pass pass, Stream s) {
+    const Shape shape = {a.B, a.T, a.NH, a.HS};
+    if (!takes(a.qkv.dtype, a.dropout, shape)) return cuda_backend().attention_backward(a, s);
+    const size_t BT = size_t(a.B) * a.T, C = size_t(a.NH) * a.HS;
+    expect_size("attention.dqkv", a.dqkv, BT * 3 * C, "B*T*3*NH*HS");
+    expect_size("attention.dy", a.dy, BT * C, "B*T*NH*HS");
+    expect_size("attention.qkv", a.qkv, BT * 3 * C, "B*T*3*NH*HS");
+    expect_size("attention.y", a.y, BT * C, "B*T*NH*HS");
+    expect_size("attention.lse", a.lse, BT * a.NH, "B*NH*T");
+    expect_size("attention.scratch", a.scratch, BT * a.NH, "B*NH*T");
+    void* const qkv = aligned("attention.qkv", a.qkv);
+    void* const dqkv = aligned("attention.dqkv", a.dqkv);
+    run(shape, pass,
+        {{kQ, part(qkv, 0, shape)},
+         {kK, part(qkv, 1, shape)},
+         {kV, part(qkv, 2, shape)},
+         {kY, aligned("attention.y", a.y)},
+         {kLse, a.lse.as<float>()},
+         {kDy, aligned("attention.dy", a.dy)},
+         {kDq, part(dqkv, 0, shape)},
+         {kDk, part(dqkv, 1, shape)},
+         {kDv, part(dqkv, 2, shape)}},
+        s);
+}
+}  // namespace
+
+namespace cuda {
+void attention_cudnn_forward(const Attention& a, Stream s) {
+    const Shape shape = {a.B, a.T, a.NH, a.HS};
+    if (!takes(a.qkv.dtype, a.dropout, shape)) return cuda_backend().attention_forward(a, s);
+    const size_t BT = size_t(a.B) * a.T, C = size_t(a.NH) * a.HS;
+    expect_size("attention.y", a.y, BT * C, "B*T*NH*HS");
+    expect_size("attention.lse", a.lse, BT * a.NH, "B*NH*T");
+    expect_size("attention.qkv", a.qkv, BT * 3 * C, "B*T*3*NH*HS");
+    void* const qkv = aligned("attention.qkv", a.qkv);
+    run(shape, Pass::forward,
+        {{kQ, part(qkv, 0, shape)},
+         {kK, part(qkv, 1, shape)},
+         {kV, part(qkv, 2, shape)},
+         {kY, aligned("attention.y", a.y)},
+         {kLse, a.lse.as<float>()}},
+        s);
+}
+void attention_cudnn_backward(const AttentionGrad& a, Stream s) { backward(a, Pass::backward, s); }
+void attention_cudnn_backward_fastest(const AttentionGrad& a, Stream s) { backward(a, Pass::backward_fastest, s); }
+
+std::string attention_cudnn_refusal(bool deterministic) {
+    if (std::string why = load(); !why.empty()) return why;
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+        const std::string reason = cudaGetErrorString(cudaGetLastError());
+        return fmt::format("cuDNN needs a GPU: {}", reason);
+    }
+    const size_t version = fe::detail::get_backend_version();
+    if (deterministic && major == 10 && version < kMinVersionBlackwell)
+        return fmt::format("cuDNN {} has no deterministic backward for compute capability 10: install {} or newer",
+                           version_text(version), version_text(kMinVersionBlackwell));
+    return "";
+}
+}  // namespace cuda
+
+#else
+
+namespace cuda {
+void attention_cudnn_forward(const Attention&, Stream) { fail(Exit::internal, "{}", attention_cudnn_refusal(false)); }
+void attention_cudnn_backward(const AttentionGrad&, Stream) {
+    fail(Exit::internal, "{}", attention_cudnn_refusal(true));
+}
+void attention_cudnn_backward_fastest(const AttentionGrad&, Stream) {
+    fail(Exit::internal, "{}", attention_cudnn_refusal(false));
+}
+std::string attention_cudnn_refusal(bool) {
+#ifdef KILN_CUDNN_MISSING
+    return "this binary was built without cuDNN: " KILN_CUDNN_MISSING "; scripts/install_deps.sh --cudnn, then make";
+#else
+    return "the emulator has no cuDNN: take the portable kernels, or a GPU";
+#endif
+}
+}  // namespace cuda
+#endif
