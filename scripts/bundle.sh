@@ -23,7 +23,7 @@ programs=(train test_native test_mpi_native test_isa_native test_isa_sm90_native
 launcher=${HYDRA:-$(command -v mpiexec.hydra)} || { echo "mpiexec.hydra (MPICH) not found" >&2; exit 2; }
 
 # From the machine, never from the bundle: glibc, whose parts must match its kernel and each other, the driver, CUDA.
-not_ours='^(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|anl|mvec|nsl|nss_.*|thread_db|BrokenLocale|cuda|nvidia.*|cudart|cublas|cublasLt|nccl|nvrtc|nvJitLink))\.so'
+not_ours='^(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|anl|mvec|nsl|nss_.*|thread_db|BrokenLocale|cuda|nvidia.*|cudart|cublas|cublasLt|cudnn.*|nccl|nvrtc|nvJitLink))\.so'
 
 # Libraries that a program or library loads, transitively: "name path" per line.
 closure() {
@@ -125,7 +125,8 @@ kiln $(cat "$top/commit"): programs for an x86-64 Linux machine with an NVIDIA G
 
 Needed there: $cpu, glibc ${glibc#GLIBC_} or newer (ldd --version),
 the NVIDIA driver for CUDA 13, and CUDA 13's libcublasLt.so.13 and libnccl.so.2: found through CUDA_HOME,
-LD_LIBRARY_PATH, /usr/local/cuda or python3's nvidia-* packages. Everything else is in lib/.
+LD_LIBRARY_PATH, /usr/local/cuda or python3's nvidia-* packages. libcudnn.so.9 is looked for likewise; without it there is
+only no comparison with cuDNN's attention. Everything else is in lib/.
 
     scripts/gpu_check.sh        tests, op times, speed beside PyTorch; needs python3 (its head lists stages)
 

@@ -1,7 +1,9 @@
 #!/bin/bash
-# Prints the folders of CUDA 13's libcublasLt and of NCCL, joined by colons, as LD_LIBRARY_PATH wants them.
+# Prints the folders of CUDA 13's libcublasLt, of NCCL, and of cuDNN 9 where it is there, joined by colons, as
+# LD_LIBRARY_PATH wants them.
 # Looked for in CUDA_HOME, LD_LIBRARY_PATH, the loader's own list, beside nvcc, in /usr/local/cuda*, and in python3's
-# nvidia-* packages; the first that has it counts. A library that is nowhere is named on stderr, and the exit code is 1.
+# nvidia-* packages; the first that has it counts. A library that is nowhere is named on stderr, and the exit code is 1; cuDNN may
+# be missing: it only serves for comparison.
 # KILN_CUDA_SYSTEM=DIR:DIR (may be empty) stands in for the loader's list and /usr/local/cuda*.
 set -uo pipefail
 
@@ -39,12 +41,14 @@ folder_of() {  # library: its folder
 }
 
 code=0 folders=
-for library in libcublasLt.so.13 libnccl.so.2; do
-    if dir=$(folder_of $library); then
-        case ":$folders:" in *":$dir:"*) ;; *) folders=${folders:+$folders:}$dir ;; esac
-    else
+for library in libcublasLt.so.13 libnccl.so.2 libcudnn.so.9; do
+    if [ $library = libcudnn.so.9 ]; then
+        dir=$(folder_of $library 2>/dev/null) || continue
+    elif ! dir=$(folder_of $library); then
         code=1
+        continue
     fi
+    case ":$folders:" in *":$dir:"*) ;; *) folders=${folders:+$folders:}$dir ;; esac
 done
 echo "$folders"
 exit $code

@@ -438,6 +438,9 @@ def test_where_cuda_is_looked_for(tmp_path: Path) -> None:
     both = found(**site)
     assert both.code == 0 and both.out == f"{tmp_path}/site/nvidia/cu13/lib:{tmp_path}/site/nvidia/nccl/lib\n"
     assert found(CUDA_HOME=tmp_path / "home", **site).out == f"{tmp_path}/home/lib64\n"  # before the packages
+    (tmp_path / "site/nvidia/cudnn/lib").mkdir(parents=True)
+    (tmp_path / "site/nvidia/cudnn/lib/libcudnn.so.9").touch()
+    assert found(**site).out == both.out.strip() + f":{tmp_path}/site/nvidia/cudnn/lib\n"
 
 
 @pytest.mark.parametrize("backend, dtype", [("cpu", "f32"), ("cuda", "f32"), ("cuda", "bf16")])
