@@ -19,6 +19,7 @@
 //              Shared memory: 65 KiB a block at most; the smallest of these GPUs (8.6, 8.9) have 99.
 //   order      every sum in the order of its tiles, ascending; nothing depends on the number of multiprocessors
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/cuda.h"
 
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"

@@ -1,13 +1,19 @@
 // The attention ops of the CUDA backend by the kernels that compute them (AttentionKernel in kernels/ops.h), and the
 // checks that all of them begin with.
 #pragma once
-#include "kernels/cuda/cuda.h"
+#include "kernels/ops.h"
 
 namespace cuda {
 // attention_sm90.cu.  Calls that those kernels do not take go to the portable ones.
 void attention_sm90_forward(const Attention&, Stream);
 void attention_sm90_backward(const AttentionGrad&, Stream);
 std::string attention_sm90_refusal();  // see cuda_attention_refusal
+
+// attention_cudnn.cpp, likewise.
+void attention_cudnn_forward(const Attention&, Stream);
+void attention_cudnn_backward(const AttentionGrad&, Stream);
+void attention_cudnn_backward_fastest(const AttentionGrad&, Stream);  // bits may differ from run to run
+std::string attention_cudnn_refusal(bool deterministic);
 
 inline void expect_aligned(const char* what, const Buf& b) {
     CHECK_THAT(reinterpret_cast<uintptr_t>(b.data) % 16 == 0, "{} does not start on a 16-byte boundary", what);

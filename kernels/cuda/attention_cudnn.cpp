@@ -1,8 +1,20 @@
-// Attention by cuDNN, on the host.  What it takes and promises: attention_cudnn.h.
+// Attention by cuDNN 9, through the headers of cudnn-frontend: a yardstick for our own kernels in the same binary.
+//
+//   takes      bf16 without dropout, heads of 64 and 128, T > 1; everything else goes to the portable kernels
+//   shapes     as in attention.cu: cuDNN is told the strides of packed qkv and dqkv, nothing is copied
+//   lse        cuDNN's "stats" (B, NH, T, 1) f32 are the log-sum-exp of the scaled scores that ops.h wants: its softmax
+//              node is max + LOG(sum of EXP(score - max)), both natural, and its backward takes them back by EXP
+//   memory     a workspace per shape and direction, from the first call on and until the process ends.  A deterministic
+//              backward may want B*NH*T*T*2 bytes (cuDNN then writes all of ds): 1.6 GB for 64 sequences of GPT-2 124M.
+//              AttentionGrad.scratch is not used.
+//   order      cuDNN's own.  Bits are those of one version of it on one kind of GPU, run to run; not with `fastest`.
+//   streams    the workspaces belong to the one compute stream.  The first call of a shape allocates and compiles.
+//
+// libcudnn.so.9 is loaded when it is first asked for: a binary that was built with it starts without.
 //
 // cuda.mk defines KILN_CUDNN where it found the headers, else KILN_CUDNN_MISSING: what was not found.  Over the emulator
 // it defines neither.
-#include "kernels/cuda/attention_cudnn.h"
+#include "kernels/cuda/attention.h"
 
 #ifdef KILN_CUDNN
 #include <cuda_runtime.h>
@@ -210,33 +222,22 @@ void run(const Shape& a, Pass pass, Pointers pointers, Stream s) {
 bool takes(DType t, const DropoutMask& dropout, const Shape& a) {
     return t == DType::bf16 && dropout.p == 0 && (a.HS == 64 || a.HS == 128) && a.T > 1 && a.B > 0 && a.NH > 0;
 }
-void* aligned(const char* what, const Buf& b) {
-    void* const p = b.as<bf16>();
-    CHECK_THAT(reinterpret_cast<uintptr_t>(p) % 16 == 0, "{} does not start on a 16-byte boundary", what);
-    return p;
-}
 // The i-th of q, k, v in packed rows.
 void* part(void* packed, int i, const Shape& a) { return static_cast<bf16*>(packed) + size_t(i) * a.NH * a.HS; }
 
 void backward(const AttentionGrad& a, Pass pass, Stream s) {
     const Shape shape = {a.B, a.T, a.NH, a.HS};
     if (!takes(a.qkv.dtype, a.dropout, shape)) return cuda_backend().attention_backward(a, s);
-    const size_t BT = size_t(a.B) * a.T, C = size_t(a.NH) * a.HS;
-    expect_size("attention.dqkv", a.dqkv, BT * 3 * C, "B*T*3*NH*HS");
-    expect_size("attention.dy", a.dy, BT * C, "B*T*NH*HS");
-    expect_size("attention.qkv", a.qkv, BT * 3 * C, "B*T*3*NH*HS");
-    expect_size("attention.y", a.y, BT * C, "B*T*NH*HS");
-    expect_size("attention.lse", a.lse, BT * a.NH, "B*NH*T");
-    expect_size("attention.scratch", a.scratch, BT * a.NH, "B*NH*T");
-    void* const qkv = aligned("attention.qkv", a.qkv);
-    void* const dqkv = aligned("attention.dqkv", a.dqkv);
+    cuda::expect_attention(a, true);
+    void* const qkv = a.qkv.as<bf16>();
+    void* const dqkv = a.dqkv.as<bf16>();
     run(shape, pass,
         {{kQ, part(qkv, 0, shape)},
          {kK, part(qkv, 1, shape)},
          {kV, part(qkv, 2, shape)},
-         {kY, aligned("attention.y", a.y)},
+         {kY, a.y.as<bf16>()},
          {kLse, a.lse.as<float>()},
-         {kDy, aligned("attention.dy", a.dy)},
+         {kDy, a.dy.as<bf16>()},
          {kDq, part(dqkv, 0, shape)},
          {kDk, part(dqkv, 1, shape)},
          {kDv, part(dqkv, 2, shape)}},
@@ -248,16 +249,13 @@ namespace cuda {
 void attention_cudnn_forward(const Attention& a, Stream s) {
     const Shape shape = {a.B, a.T, a.NH, a.HS};
     if (!takes(a.qkv.dtype, a.dropout, shape)) return cuda_backend().attention_forward(a, s);
-    const size_t BT = size_t(a.B) * a.T, C = size_t(a.NH) * a.HS;
-    expect_size("attention.y", a.y, BT * C, "B*T*NH*HS");
-    expect_size("attention.lse", a.lse, BT * a.NH, "B*NH*T");
-    expect_size("attention.qkv", a.qkv, BT * 3 * C, "B*T*3*NH*HS");
-    void* const qkv = aligned("attention.qkv", a.qkv);
+    expect_attention(a, true);
+    void* const qkv = a.qkv.as<bf16>();
     run(shape, Pass::forward,
         {{kQ, part(qkv, 0, shape)},
          {kK, part(qkv, 1, shape)},
          {kV, part(qkv, 2, shape)},
-         {kY, aligned("attention.y", a.y)},
+         {kY, a.y.as<bf16>()},
          {kLse, a.lse.as<float>()}},
         s);
 }

@@ -19,6 +19,7 @@
 //   order      forward and dq from the diagonal down to key 0, dk and dv from the diagonal up; one thread writes each
 //              element, once: the bits depend on no schedule and on no number of multiprocessors
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/cuda.h"
 
 #include "kernels/cuda/attention_sm90_backward.cuh"
 #include "kernels/cuda/attention_sm90_forward.cuh"

@@ -1,6 +1,6 @@
 // The table of the CUDA backend, its memory, streams and marks.  The device itself: device.cu.
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/attention_cudnn.h"
+#include "kernels/cuda/cuda.h"
 
 #include <string_view>
 
