@@ -33,7 +33,12 @@ TIMEOUT_S = 300
 ORDERS = ("", "1", "2", "3")        # of threads, until one notices: in order, then at random by these seeds
 NOTHING = 0                         # the number of no site
 # (file, number of the call in it, from 1): why leaving it out changes nothing.
-HARMLESS: dict[tuple[str, int], str] = {}
+HARMLESS: dict[tuple[str, int], str] = {
+    ("kernels/cuda/attention_sm90_backward.cuh", 24):
+        "leaves registers to the compiler: the wait for the next block's scores is also one for this product",
+    ("kernels/cuda/attention_sm90_forward.cuh", 23):
+        "answers the last arrival at a barrier that nobody uses again: PTX does not ask for it",
+}
 
 
 @dataclass
@@ -121,7 +126,7 @@ def detected(site: Site, orders: tuple[str, ...] = ORDERS) -> str:
                                       stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 return "hangs"
-            if not re.search(r"test cases:\s*[1-9]", done.stdout):
+            if done.returncode >= 0 and not re.search(r"test cases:\s*[1-9]", done.stdout):
                 sys.exit(f"no test is named {pattern}: tests_of() is out of date")
             if done.returncode != 0:
                 kind = re.search(r"(racecheck|memcheck|initcheck|synccheck|proxycheck|deadlock)", done.stdout)

@@ -85,9 +85,15 @@ WgmmaOp make_op(const WgmmaLane* const* lanes) {
 std::shared_ptr<Accumulator> accumulator_of(const WgmmaLane* const* lanes, int n_per_lane) {
     const Warp& w = own_warp();
     std::shared_ptr<Accumulator> found;
+    const float* const first = lanes[0]->d;
     const auto look_in = [&](const std::vector<WgmmaOp>& ops) {
-        for (const WgmmaOp& op : ops)
-            if (op.accumulator->registers[0] == lanes[0]->d) found = op.accumulator;
+        for (const WgmmaOp& op : ops) {
+            const float* const other = op.accumulator->registers[0];
+            if (other >= first + n_per_lane || first >= other + op.accumulator->n) continue;
+            if (other != first || op.accumulator->n != n_per_lane)
+                fail("synccheck", "wgmma: its accumulator overlaps one of another shape that is in flight");
+            found = op.accumulator;
+        }
     };
     for (const auto& group : w.wgmma_groups) look_in(group);
     look_in(w.wgmma);
