@@ -155,7 +155,8 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
             start_scores(s, q);
             f.barriers->v.wait_full(value);
             if constexpr (kAdd) ptx::wgmma_done(o);
-            ptx::wgmma_done(p);  // the scores' fence was for o and p, too: they were written before it
+            ptx::wgmma_done(p);
+            ptx::wgmma_fence();
             multiply_tile<HS, F::kKeys, kBefore, kAdd>(o, p, f.v + value.at() * F::kBlockBytes);
             ptx::wgmma_commit();
             ptx::bar_arrive(kOther, kThreadsOfTurn);
