@@ -119,17 +119,31 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
     Ring<F::kOwn> own;
     Ring<F::kStages> key, value;
 
-    // s = the scores of the first W keys of the next block, and gives the block back.
-    const auto start_scores = [&](auto& scores, const uint8_t* q) {
+    // Products are started, and the blocks that they read given back when they have ended.
+    const auto start_scores = [&](auto& scores, const uint8_t* q) {  // of the first keys of a block, or of all
         f.barriers->k.wait_full(key);
         ptx::wgmma_done(scores);
         ptx::wgmma_fence();
         multiply_rows<HS, F::kKeys>(scores, q, f.k + key.at() * F::kBlockBytes);
         ptx::wgmma_commit();
     };
-    const auto end_scores = [&]() {
+    const auto end_scores = [&] {
         f.barriers->k.give_back(key);
         key.advance();
+    };
+    const auto start_values = [&]<int kWeights, bool kAdd>() {  // o = or += the first kWeights columns of p times v
+        f.barriers->v.wait_full(value);
+        if constexpr (kAdd) ptx::wgmma_done(o);
+        ptx::wgmma_done(p);
+        ptx::wgmma_fence();
+        multiply_tile<HS, F::kKeys, kWeights, kAdd>(o, p, f.v + value.at() * F::kBlockBytes);
+        ptx::wgmma_commit();
+    };
+    const auto end_values = [&] {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_done(o), ptx::wgmma_done(p);
+        f.barriers->v.give_back(value);
+        value.advance();
     };
 
     if (kNumber == 1) ptx::bar_arrive(kOther, kThreadsOfTurn);  // the first warpgroup begins
@@ -150,47 +164,29 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
         pack(p, diagonal);
 
         // Scores of one more block, beside the product of the weights before with their values.
-        const auto block = [&]<int kBefore, bool kAdd>() {
+        const auto block = [&]<int kWeights, bool kAdd>() {
             ptx::bar_sync(kTurn, kThreadsOfTurn);
             start_scores(s, q);
-            f.barriers->v.wait_full(value);
-            if constexpr (kAdd) ptx::wgmma_done(o);
-            ptx::wgmma_done(p);
-            ptx::wgmma_fence();
-            multiply_tile<HS, F::kKeys, kBefore, kAdd>(o, p, f.v + value.at() * F::kBlockBytes);
-            ptx::wgmma_commit();
+            start_values.template operator()<kWeights, kAdd>();
             ptx::bar_arrive(kOther, kThreadsOfTurn);
             ptx::wgmma_wait<1>();
             ptx::wgmma_done(s);
             end_scores();
             softmax<F::kKeys, false>(s, m, l, kept, scale_log2);
-            ptx::wgmma_wait<0>();
-            ptx::wgmma_done(o), ptx::wgmma_done(p);
-            f.barriers->v.give_back(value);
-            value.advance();
+            end_values();
             SIMT_UNROLL
             for (int i = 0; i < HS / 2; i++) o[i] *= kept[i / 2 % 2];
             pack(p, s);
         };
-        const auto last_values = [&]<int kBefore, bool kAdd>() {
-            f.barriers->v.wait_full(value);
-            if constexpr (kAdd) ptx::wgmma_done(o);
-            ptx::wgmma_done(p);
-            ptx::wgmma_fence();
-            multiply_tile<HS, F::kKeys, kBefore, kAdd>(o, p, f.v + value.at() * F::kBlockBytes);
-            ptx::wgmma_commit();
-            ptx::wgmma_wait<0>();
-            ptx::wgmma_done(o), ptx::wgmma_done(p);
-            f.barriers->v.give_back(value);
-            value.advance();
-        };
         if (t.number == 0) {
-            last_values.template operator()<kDiagonal, false>();
+            start_values.template operator()<kDiagonal, false>();
+            end_values();  // in both branches: with one wait behind them ptxas serialises the products (C7511)
         } else {
             block.template operator()<kDiagonal, false>();
             SIMT_NO_UNROLL
             for (int j = 1; j < t.number; j++) block.template operator()<F::kKeys, true>();
-            last_values.template operator()<F::kKeys, true>();
+            start_values.template operator()<F::kKeys, true>();
+            end_values();
         }
 
         float factor[2];

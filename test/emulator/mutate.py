@@ -36,9 +36,7 @@ NOTHING = 0                         # the number of no site
 HARMLESS: dict[tuple[str, int], str] = {
     ("kernels/cuda/attention_sm90_backward.cuh", 24):
         "leaves registers to the compiler: the wait for the next block's scores is also one for this product",
-    ("kernels/cuda/attention_sm90_forward.cuh", 14):
-        "the fence of the scores just before is one for these registers, too; ptxas puts one here where there is none",
-    ("kernels/cuda/attention_sm90_forward.cuh", 24):
+    ("kernels/cuda/attention_sm90_forward.cuh", 20):
         "answers the last arrival at a barrier that nobody uses again: PTX does not ask for it",
 }
 
