@@ -36,7 +36,7 @@ MPI_TESTS  := $(patsubst %.cpp,$(O)/%.o,$(wildcard test/mpi/*.cpp))
 .DEFAULT_GOAL := all
 include cuda.mk
 TESTS      := $(addprefix $(B)/,test test_emulator test_mpi) \
-              $(if $(SANITIZE),,all emulated $(RACE)/test_emulator $(RACE)/test_race $(B)/bench_ops-emulated $(B)/fault_shim.so)
+              $(if $(SANITIZE),,all emulated $(RACE)/test_emulator $(RACE)/test_race $(BENCH_EMULATED) $(B)/fault_shim.so)
 FORMATTED  := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 $(shell mkdir -p build; c=$$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown); \
         [ "$$c" = "$$(cat build/commit 2>/dev/null)" ] || echo $$c > build/commit)

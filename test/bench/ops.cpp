@@ -4,37 +4,27 @@
 //     bench_ops --size tiny --backend cpu --dtype f32   what the tests run
 //     bench_ops --only attention --samples 51 --json ops.jsonl
 //
-// One sample is one call between two marks.  Before it a scratch buffer larger than the L2 cache is overwritten: the op
-// starts with nothing of its operands in the cache, and the host has given all its launches to the stream before the
-// overwriting ends.  The figure is the median of the samples, after two calls that are not counted.
+// How a sample is taken: bench.h.
 //
 // Bytes are what the op cannot avoid moving between memory and chip: every operand once, twice where it is read and
 // written, and for the two products of a linear layer's gradient dy twice.  FLOP are the useful ones of the matrix
 // products: 2 per multiply-add, attention's causal half, with the scores computed again in its backward.  per_step is
 // how often one training step without dropout and accumulation calls the op; the rows with 0 are variants and parts.
-#include <CLI/CLI.hpp>
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <functional>
-#include <memory>
-#include <random>
-#include <string>
-#include <vector>
+#include "test/bench/bench.h"
 
-#include "common/clock.h"
-#include "common/error.h"
-#include "kernels/ops.h"
+#include <cmath>
 
 #ifndef KILN_CUDA
 #define KILN_CUDA 0
 #endif
 
+using namespace bench;
+
 namespace {
 struct Options {
     std::vector<std::string> sizes = {"124m-b16", "124m-b64", "1558m-b16"};
-    std::string backend = KILN_CUDA ? "cuda" : "cpu", dtype = KILN_CUDA ? "bf16" : "f32", only, json;
-    int samples = 21, flush_mib = 256;
+    std::string backend = KILN_CUDA ? "cuda" : "cpu", dtype = KILN_CUDA ? "bf16" : "f32", only;
+    Settings settings;
 };
 
 struct Size {
@@ -61,107 +51,6 @@ struct Row {
     std::function<void()> run;
 };
 
-double median(std::vector<double> v) {
-    std::sort(v.begin(), v.end());
-    const size_t h = v.size() / 2;
-    return v.size() % 2 ? v[h] : (v[h - 1] + v[h]) / 2;
-}
-
-// The backend, and the memory of the op that is being measured.
-class Bench {
-  public:
-    Bench(const Backend& k, DType real, const Options& o) : k_(k), real_(real), options_(o), s_(k.open_stream()) {
-        if (o.flush_mib > 0) flush_ = take(size_t(o.flush_mib) << 20, DType::u8), kept_ = 1;
-    }
-    ~Bench() {
-        release(0);
-        k_.close_stream(s_);
-    }
-    Bench(const Bench&) = delete;
-    Bench& operator=(const Bench&) = delete;
-
-    const Backend& k() const { return k_; }
-    Stream stream() const { return s_; }
-    DType real_type() const { return real_; }
-    double real_bytes(double n) const { return n * double(dtype_bytes(real_)); }
-
-    // Normal numbers: what data holds decides how much power, and so time, a matrix product takes.
-    Buf real(size_t n, double scale = 1) { return filled(n, real_, scale); }
-    Buf stat(size_t n, double scale = 1) { return filled(n, DType::f32, scale); }
-    Buf zeros(size_t n, DType t) {
-        const Buf b = take(n, t);
-        k_.zero(b.data, b.n_bytes(), s_);
-        return b;
-    }
-    template <class T>
-    Buf copy_of(const std::vector<T>& v) {
-        const Buf b = take(v.size(), dtype_of<T>::value);
-        k_.upload(b.data, v.data(), b.n_bytes(), s_);
-        k_.synchronize(s_);
-        return b;
-    }
-    void forget() {
-        k_.synchronize(s_);
-        release(kept_);
-    }
-
-    // Microseconds of each sample.
-    std::vector<double> time(const std::function<void()>& run) {
-        run();
-        run();
-        const auto mark = [&] { return std::unique_ptr<Mark, void (*)(Mark*)>(k_.new_mark(), k_.free_mark); };
-        const auto from = mark(), to = mark();
-        std::vector<double> us;
-        for (int i = 0; i < options_.samples; i++) {
-            if (flush_) k_.zero(flush_.data, flush_.n_bytes(), s_);
-            k_.set_mark(from.get(), s_);
-            run();
-            k_.set_mark(to.get(), s_);
-            k_.wait_mark(to.get());
-            us.push_back(1e3 * k_.ms_between(from.get(), to.get()));
-        }
-        return us;
-    }
-
-  private:
-    Buf take(size_t n, DType t) {
-        const Buf b(k_.memory.alloc(n * dtype_bytes(t)), n, t);
-        taken_.push_back(b.data);
-        return b;
-    }
-    void release(size_t keep) {
-        for (; taken_.size() > keep; taken_.pop_back()) k_.memory.free(taken_.back());
-    }
-    Buf filled(size_t n, DType t, double scale) {
-        if (numbers_.empty()) {
-            std::mt19937 gen(1);
-            std::normal_distribution<float> dist;
-            for (size_t i = 0; i < (size_t(1) << 20) + 7; i++) numbers_.push_back(dist(gen));  // no power of two
-        }
-        return t == DType::bf16 ? fill<bf16>(take(n, t), scale) : fill<float>(take(n, t), scale);
-    }
-    template <class T>
-    Buf fill(const Buf& b, double scale) {
-        std::vector<T> piece(std::min(b.count, numbers_.size()));
-        for (size_t i = 0; i < piece.size(); i++) piece[i] = T(numbers_[i] * float(scale));
-        for (size_t first = 0; first < b.count; first += piece.size()) {
-            const size_t n = std::min(piece.size(), b.count - first);
-            k_.upload(b.slice(first, n).data, piece.data(), n * sizeof(T), s_);
-        }
-        k_.synchronize(s_);
-        return b;
-    }
-
-    const Backend& k_;
-    DType real_;
-    const Options& options_;
-    Stream s_;
-    Buf flush_;
-    size_t kept_ = 0;  // of taken_, to the end
-    std::vector<void*> taken_;
-    std::vector<float> numbers_;
-};
-
 // An op takes its buffers only when its turn comes, and they are released after it: the largest model's do not fit
 // together.
 struct Op {
@@ -176,12 +65,6 @@ std::vector<int32_t> some_tokens(const Size& z) {
     std::vector<int32_t> v(static_cast<size_t>(z.BT()));
     for (int32_t& t : v) t = std::min(int32_t(std::pow(double(z.V), u(gen))) - 1, z.V - 1);
     return v;
-}
-
-std::string shape_of(std::initializer_list<size_t> dims) {
-    std::string out;
-    for (size_t d : dims) out += fmt::format("{}{}", out.empty() ? "" : "x", d);
-    return out;
 }
 
 // clang-format off
@@ -385,25 +268,29 @@ std::vector<Op> ops_of(const Size& z) {
 }
 
 struct Report {
-    std::FILE* json = nullptr;
+    JsonLines json;
     int failed = 0;
 };
 
 // One line of the table and of the file; a step's share of the time in ms.
-double report(Report& out, const Size& z, const std::string& op, const Row& row, std::vector<double> us) {
+double report(Report& out, const Size& z, const std::string& op, const Row& row, const Samples& us) {
     const double mid = median(us), rate = row.n_bytes / mid / 1e3, speed = row.flop / mid / 1e6;
     fmt::print("  {:32} {:>24} {:10.1f} {:9.0f} {:>9} {:6}\n", op, row.shape, mid, rate,
                row.flop > 0 ? fmt::format("{:.1f}", speed) : "", row.per_step);
-    if (out.json) {
-        std::sort(us.begin(), us.end());
-        fmt::print(
-            out.json,
-            "{{\"type\": \"op\", \"size\": \"{}\", \"op\": \"{}\", \"shape\": \"{}\", \"us\": {:.3f}, \"us_min\": "
-            "{:.3f}, \"us_max\": {:.3f}, \"n_bytes\": {:.0f}, \"flop\": {:.0f}, \"gb_per_s\": {:.2f}, "
-            "\"tflop_per_s\": {:.3f}, \"per_step\": {}}}\n",
-            z.name, op, row.shape, mid, us.front(), us.back(), row.n_bytes, row.flop, rate, speed, row.per_step);
-    }
     std::fflush(nullptr);
+    const auto [least, most] = std::minmax_element(us.begin(), us.end());
+    out.json.write({{"type", "op"},
+                    {"size", z.name},
+                    {"op", op},
+                    {"shape", row.shape},
+                    {"us", mid},
+                    {"us_min", *least},
+                    {"us_max", *most},
+                    {"n_bytes", row.n_bytes},
+                    {"flop", row.flop},
+                    {"gb_per_s", rate},
+                    {"tflop_per_s", speed},
+                    {"per_step", row.per_step}});
     return row.per_step * mid / 1e3;
 }
 
@@ -432,10 +319,7 @@ void measure(Bench& bench, const Size& z, const Options& o, Report& out) {
     if (!all) return;
     const double rate = z.BT() / step_ms * 1e3;
     fmt::print("  {} in a row: {:.2f} ms a step, {:.0f} tokens/s\n\n", z.name, step_ms, rate);
-    if (out.json)
-        fmt::print(out.json,
-                   "{{\"type\": \"step\", \"size\": \"{}\", \"step_ms\": {:.4f}, \"tokens_per_s\": {:.1f}}}\n", z.name,
-                   step_ms, rate);
+    out.json.write({{"type", "step"}, {"size", z.name}, {"step_ms", step_ms}, {"tokens_per_s", rate}});
 }
 
 const Backend& open_backend(const Options& o, std::string& device) {
@@ -445,34 +329,24 @@ const Backend& open_backend(const Options& o, std::string& device) {
         return cpu_backend();
     }
 #if KILN_CUDA
-    std::string why;
-    if (cuda_device_count(&why) == 0) fail(Exit::usage, "no usable GPU: {}", why);
-    device = open_cuda_device(0).name;
+    device = open_gpu();
     return cuda_backend();
 #else
     fail(Exit::usage, "--backend cuda: this build was made without CUDA");
 #endif
 }
 
-int run(const Options& o) {
+void run(const Options& o) {
     std::string device;
     const Backend& k = open_backend(o, device);
-    const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(
-        o.json.empty() ? nullptr : std::fopen(o.json.c_str(), "w"), std::fclose);
-    if (!o.json.empty() && !file) fail(Exit::io, "{}: cannot be written", o.json);
-    Report out{.json = file.get()};
-    if (out.json)
-        fmt::print(out.json,
-                   "{{\"type\": \"run\", \"device\": \"{}\", \"dtype\": \"{}\", \"samples\": {}, "
-                   "\"flush_mib\": {}, \"time\": \"{}\"}}\n",
-                   device, o.dtype, o.samples, o.flush_mib, utc_now());
-    fmt::print("{} in {}, median of {}\n", device, o.dtype, o.samples);
-    Bench bench(k, o.dtype == "bf16" ? DType::bf16 : DType::f32, o);
+    Report out{.json = JsonLines(o.settings.json)};
+    out.json.write_run(device, o.dtype, o.settings);
+    fmt::print("{} in {}, median of {}\n", device, o.dtype, o.settings.samples);
+    Bench bench(k, o.dtype == "bf16" ? DType::bf16 : DType::f32, o.settings);
     for (const std::string& name : o.sizes)
         for (const Size& z : kSizes)
             if (name == z.name) measure(bench, z, o, out);
     if (out.failed > 0) fail(Exit::internal, "{} op(s) failed", out.failed);
-    return 0;
 }
 }  // namespace
 
@@ -485,16 +359,7 @@ int main(int argc, char** argv) {
     app.add_option("--backend", o.backend)->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
     app.add_option("--dtype", o.dtype)->check(CLI::IsMember({"f32", "bf16"}))->capture_default_str();
     app.add_option("--only", o.only, "ops whose name contains this");
-    app.add_option("--samples", o.samples)->check(CLI::PositiveNumber)->capture_default_str();
-    app.add_option("--flush-mib", o.flush_mib, "overwritten before each sample; more than the L2 cache holds")
-        ->check(CLI::NonNegativeNumber)
-        ->capture_default_str();
-    app.add_option("--json", o.json, "one JSON object per line");
+    add_settings(app, o.settings);
     CLI11_PARSE(app, argc, argv);
-    try {
-        return run(o);
-    } catch (const Error& e) {
-        fmt::print(stderr, "error: {}\n", e.what());
-        return int(e.code);
-    }
+    return exit_code_of([&] { run(o); });
 }

@@ -1,6 +1,6 @@
 """scripts/gpu_check.sh where there is no GPU: it says so; and what it does with results, with programs that stand in.
 
-Also what it starts: bench_ops and bench_pytorch.py at tiny sizes, cuda_libraries.sh.  Seen to fail: a result kept after
+Also what it starts: bench_ops, bench_attention and bench_pytorch.py at tiny sizes, cuda_libraries.sh.  Seen to fail: a result kept after
 another commit, build or option, a failed, skipped or dirty result kept, a stage that outlives its limit, one stage's
 crash that ends the others, a sanitizer without time that passes.
 """
@@ -461,6 +461,57 @@ def test_every_op_is_timed(backend: str, dtype: str, tmp_path: Path) -> None:
     assert ops["attention forward"]["flop"] == 2 * 64 * 32 * 32
     step = next(r for r in rows if r["type"] == "step")
     assert step["step_ms"] == pytest.approx(sum(r["per_step"] * r["us"] for r in ops.values()) / 1e3, rel=1e-3)
+
+
+def attention_times(tmp_path: Path, *flags: object, **env: object) -> tuple[str, list[dict]]:
+    bench = TRAIN.resolve().parent / "bench_attention-emulated"
+    if not bench.exists():
+        pytest.skip(f"{bench.name} is not built")
+    out = tmp_path / "attention.jsonl"
+    done = run([bench, "--samples", 2, "--flush-mib", 1, "--json", out, *flags], env)
+    assert done.code == 0, done.out + done.err
+    return done.out, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_attention_kernels_are_timed_side_by_side(tmp_path: Path) -> None:
+    text, rows = attention_times(tmp_path)
+    assert rows[0]["type"] == "run" and rows[0]["samples"] == 2
+    refusals = {r["kernel"]: r["refusal"] for r in rows if r["type"] == "kernel"}
+    assert list(refusals) == ["portable", "sm90", "cudnn", "cudnn_fastest"]
+    there = [kernel for kernel, refusal in refusals.items() if not refusal]
+    assert there[:2] == ["portable", "sm90"]
+    assert all(f"without {kernel}: {refusal}" in text for kernel, refusal in refusals.items() if refusal)
+    times = [r for r in rows if r["type"] == "attention"]
+    assert [(r["shape"], r["way"], r["kernel"]) for r in times] == [
+        (shape, way, kernel) for shape in ("1x2x160x64", "1x1x130x128") for way in ("forward", "backward")
+        for kernel in there]
+    for r in times:
+        B, NH, T, HS = map(int, r["shape"].split("x"))
+        assert r["flop"] == {"forward": 2, "backward": 5}[r["way"]] * B * NH * T * T * HS
+        assert 0 < r["us_min"] <= r["us"] <= r["us_max"]
+        assert r["tflop_per_s"] == pytest.approx(r["flop"] / r["us"] / 1e6)
+        assert (r["beside_cudnn"] is None) == ("cudnn" not in there)
+    goals = [r for r in rows if r["type"] == "goal"]
+    assert len(goals) > 10 and all(g["result"] == "not measured" and g["got"] is None for g in goals)  # of no H100
+
+
+def test_attention_without_hopper_is_portable(tmp_path: Path) -> None:
+    text, rows = attention_times(tmp_path, "--shape", "1x1x20x64", KILN_EMULATOR_CAPABILITY=80)
+    assert {r["kernel"] for r in rows if r["type"] == "attention"} == {"portable"}
+    assert "without sm90: the sm90 kernels are for compute capability 9.0 alone, this GPU has 8.0" in text
+
+
+@pytest.mark.parametrize("flags, error", [
+    (["--shape", "64x12x1024"], "--shape 64x12x1024: expected BxNHxTxHS"),
+    (["--shape", "1x1x16x96"], "with HS 64 or 128"),
+    (["--kernel", "sm90"], "--kernel sm90: the sm90 kernels are for compute capability 9.0 alone"),
+])
+def test_what_the_attention_bench_refuses(flags: list[str], error: str) -> None:
+    bench = TRAIN.resolve().parent / "bench_attention-emulated"
+    if not bench.exists():
+        pytest.skip(f"{bench.name} is not built")
+    done = run([bench, *flags], {"KILN_EMULATOR_CAPABILITY": 80})
+    assert done.code == 2 and error in done.err
 
 
 def test_the_pytorch_bench_runs_at_a_tiny_size(tmp_path: Path) -> None:
