@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import array
 import json
-import math
 import os
 import random
 import re
@@ -329,6 +328,54 @@ def train(s: Stage) -> tuple[str, Data]:
     return "val loss " + ", ".join(f"{n} {val[n]:.4f}" for n in list(runs)[:3]) + "; repeated run identical", data
 
 
+def attention(s: Stage) -> tuple[str, Data]:
+    """All attention kernels of ours and the library's in one process, then PyTorch's at the same shapes."""
+    path = s.work / "attention.jsonl"
+    code, text = s.run([s.program("bench_attention"), "--json", path], 240)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    data: Data = {"run": rows[:1]} | {key: [r for r in rows if r["type"] == kind] for key, kind in
+                                      (("kernels", "kernel"), ("attention", "attention"), ("goals", "goal"))}
+    if code != 0:
+        raise Failed(f"bench_attention: {reason(code, text)}", data)
+    ours = [r for r in data["attention"] if not r["kernel"].startswith("cudnn")]
+    shapes = list(dict.fromkeys(r["shape"] for r in ours))
+    data |= {"pytorch": [], "beside_pytorch": [], "pytorch_failed": {}}
+    for sdpa in SDPA if shapes else ():
+        command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--sdpa", sdpa]
+        code, text = s.run([*command, *(word for shape in shapes for word in ("--attention", shape))], 70,
+                           dict(os.environ))
+        if code != 0:
+            data["pytorch_failed"][sdpa] = reason(code, text)
+            continue
+        data["pytorch"] += json.loads(text.splitlines()[-1])["attention"]
+    data["beside_pytorch"] = [
+        {"shape": r["shape"], "way": r["way"], "kernel": r["kernel"], "sdpa": t["sdpa"],
+         "ratio": t[f"{r['way']}_us"] / r["us"]}
+        for r in ours for t in data["pytorch"] if t["shape"] == r["shape"]]
+    return attention_headline(data, ours), data
+
+
+def attention_headline(data: Data, ours: list[Data]) -> str:
+    """The first shape, by the kernels that `device.attention: auto` takes."""
+    goals = [g for g in data["goals"] if not g["stretch"]]
+    met = f"{sum(g['result'] == 'met' for g in goals)} of {len(goals)} goals met"
+    if missing := sum(g["result"] == "not measured" for g in goals):
+        met += f", {missing} not measured"
+    if not ours:
+        return f"nothing measured; {met}"
+    kernel = "sm90" if any(r["kernel"] == "sm90" for r in ours) else "portable"
+    shape = ours[0]["shape"]
+    parts = []
+    for r in ours:
+        if (r["kernel"], r["shape"]) == (kernel, shape):
+            beside = [f"{b['ratio']:.2f}x {b['sdpa']}" for b in data["beside_pytorch"]
+                      if all(b[key] == r[key] for key in ("shape", "way", "kernel"))]
+            parts.append(f"{r['way']} {r['tflop_per_s']:.0f} TFLOP/s"
+                         + (f" ({', '.join(beside)} of PyTorch)" if beside else ""))
+    torch = "" if data["beside_pytorch"] else "; no PyTorch"
+    return f"{kernel} at {shape}: {', '.join(parts)}{torch}; {met}"
+
+
 def ops(s: Stage) -> tuple[str, Data]:
     path = s.work / "ops.jsonl"
     code, text = s.run([s.program("bench_ops"), "--json", path], 240)
@@ -337,20 +384,8 @@ def ops(s: Stage) -> tuple[str, Data]:
                   "steps": [r for r in rows if r["type"] == "step"]}
     if code != 0:
         raise Failed(f"bench_ops: {reason(code, text)}", data)
-    beside = data["pytorch_attention"] = []
-    for sdpa in SDPA:
-        command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--sdpa", sdpa]
-        for shape in ("16x12x1024x64", "64x12x1024x64", "16x25x1024x64"):
-            command += ["--attention", shape]
-        code, text = s.run(command, 60, dict(os.environ))
-        if code == 0:
-            beside += json.loads(text.splitlines()[-1])["attention"]
-    speed = {(r["size"], r["op"]): r["tflop_per_s"] for r in data["ops"]}
-    parts = [f"{way} {speed.get(('124m-b64', f'attention {way}'), math.nan):.0f}" for way in ("forward", "backward")]
-    torch = [f"{b['sdpa']} {b['forward_tflop_per_s']:.0f}/{b['backward_tflop_per_s']:.0f}"
-             for b in beside if b["shape"].startswith("64x12")]
-    return (f"attention at 64x12x1024x64: {', '.join(parts)} TFLOP/s" +
-            (f"; PyTorch {', '.join(torch)}" if torch else "; no PyTorch"), data)
+    steps = ", ".join(f"{r['size']} {r['step_ms']:.1f} ms" for r in data["steps"])
+    return f"a step's ops in a row: {steps or 'no step'}", data
 
 
 def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
@@ -417,7 +452,8 @@ def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
 
 def stages() -> dict[str, Callable[[Stage], tuple[str, Data]]]:
     """By the name of the result's file."""
-    all_of: dict[str, Callable[[Stage], tuple[str, Data]]] = {"tests": tests, "train": train, "ops": ops}
+    all_of: dict[str, Callable[[Stage], tuple[str, Data]]] = {
+        "tests": tests, "train": train, "attention": attention, "ops": ops}
     for tool in TOOLS:
         all_of[f"sanitize-{tool}"] = lambda s, tool=tool: sanitize(s, tool)
     for size in SIZES:

@@ -102,7 +102,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
 
 
 def test_every_stage_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    stages = ["tests", "sanitize", "train", "ops", "pytorch-124m"]
+    stages = ["tests", "sanitize", "train", "attention", "ops", "pytorch-124m"]
     done = run([SCRIPT], {"OUT": tmp_path, "STAGE": " ".join(stages), "CUDA_VISIBLE_DEVICES": ""})
     assert done.code == 1, done.err
     table = done.out.split("headline\n")[1].splitlines()
@@ -116,10 +116,11 @@ def test_every_stage_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert "Traceback" not in done.err
 
 
-def test_without_a_stage_it_is_tests_ops_and_124m(tmp_path: Path) -> None:
+def test_without_a_stage_it_is_tests_attention_ops_and_124m(tmp_path: Path) -> None:
     done = run([SCRIPT], {"OUT": tmp_path, "STAGE": "", "CUDA_VISIBLE_DEVICES": ""})
     assert done.code == 1
-    assert sorted(p.name for p in tmp_path.glob("[!n]*.json")) == ["ops.json", "pytorch-124m.json", "tests.json"]
+    written = sorted(p.stem for p in tmp_path.glob("[!n]*.json"))
+    assert written == ["attention", "ops", "pytorch-124m", "tests"]
 
 
 def test_an_unknown_stage_or_option_is_refused(tmp_path: Path) -> None:
@@ -135,7 +136,6 @@ def counted(check: Check, stage: str = "ops") -> Callable[[], bool]:
     """Runs the stage; whether bench_ops was started for that."""
     count = check.out.parent / "count"
     check.shell("bench_ops", f'echo x >> {count}\necho \'{{"type": "run"}}\' > "$2"')
-    check.patch.setattr(check.stages, "torch_python", lambda: "false")
 
     def again() -> bool:
         count.write_text("")
@@ -380,6 +380,71 @@ def test_without_pytorch_kiln_is_measured_alone(check: Check, monkeypatch: pytes
     assert check.run("pytorch-124m") == 0
     headline = check.result("pytorch-124m")["headline"]
     assert "kiln 327,680 tokens/s; PyTorch: exit 2: error: PyTorch is missing" in headline
+
+
+def attention_rows(*rows: tuple[str, str, str, float], goals: str = "") -> str:
+    """The lines of bench_attention's file: shape, way, kernel, us; a letter for each goal, upper case for a stretch."""
+    results = {"m": "met", "n": "not met", "x": "not measured"}
+    lines = [{"type": "run", "device": "NVIDIA Pretended"}, {"type": "kernel", "kernel": "sm90", "refusal": ""}]
+    lines += [{"type": "attention", "shape": shape, "way": way, "kernel": kernel, "us": us, "tflop_per_s": 1e5 / us}
+              for shape, way, kernel, us in rows]
+    lines += [{"type": "goal", "stretch": g.isupper(), "result": results[g.lower()]} for g in goals]
+    return "\n".join(map(json.dumps, lines))
+
+
+def attention_bench(check: Check, text: str) -> None:
+    check.shell("bench_attention", f'[ "$1" = --json ] && cat > "$2" <<END\n{text}\nEND')
+
+
+def attention_torch(check: Check, tmp_path: Path) -> Path:
+    """Stands in for python3 with PyTorch, whose flash attention does not run here."""
+    calls = tmp_path / "calls"
+    forward = {"default": 500, "cudnn": 250}
+    answers = {sdpa: [{"shape": "64x12x1024x64", "sdpa": sdpa, "forward_us": us, "backward_us": 2 * us}]
+               for sdpa, us in forward.items()}
+    cases = "\n".join(f"*{sdpa}*) echo '{json.dumps({'attention': rows})}' ;;" for sdpa, rows in answers.items())
+    python = executable(tmp_path / "torch_python", f"""#!/bin/bash
+echo "$*" >> {calls}
+case "$*" in
+{cases}
+*) echo "RuntimeError: no such error: flash"; exit 1 ;;
+esac
+""")
+    check.patch.setenv("KILN_TORCH_PYTHON", str(python))
+    return calls
+
+
+def test_attention_is_set_beside_pytorch(check: Check, tmp_path: Path) -> None:
+    shape = "64x12x1024x64"
+    attention_bench(check, attention_rows((shape, "forward", "portable", 500.0), (shape, "forward", "sm90", 200.0),
+                                          (shape, "forward", "cudnn", 100.0), (shape, "backward", "sm90", 400.0),
+                                          ("4x16x4096x128", "forward", "sm90", 100.0), goals="mmnMxN"))
+    calls = attention_torch(check, tmp_path)
+    assert check.run("attention") == 0, check.result("attention")
+    assert calls.read_text().splitlines() == [
+        f"{check.stages.ROOT}/scripts/bench_pytorch.py --sdpa {sdpa} --attention {shape} --attention 4x16x4096x128"
+        for sdpa in ("default", "cudnn", "flash")]
+    result = check.result("attention")
+    assert result["headline"] == (
+        f"sm90 at {shape}: forward 500 TFLOP/s (2.50x default, 1.25x cudnn of PyTorch), "
+        "backward 250 TFLOP/s (2.50x default, 1.25x cudnn of PyTorch); 2 of 4 goals met, 1 not measured")
+    data = result["data"]
+    assert {(b["way"], b["kernel"], b["sdpa"], b["ratio"]) for b in data["beside_pytorch"]} == {
+        ("forward", "portable", "default", 1.0), ("forward", "portable", "cudnn", 0.5),
+        ("forward", "sm90", "default", 2.5), ("forward", "sm90", "cudnn", 1.25),
+        ("backward", "sm90", "default", 2.5), ("backward", "sm90", "cudnn", 1.25)}
+    assert "no such error: flash" in data["pytorch_failed"]["flash"] and len(data["goals"]) == 6
+
+
+def test_attention_without_pytorch_or_hopper(check: Check, tmp_path: Path) -> None:
+    check.patch.setenv("KILN_TORCH_PYTHON", "false")
+    attention_bench(check, attention_rows(("64x12x1024x64", "forward", "portable", 500.0), goals="xX"))
+    assert check.run("attention") == 0
+    assert check.result("attention")["headline"] == (
+        "portable at 64x12x1024x64: forward 200 TFLOP/s; no PyTorch; 0 of 1 goals met, 1 not measured")
+    check.shell("bench_attention", "echo 'error: 1 measurement(s) failed'; exit 70")
+    assert check.run("attention") == 1
+    assert check.result("attention")["headline"] == "bench_attention: exit 70: error: 1 measurement(s) failed"
 
 
 def test_two_ranks_of_the_emulated_program_are_as_one(check: Check, tmp_path: Path) -> None:
