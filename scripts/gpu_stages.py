@@ -380,7 +380,7 @@ def ops(s: Stage) -> tuple[str, Data]:
     path = s.work / "ops.jsonl"
     code, text = s.run([s.program("bench_ops"), "--json", path], 240)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    data: Data = {"run": rows[:1], "ops": [r for r in rows if r["type"] == "op"],
+    data: Data = {"run": rows[:2], "ops": [r for r in rows if r["type"] == "op"],
                   "steps": [r for r in rows if r["type"] == "step"]}
     if code != 0:
         raise Failed(f"bench_ops: {reason(code, text)}", data)

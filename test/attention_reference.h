@@ -3,7 +3,21 @@
 #include "common/rng.h"
 #include "test/cpu_check.h"
 
+namespace emulator {
+[[gnu::weak]] void reset_device();  // linked where the CUDA backend runs on the emulator; reads the environment again
+}
+
 namespace attention_test {
+inline bool emulated() { return emulator::reset_device != nullptr; }
+// Hopper's kernels; none, with a message, where they cannot run.
+inline std::vector<Target> hopper() {
+    if (const std::string refusal = cuda_attention_refusal(AttentionKernel::sm90); !refusal.empty()) {
+        MESSAGE("skipped: " << refusal);
+        return {};
+    }
+    return {{&cuda_backend(AttentionKernel::sm90), DType::bf16, "cuda bf16 sm90"}};
+}
+
 struct Case {
     int B, T, NH, HS;
     float p;

@@ -10,10 +10,6 @@
 
 #include "test/attention_reference.h"
 
-namespace emulator {
-[[gnu::weak]] void reset_device();  // linked where the CUDA backend runs on the emulator
-}
-
 using namespace attention_test;
 
 namespace {
@@ -22,7 +18,6 @@ const Case cases[] = {{1, 1, 1, 1, 0},     {2, 5, 2, 3, 0},       {2, 5, 2, 3, 0
                       {2, 1, 3, 8, 0},     {2, 17, 2, 40, 0.2f},  {1, 64, 1, 128, 0},   {1, 100, 2, 40, 0.3f},
                       {1, 128, 1, 64, 0},  {2, 128, 1, 8, 0.25f}, {1, 130, 1, 64, 0},   {1, 130, 1, 128, 0.1f},
                       {1, 196, 1, 128, 0}, {1, 300, 1, 64, 0},    {1, 300, 1, 20, 0.5f}};
-bool emulated() { return emulator::reset_device != nullptr; }
 bool on_cuda(const Target& t) { return t.k != &cpu_backend(); }
 bool takes(const Target& t, const Case& c) {
     if (t.real == DType::bf16) return c.HS % 8 == 0 && c.HS <= 128;            // others are refused, see below

@@ -11,22 +11,9 @@
 
 #include "test/attention_reference.h"
 
-namespace emulator {
-[[gnu::weak]] void reset_device();  // linked where the CUDA backend runs on the emulator
-}
-
 using namespace attention_test;
 
 namespace {
-bool emulated() { return emulator::reset_device != nullptr; }
-// Nothing where the kernels cannot run.
-std::vector<Target> hopper() {
-    if (const std::string refusal = cuda_attention_refusal(AttentionKernel::sm90); !refusal.empty()) {
-        MESSAGE("skipped: " << refusal);
-        return {};
-    }
-    return {{&cuda_backend(AttentionKernel::sm90), DType::bf16, "cuda bf16 sm90"}};
-}
 Case random_case(unsigned seed) {
     std::mt19937 gen(seed);
     const auto up_to = [&](int n) { return 1 + int(gen() % unsigned(n)); };

@@ -6,21 +6,9 @@
 #include "test/attention_reference.h"
 #include "test/slice.h"
 
-namespace emulator {
-[[gnu::weak]] void reset_device();  // linked where the CUDA backend runs on the emulator; reads the environment again
-}
-
 using namespace attention_test;
 
 namespace {
-// Nothing where the kernels cannot run.
-std::vector<Target> hopper() {
-    if (const std::string refusal = cuda_attention_refusal(AttentionKernel::sm90); !refusal.empty()) {
-        MESSAGE("skipped: " << refusal);
-        return {};
-    }
-    return {{&cuda_backend(AttentionKernel::sm90), DType::bf16, "cuda bf16 sm90"}};
-}
 // T around the 64 rows of a warpgroup and the 128 of a tile.  The first ones take a block through more pairs of tiles
 // than it has buffers.
 const Case cases[] = {{2, 384, 3, 64, 0},  {3, 256, 2, 128, 0}, {2, 1, 3, 64, 0},    {1, 17, 2, 64, 0},
@@ -73,7 +61,7 @@ TEST_CASE("attention sm90: the bits depend neither on the multiprocessors nor on
             for (size_t i = 0; i < alone.size(); i++) CHECK(same_bits(both[i], join({alone[i], alone[i]})));
         };
         check_twice_alone();
-        if (!emulator::reset_device) continue;
+        if (!emulated()) continue;
         for (const char* n : {"1", "7", "132"}) {
             CAPTURE(n);
             setenv("KILN_EMULATOR_MULTIPROCESSORS", n, 1);

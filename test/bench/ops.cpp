@@ -322,26 +322,30 @@ void measure(Bench& bench, const Size& z, const Options& o, Report& out) {
     out.json.write({{"type", "step"}, {"size", z.name}, {"step_ms", step_ms}, {"tokens_per_s", rate}});
 }
 
-const Backend& open_backend(const Options& o, std::string& device) {
-    device = "cpu";
+// `attention`: the kernels that training takes on this device.
+const Backend& open_backend(const Options& o, std::string& device, std::string& attention) {
+    device = attention = "cpu";
     if (o.backend == "cpu") {
         if (o.dtype != "f32") fail(Exit::usage, "--dtype {}: the CPU computes in f32", o.dtype);
         return cpu_backend();
     }
 #if KILN_CUDA
     device = open_gpu();
-    return cuda_backend();
+    const bool hopper = o.dtype == "bf16" && cuda_attention_refusal(AttentionKernel::sm90).empty();
+    attention = hopper ? "sm90" : "portable";
+    return cuda_backend(hopper ? AttentionKernel::sm90 : AttentionKernel::portable);
 #else
     fail(Exit::usage, "--backend cuda: this build was made without CUDA");
 #endif
 }
 
 void run(const Options& o) {
-    std::string device;
-    const Backend& k = open_backend(o, device);
+    std::string device, attention;
+    const Backend& k = open_backend(o, device, attention);
     Report out{.json = JsonLines(o.settings.json)};
     out.json.write_run(device, o.dtype, o.settings);
-    fmt::print("{} in {}, median of {}\n", device, o.dtype, o.settings.samples);
+    out.json.write({{"type", "attention"}, {"kernels", attention}});
+    fmt::print("{} in {}, attention {}, median of {}\n", device, o.dtype, attention, o.settings.samples);
     Bench bench(k, o.dtype == "bf16" ? DType::bf16 : DType::f32, o.settings);
     for (const std::string& name : o.sizes)
         for (const Size& z : kSizes)
