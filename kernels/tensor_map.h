@@ -6,6 +6,19 @@
 namespace simt {
 constexpr int kMaxRank = 5;
 
+#if !SIMT_EMULATED
+// By name at run time: a program linked against libcuda would not start where there is no driver.
+inline decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t e =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    if (e != cudaSuccess || !entry)
+        fail(Exit::internal, "the driver has no cuTensorMapEncodeTiled: {}", cudaGetErrorString(e));
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+}
+#endif
+
 // dim[0] is the contiguous dimension; stride[d] in bytes, for d >= 1; box is what one load or store moves.  Elements of
 // two bytes are bf16, of four fp32.  The 128-byte swizzle needs an inner box of at most 128 bytes.
 inline TensorMap make_tmap(const void* base, int element_bytes, int rank, const uint64_t* dim, const uint64_t* stride,
@@ -42,18 +55,12 @@ inline TensorMap make_tmap(const void* base, int element_bytes, int rank, const 
         steps[d] = 1;
         if (d) strides[d - 1] = stride[d];
     }
-    // By name at run time: a program linked against libcuda would not start where there is no driver.
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t e =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    if (e != cudaSuccess || !entry)
-        fail(Exit::internal, "the driver has no cuTensorMapEncodeTiled: {}", cudaGetErrorString(e));
-    const CUresult r = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
-        &m, element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, cuuint32_t(rank),
-        const_cast<void*>(base), dims, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzle128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    static const auto encode = find_encode_tiled();
+    const CUresult r =
+        encode(&m, element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+               cuuint32_t(rank), const_cast<void*>(base), dims, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               swizzle128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r != CUDA_SUCCESS) fail(Exit::internal, "cuTensorMapEncodeTiled returned {}", int(r));
 #endif
     return m;
