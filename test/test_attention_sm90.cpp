@@ -107,40 +107,18 @@ TEST_CASE("attention sm90: dropout, fp32 and other heads go to the portable kern
              {std::pair(DType::bf16, Case{1, 70, 2, 64, 0.2f}), std::pair(DType::f32, Case{1, 20, 1, 64, 0}),
               std::pair(DType::bf16, Case{1, 70, 2, 32, 0})}) {
             CAPTURE(c.HS);
-            const Target here = {t.k, real, t.name}, portable = {&cuda_backend(), real, "cuda"};
-            const Doubles qkv = normal(3 * size_of(c), 1), dy = normal(size_of(c), 2);
-            const Forward a = forward(here, c, qkv), b = forward(portable, c, qkv);
-            CHECK(same_bits(a.y, b.y));
-            CHECK(same_bits(a.lse, b.lse));
-            CHECK(same_bits(backward(here, c, qkv, a, dy), backward(portable, c, qkv, b, dy)));
+            check_same_bits({t.k, real, t.name}, {&cuda_backend(), real, "portable"}, c);
         }
 }
 
 TEST_CASE("attention sm90 rejects a short buffer and one off 16-byte boundaries") {
     for (const Target& t : hopper()) {
-        const Case c = {1, 4, 1, 64, 0};
-        const size_t n = size_of(c);
-        Dev y(t, t.real, Doubles(n)), lse(t, t.stat(), Doubles(4)), in(t, t.real, Doubles(3 * n)),
-            d(t, t.real, Doubles(n));
-        Slice off(t, t.real, Doubles(3 * n), 1);
-        const auto forward_of = [&](const Buf& out, const Buf& qkv) {
-            t.k->attention_forward({.y = out, .lse = lse, .qkv = qkv, .dropout = {}, .B = 1, .T = 4, .NH = 1, .HS = 64},
-                                   nullptr);
-        };
-        CHECK_THROWS_WITH_AS(forward_of(y, y), doctest::Contains("attention.qkv holds 256 elements, expected"), Error);
-        CHECK_THROWS_WITH_AS(forward_of(y, off), doctest::Contains("attention.qkv does not start on a 16-byte"), Error);
-        CHECK_THROWS_WITH_AS(t.k->attention_backward({.dqkv = y,
-                                                      .dy = d,
-                                                      .qkv = in,
-                                                      .y = y,
-                                                      .lse = lse,
-                                                      .scratch = lse,
-                                                      .dropout = {},
-                                                      .B = 1,
-                                                      .T = 4,
-                                                      .NH = 1,
-                                                      .HS = 64},
-                                                     nullptr),
-                             doctest::Contains("attention.dqkv holds 256 elements, expected"), Error);
+        check_short_buffers(t, 64);
+        Dev y(t, t.real, Doubles(256)), lse(t, t.stat(), Doubles(4));
+        const Slice qkv(t, t.real, Doubles(768), 1);
+        CHECK_THROWS_WITH_AS(
+            t.k->attention_forward({.y = y, .lse = lse, .qkv = qkv, .dropout = {}, .B = 1, .T = 4, .NH = 1, .HS = 64},
+                                   nullptr),
+            doctest::Contains("attention.qkv does not start on a 16-byte"), Error);
     }
 }
