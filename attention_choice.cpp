@@ -3,19 +3,16 @@
 #include "common/error.h"
 
 namespace {
-// What sm90 and cudnn compute; `portable` takes the rest.
-constexpr const char* kDtype = "bf16";
-constexpr int kHeadSizes[] = {64, 128};
+constexpr const char* kDtype = "bf16";  // of all kernels but portable, with heads of kFastHeadSizes
 
 // What of the config these kernels cannot compute, and what they expect; empty: nothing.
 std::string misfit(const Config& c) {
     if (c.device.dtype != kDtype)
         return fmt::format("device.dtype = {}, expected {}; set device.dtype: {}", c.device.dtype, kDtype, kDtype);
     const int head_size = c.model.n_embd / c.model.n_head;
-    for (const int n : kHeadSizes)
-        if (n == head_size) return "";
+    if (is_fast_head(head_size)) return "";
     return fmt::format("model.n_embd / model.n_head = {} / {} = {}, expected {}; change these", c.model.n_embd,
-                       c.model.n_head, head_size, fmt::join(kHeadSizes, " or "));
+                       c.model.n_head, head_size, fmt::join(kFastHeadSizes, " or "));
 }
 }  // namespace
 

@@ -248,6 +248,9 @@ enum class AttentionKernel : uint8_t {
     cudnn,     // the library's, deterministic, for comparison; only where it was there when kiln was built
     cudnn_fastest  // the library's fastest, whose bits may differ from run to run: for benchmarks only
 };
+// What all but `portable` compute themselves: bf16, heads of these sizes, no dropout.  The rest they give to `portable`.
+constexpr int kFastHeadSizes[] = {64, 128};
+constexpr bool is_fast_head(int HS) { return HS == kFastHeadSizes[0] || HS == kFastHeadSizes[1]; }
 // The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary without
 // it has none of these four; KILN_CUDA tells run_device.cpp.  The tables differ in attention only.
 const Backend& cuda_backend(AttentionKernel attention = AttentionKernel::portable);

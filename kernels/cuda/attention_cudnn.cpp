@@ -220,7 +220,7 @@ void run(const Shape& a, Pass pass, Pointers pointers, Stream s) {
 
 // cuDNN refuses to differentiate T = 1, and before 9.10 to compute it under a mask.
 bool takes(DType t, const DropoutMask& dropout, const Shape& a) {
-    return t == DType::bf16 && dropout.p == 0 && (a.HS == 64 || a.HS == 128) && a.T > 1 && a.B > 0 && a.NH > 0;
+    return t == DType::bf16 && dropout.p == 0 && is_fast_head(a.HS) && a.T > 1 && a.B > 0 && a.NH > 0;
 }
 // The i-th of q, k, v in packed rows.
 void* part(void* packed, int i, const Shape& a) { return static_cast<bf16*>(packed) + size_t(i) * a.NH * a.HS; }

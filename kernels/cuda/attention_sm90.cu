@@ -38,7 +38,7 @@ using attention_sm90::Sizes;
 
 // What these kernels leave to the portable ones.
 bool takes(DType real, int HS, const DropoutMask& dropout) {
-    return real == DType::bf16 && (HS == 64 || HS == 128) && !(dropout.p > 0);
+    return real == DType::bf16 && is_fast_head(HS) && !(dropout.p > 0);
 }
 
 // The shapes of one call.

@@ -25,6 +25,8 @@ struct Backward {
     static constexpr size_t kShared =
         kOwn * kOperands * kTileBytes + kStages * 2 * kBlockBytes + kStages * kStats * sizeof(float) + sizeof(Barriers);
 
+    static_assert(kShared <= kMaxShared);
+
     uint8_t* tiles;   // (kOwn, kOperands, kTile, HS) bf16, in panels
     uint8_t* blocks;  // (kStages, 2, kBlock, HS) likewise
     float* stats;     // (kStages, kStats)

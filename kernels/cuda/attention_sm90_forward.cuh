@@ -19,6 +19,8 @@ struct Forward {
     };
     static constexpr size_t kShared = kOwn * kTileBytes + 2 * kStages * kBlockBytes + sizeof(Barriers);
 
+    static_assert(kShared <= kMaxShared);
+
     uint8_t *q, *k, *v;  // (kOwn, kTile, HS), (kStages, kKeys, HS) twice; bf16, in panels
     Barriers* barriers;
     const Sizes& a;

@@ -26,6 +26,7 @@ struct Registers {
     static constexpr int kConsumer = ((1 + kConsumers) * kLaunchRegisters - kProducer) / kConsumers;
     static_assert(kProducer % 8 == 0 && kConsumer % 8 == 0 && kConsumer <= 255);
 };
+constexpr size_t kMaxShared = 227 * 1024;  // of a block
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Sizes {
@@ -50,8 +51,9 @@ struct Tile {
 };
 
 // The tiles of the calling block, in the order in which all of its warps walk them: always a tile and its mirror image
-// (t and tiles - 1 - t), the longer one first.  Under the causal mask every such pair is the same work, so that blocks
-// which take pairs in turn end together; neighbouring blocks work on one head, whose rows come from L2.
+// (t and tiles - 1 - t), the longer one first.  Under the causal mask every such pair is the same work (the middle tile of
+// an odd number is half of it), so that blocks which take pairs in turn differ by one pair at the end; neighbouring
+// blocks work on one head, whose rows come from L2.
 class Work {
   public:
     // last_is_longest: the tiles are of queries, and not of keys.

@@ -42,7 +42,7 @@ Shape parse_shape(const std::string& text) {
     int length = 0;
     const int n = std::sscanf(text.c_str(), "%dx%dx%dx%d%n", &z.B, &z.NH, &z.T, &z.HS, &length);
     // Of other heads sm90 and cudnn would time the portable kernels, which compute them.
-    if (n != 4 || size_t(length) != text.size() || z.B < 1 || z.NH < 1 || z.T < 1 || (z.HS != 64 && z.HS != 128))
+    if (n != 4 || size_t(length) != text.size() || z.B < 1 || z.NH < 1 || z.T < 1 || !is_fast_head(z.HS))
         fail(Exit::usage, "--shape {}: expected BxNHxTxHS with HS 64 or 128, such as 64x12x1024x64", text);
     return z;
 }

@@ -8,7 +8,8 @@ A copy of the kernels is made in which each removable call asks an environment v
 once, with the race check, and its op tests run for each call, in order and then under random schedules. A removal counts
 as detected when a test fails or a report of the emulator appears. A barrier with a vote (__syncthreads_or) is replaced by the thread's own vote. HARMLESS
 lists the calls that no test can miss, with the reason.
-Exit code 1: less than 95 % of the others were detected, or a listed one was.
+Left in: commits and arrivals by bytes, without which nothing moves on. Exit code 1: less than 95 % of the others were
+detected, one of Hopper's attention was not, or a listed one was.
 """
 from __future__ import annotations
 
@@ -33,11 +34,11 @@ REMOVABLE = re.compile(
 TIMEOUT_S = 300
 ORDERS = ("", "1", "2", "3")        # of threads, until one notices: in order, then at random by these seeds
 NOTHING = 0                         # the number of no site
-# (file, number of the call in it, from 1): why leaving it out changes nothing.
-HARMLESS: dict[tuple[str, int], str] = {
-    ("kernels/cuda/attention_sm90_backward.cuh", 24):
+# (file, number of the call in it, from 1, the call): why leaving it out changes nothing.
+HARMLESS: dict[tuple[str, int, str], str] = {
+    ("kernels/cuda/attention_sm90_backward.cuh", 24, "ptx::wgmma_wait<0>()"):
         "leaves registers to the compiler: the wait for the next block's scores is also one for this product",
-    ("kernels/cuda/attention_sm90_forward.cuh", 20):
+    ("kernels/cuda/attention_sm90_forward.cuh", 20, "ptx::bar_sync(kTurn, kThreadsOfTurn)"):
         "answers the last arrival at a barrier that nobody uses again: PTX does not ask for it",
 }
 
@@ -155,17 +156,18 @@ def main() -> int:
 
     pool = ThreadPoolExecutor(os.cpu_count())                           # each test runs on one core
     for site, (by, seconds) in zip(chosen, pool.map(timed, chosen)):
-        reason = HARMLESS.get((site.file, site.place))
+        reason = HARMLESS.get((site.file, site.place, site.text))
         print(f"{by or 'NOT DETECTED':14} {seconds:5.1f} s  {site}" + (f"  [{reason}]" if reason else ""), flush=True)
         if not by and not reason:
             missed.append(site)
         if by and reason:
             surprising.append(site)
-    counted = [s for s in chosen if (s.file, s.place) not in HARMLESS]
+    counted = [s for s in chosen if (s.file, s.place, s.text) not in HARMLESS]
     print(f"{len(counted) - len(missed)} of {len(counted)} removals detected, {len(chosen) - len(counted)} listed as harmless")
+    unheard = [s for s in missed if "sm90" in s.file]           # too new for any doubt
     for site in surprising:
         print(f"listed as harmless, yet detected: {site}")
-    return 1 if surprising or len(missed) > 0.05 * len(counted) else 0
+    return 1 if surprising or unheard or len(missed) > 0.05 * len(counted) else 0
 
 
 if __name__ == "__main__":

@@ -372,6 +372,58 @@ TEST_CASE("isa: TMA stores and additions, clipped") {
     CHECK(wrong_stored<bf16>(0, 0) == 0);
 }
 
+// A swizzled box (64, 2, 8, 1) of a (3, 12, 5, 64) tensor: rows 1, 2 of 5 and some of 12, of the last of 3.
+__global__ void isa_tma_store_4d_kernel(SIMT_PARAM simt::TensorMap map, int z) {
+    SIMT_DYN_SHARED(box);
+    for (unsigned i = threadIdx.x; i < 1024; i += blockDim.x) {
+        const unsigned row = i / 64,
+                       chunk = i % 64 / 8 ^ row % 8;  // 16-byte chunk of a 128-byte row, by the row modulo 8
+        reinterpret_cast<bf16*>(box)[row * 64 + chunk * 8 + i % 8] = bf16(float(i % 256));
+    }
+    ptx::fence_proxy_async();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    ptx::tma_store_4d(&map, box, 0, 1, z, 2);
+    ptx::bulk_commit();
+    ptx::bulk_wait<0>();
+}
+TEST_CASE("isa: TMA stores of four dimensions, swizzled and clipped") {
+    constexpr int kW = 3, kZ = 12, kY = 5;
+    const uint64_t dim[4] = {64, kY, kZ, kW}, stride[4] = {0, 128, 128 * kY, 128 * kY * kZ};
+    const uint32_t box[4] = {64, 2, 8, 1};
+    for (const int z : {2, 9, -3}) {
+        CAPTURE(z);
+        DeviceArray<bf16> out(std::vector<bf16>(size_t(64 * kY * kZ * kW), bf16(-1.0f)));
+        run(isa_tma_store_4d_kernel, 1, 64, 2048, simt::make_tmap(out.data(), 2, 4, dim, stride, box, true), z);
+        const auto got = out.host();
+        int n_wrong = 0;
+        for (size_t i = 0; i < got.size(); i++) {
+            const int x = int(i % 64), row = int(i / 64), y = row % kY, at_z = row / kY % kZ, w = row / kY / kZ;
+            const bool inside = w == 2 && y >= 1 && y < 3 && at_z >= z && at_z < z + 8;
+            const int in_box = ((at_z - z) * 2 + y - 1) * 64 + x;
+            n_wrong += float(got[i]) != (inside ? float(in_box % 256) : -1.0f);
+        }
+        CHECK(n_wrong == 0);
+    }
+}
+
+// ---- setmaxnreg: the first of three warpgroups gives registers to the others; on a GPU this ends or hangs ----
+__global__ void __launch_bounds__(384, 1) isa_setmaxnreg_kernel(unsigned* out) {  // (384)
+    if (threadIdx.x < 128) {
+        ptx::setmaxnreg_dec<40>();
+        out[threadIdx.x] = threadIdx.x;
+    } else {
+        ptx::setmaxnreg_inc<232>();
+        out[threadIdx.x] = threadIdx.x;
+    }
+}
+TEST_CASE("isa: setmaxnreg") {
+    DeviceArray<unsigned> out(std::vector<unsigned>(384, 0));
+    run(isa_setmaxnreg_kernel, 1, 384, 0, out.data());
+    const auto got = out.host();
+    for (unsigned i = 0; i < 384; i++) CHECK(got[i] == i);
+}
+
 // ---- mbarrier: four warps arrive, one waits for each phase ----
 __global__ void isa_mbarrier_kernel(unsigned* out) {  // (3)
     SIMT_SHARED(uint64_t, barriers, [2]);
