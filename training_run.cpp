@@ -177,6 +177,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
         prompt_tokens(*tokenizer_, prompt);  // refused now, not later
     if (c.train.max_epochs > 0) check_schedule(c, total_steps_);
     state_.config = to_yaml(c);
+    state_.attention = x_.device.attention;
     state_.train = parts_of(&train_);
     state_.val = parts_of(val_ ? &*val_ : nullptr);
     const uint64_t data[] = {train_.fingerprint(), val_ ? val_->fingerprint() : 0, uint64_t(total_steps_)};
@@ -276,10 +277,11 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     if (before.device.dtype != x_.config.device.dtype)
         x_.log.warn("device.dtype changed from {} to {}: the run goes on, but not bit for bit", before.device.dtype,
                     x_.config.device.dtype);
-    if (before.device.attention != x_.config.device.attention)
+    if (const std::string& now = x_.device.attention;
+        saved.attention != now && !saved.attention.empty() && !now.empty())
         x_.log.warn(
-            "device.attention changed from {} to {}: the run goes on, bit for bit only if the kernels are the same",
-            before.device.attention, x_.config.device.attention);
+            "the attention kernels changed from {} to {} (device.attention: {}): the run goes on, but not bit for bit",
+            saved.attention, now, x_.config.device.attention);
     require_same_data("data.train", saved.train, state_.train);
     require_same_data("data.val", saved.val, state_.val);
     load_weights(checkpoint, x_.device.k, trainer_);

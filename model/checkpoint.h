@@ -29,6 +29,7 @@ struct RunState {
     uint64_t updates = 0;    // optimizer updates: step minus the skipped ones
     uint64_t sequences = 0;  // position in the endless stream of sequences
     std::string config;      // config.yaml as resolved
+    std::string attention;   // the kernels, as in device.attention; empty: on the CPU
     std::vector<DataPart> train, val;
 };
 
