@@ -17,6 +17,8 @@ struct RunDevice {
     bool own = false;                // every rank has a GPU of its own
     std::shared_ptr<NcclComm> nccl;  // there on several ranks that have
     size_t workspace_bytes = 0;      // of the GPU's memory, for the kernels' scratch
+    size_t library_bytes = 0;        // that CUDA's libraries have taken of it
+    MemoryState memory;              // before both, with the context there; zero on the CPU
     std::string note;                // why `auto` is the CPU, or what the attention kernels do not compute
 };
 

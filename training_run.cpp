@@ -11,6 +11,7 @@
 namespace {
 using nlohmann::ordered_json;
 constexpr int kMaxBadSteps = 10;  // in a row: the run is dead, not unlucky
+constexpr int kMemorySteps = 3;   // after so many, all that is made at a first use is there, graphs too
 
 GPT2Config model_config(const Config& c) {
     return {.L = c.model.n_layer,
@@ -109,6 +110,9 @@ TrainerOptions model_options(const Context& x) {
     o.model = model_config(c);
     o.global_batch_size = c.train.global_batch_size;
     o.micro_batch_size = c.train.micro_batch_size;
+    o.recompute = c.train.recompute == "block"  ? Recompute::block
+                  : c.train.recompute == "gelu" ? Recompute::gelu
+                                                : Recompute::none;
     o.reduction = Reduction::mpi;
     o.real = c.device.dtype == "bf16" ? DType::bf16 : DType::f32;
     o.seed = c.run.seed;
@@ -120,6 +124,7 @@ TrainerOptions training_options(const Context& x) {
     TrainerOptions o = model_options(x);
     o.reduction = choose_reduction(c, x.device, x.comm.size());
     o.nccl = x.device.nccl.get();
+    o.graph = c.device.graph == "on" ? UseGraph::on : c.device.graph == "off" ? UseGraph::off : UseGraph::automatic;
     o.optimizer.kind = c.optimizer.name == "adamw"  ? OptimizerKind::adamw
                        : c.optimizer.name == "adam" ? OptimizerKind::adam
                                                     : OptimizerKind::sgd;
@@ -304,10 +309,12 @@ void TrainingRun::announce() {
     x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
                 c.C, c.T, c.V);
     x_.log.info("{} training sequences; {} steps of {} tokens", train_.n_sequences(), total_steps_, tokens_per_step());
-    x_.log.info("memory of one rank\n{}", trainer_.memory_table());
-    if (x_.device.workspace_bytes)
-        x_.log.info("and {} of the GPU's memory as workspace, besides what CUDA's libraries take",
-                    human_bytes(x_.device.workspace_bytes));
+    x_.log.info("memory of one rank\n{}total: {}", trainer_.memory().table(), human_bytes(trainer_.memory().n_bytes()));
+    const RunDevice& d = x_.device;
+    if (d.memory.n_total)
+        x_.log.info("and of the GPU's {}: {} workspace, {} CUDA's libraries, {} context and other processes",
+                    human_bytes(d.memory.n_total), human_bytes(d.workspace_bytes), human_bytes(d.library_bytes),
+                    human_bytes(d.memory.n_total - d.memory.n_free));
     ordered_json record = {{"type", "run"},
                            {"step", state_.step},
                            {"time", utc_now()},
@@ -319,6 +326,11 @@ void TrainingRun::announce() {
     record.update({{"world", x_.comm.size()},
                    {"threads", x_.threads},
                    {"allreduce", reduction},
+                   {"graph", trainer_.uses_graphs()},
+                   {"memory",
+                    {{"planned", trainer_.memory().n_bytes()},
+                     {"workspace", x_.device.workspace_bytes},
+                     {"libraries", x_.device.library_bytes}}},
                    {"parameters", count_params(c)},
                    {"flops_per_token", flops_per_token(c)},
                    {"total_steps", total_steps_}});
@@ -334,7 +346,7 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
     const Config& c = x_.config;
     const Stopwatch clock;
     const double lr = learning_rate_at(schedule_, state_.step);
-    const StepResult r = trainer_.step(state_.step, lr, next);
+    const StepResult r = trainer_.step(state_.step, lr, next, state_.step + 1 < total_steps_);
     state_.step++;
     state_.tokens += tokens_per_step();
     state_.sequences += uint64_t(c.train.global_batch_size);
@@ -365,8 +377,22 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
                                     100.0 * double(state_.step) / double(total_steps_), human_duration(seconds_left)),
                         last);
     }
+    if (state_.step == first_step_ + kMemorySteps || (last && state_.step < first_step_ + kMemorySteps)) check_memory();
     bad_steps_ = r.updated ? 0 : bad_steps_ + 1;
     if (!r.updated) bad_step(r);
+}
+
+// What has been taken of the GPU since its context was there, against what start() said.  Only for a GPU of our own.
+void TrainingRun::check_memory() {
+    const RunDevice& d = x_.device;
+    if (x_.comm.rank() == 0 && !trainer_.graph_note().empty()) x_.log.info("{}", trainer_.graph_note());
+    if (x_.comm.rank() != 0 || d.memory.n_total == 0 || !d.own) return;
+    const size_t n_free = d.k.memory_state().n_free, taken = d.memory.n_free - std::min(d.memory.n_free, n_free);
+    const size_t named = trainer_.memory().n_bytes() + d.workspace_bytes + d.library_bytes;
+    dir_->record({{"type", "event"}, {"step", state_.step}, {"event", "memory"}, {"taken", taken}, {"named", named}});
+    x_.log.info("GPU memory: {} taken, {} of it named above", human_bytes(taken), human_bytes(named));
+    if (double(taken) > 1.02 * double(named) || double(named) > 1.02 * double(taken))
+        x_.log.warn("that differs by more than 2 %: libraries have grown, or other processes use this GPU");
 }
 
 void TrainingRun::bad_step(const StepResult& r) {

@@ -60,6 +60,7 @@ class TrainingRun {
     void resume_from(const fs::path& checkpoint);
     void announce();
     void step(const Trainer::NextMicroBatch& next);
+    void check_memory();
     void bad_step(const StepResult& r);
     bool out_of_time();
     void evaluate_and_sample();

@@ -18,7 +18,6 @@ class OneRank final : public Reducer {
     void sum(Buf, Stream) override {}
     void wait(Stream s) override { k_.synchronize(s); }
     const char* name() const override { return "one rank"; }
-    size_t scratch_bytes() const override { return 0; }
 
   private:
     const Backend& k_;
@@ -34,7 +33,7 @@ class InPlace final : public Reducer {
     }
     void wait(Stream) override {}
     const char* name() const override { return reduction_name(how_); }
-    size_t scratch_bytes() const override { return 0; }
+    bool needs_host() const override { return true; }
 
   private:
     Comm& comm_;
@@ -69,7 +68,7 @@ class Staged final : public Reducer {
     }
     void wait(Stream s) override { k_.synchronize(s); }
     const char* name() const override { return name_.c_str(); }
-    size_t scratch_bytes() const override { return 0; }
+    bool needs_host() const override { return true; }
 
   private:
     struct Slot {
@@ -102,7 +101,6 @@ class Fused final : public Reducer {
     }
     void wait(Stream s) override { device_.wait(s); }
     const char* name() const override { return "nccl"; }
-    size_t scratch_bytes() const override { return 0; }
 
   private:
     DeviceComm& device_;
@@ -119,10 +117,9 @@ class MovedShards final : public Reducer {
           device_(device),
           n_(n),
           tail_(n % (ranks() * kShardUnit)),
-          shard_(std::min((n - tail_) / ranks(), longest ? longest : affordable(ranks()))) {
-        arena_.add(parts_, "parts", ranks() * std::max(shard_, tail_), DType::f32);
-        arena_.allocate(k.memory, [&](void* p, size_t n_bytes) { k.zero(p, n_bytes, nullptr); });
-        k.synchronize(nullptr);
+          shard_(std::min((n - tail_) / ranks(), longest ? longest : affordable(ranks()))) {}
+    void plan(Arena& arena) override {
+        arena.add(parts_, "reduction's parts", ranks() * std::max(shard_, tail_), DType::f32);
     }
     void sum(Buf grad, Stream s) override {
         check_size(grad, n_);
@@ -141,7 +138,6 @@ class MovedShards final : public Reducer {
     }
     void wait(Stream s) override { device_.wait(s); }
     const char* name() const override { return "ordered, moved by nccl"; }
-    size_t scratch_bytes() const override { return arena_.n_bytes(); }
 
   private:
     static constexpr size_t kShardUnit = 4;  // shards begin on 16 bytes
@@ -156,7 +152,6 @@ class MovedShards final : public Reducer {
     const Backend& k_;
     DeviceComm& device_;
     const size_t n_, tail_, shard_;
-    Arena arena_{"reduction"};
     Buf parts_;  // (ranks, max(shard_, tail_)) f32
 };
 }  // namespace

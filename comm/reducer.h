@@ -17,8 +17,11 @@ class Reducer {
     virtual void sum(Buf grad, Stream s) = 0;
     // The host waits until the stream is done, like Backend::synchronize, but a lost rank is an Error, not a hang.
     virtual void wait(Stream s) = 0;
-    virtual const char* name() const = 0;      // "nccl", "ordered through host memory", ...
-    virtual size_t scratch_bytes() const = 0;  // of the backend's memory
+    virtual const char* name() const = 0;  // "nccl", "ordered through host memory", ...
+    // Plans what sum() needs of the backend's memory; to be placed before the first sum().
+    virtual void plan(Arena&) {}
+    // sum() waits for the device and takes part itself, so it cannot be recorded (Backend::begin_graph).
+    virtual bool needs_host() const { return false; }
 };
 
 // For gradients of n elements.  One rank: nothing is done.

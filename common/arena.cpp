@@ -29,7 +29,7 @@ Arena::Arena(Arena&& o) noexcept
       allocator_(o.allocator_) {}
 
 Arena::~Arena() {
-    if (base_) allocator_.free(base_);
+    if (base_ && allocator_.free) allocator_.free(base_);
 }
 
 void Arena::add(Buf& where, std::string tensor, size_t count, DType dtype) {
@@ -38,11 +38,18 @@ void Arena::add(Buf& where, std::string tensor, size_t count, DType dtype) {
     n_bytes_ += (count * dtype_bytes(dtype) + align_ - 1) / align_ * align_;
 }
 
-void Arena::allocate(Allocator allocator, const std::function<void(void*, size_t)>& zero) {
+void Arena::allocate(Allocator allocator, const Zero& zero) {
     CHECK_THAT(!base_, "arena {}: allocate() twice", name_);
-    allocator_ = allocator;
     if (n_bytes_ == 0) return;
-    base_ = allocator_.alloc(n_bytes_);
+    void* const base = allocator.alloc(n_bytes_);
+    allocator_ = allocator;
+    place(base, zero);
+}
+
+void Arena::place(void* base, const Zero& zero) {
+    CHECK_THAT(!base_, "arena {}: placed twice", name_);
+    if (n_bytes_ == 0) return;
+    base_ = base;
     zero(base_, n_bytes_);
     for (const Tensor& t : tensors_) *t.where = Buf(static_cast<char*>(base_) + t.offset, t.count, t.dtype);
 }

@@ -1,5 +1,6 @@
-// Arena: many named tensors in one flat allocation.  First add() them all, then allocate() once: sizes are known and
-// printable before any memory is taken.  Tensors lie in the order of add(), each on an aligned boundary, zeroed.
+// Arena: many named tensors in one flat piece of memory.  First add() them all, then allocate() or place() once: sizes
+// are known and printable before any memory is taken.  Tensors lie in the order of add(), each on an aligned boundary,
+// zeroed.
 #pragma once
 #include <functional>
 #include <string>
@@ -24,15 +25,21 @@ class Arena {
     Arena& operator=(Arena&&) = delete;
     ~Arena();
 
-    // Plans a tensor; `where` is filled in by allocate() and must stay at its address until then.
+    // `zero` writes n bytes of zero into the backend's memory.
+    using Zero = std::function<void(void*, size_t n_bytes)>;
+
+    // Plans a tensor; `where` is filled in later and must stay at its address until then.
     void add(Buf& where, std::string tensor, size_t count, DType dtype);
-    // Takes the memory and fills in every planned Buf.  `zero` writes n bytes of zero into the backend's memory.
-    void allocate(Allocator allocator, const std::function<void(void*, size_t n_bytes)>& zero);
+    // Takes the memory and fills in every planned Buf.
+    void allocate(Allocator allocator, const Zero& zero);
+    // The same in memory of n_bytes() that the caller owns, on a boundary of kAlign.
+    void place(void* base, const Zero& zero);
 
     const std::string& name() const { return name_; }
     size_t n_bytes() const { return n_bytes_; }
-    // The whole allocation, padding included, as one buffer; every tensor must have this dtype.
+    // All of it, padding included, as one buffer; every tensor must have this dtype.
     Buf flat(DType dtype) const;
+    Buf bytes() const { return {base_, n_bytes_, DType::u8}; }
     // A line per kind of tensor (layer numbers folded to *): name, tensors, elements, bytes.
     std::string table() const;
 
@@ -47,7 +54,7 @@ class Arena {
     std::vector<Tensor> tensors_;
     size_t align_, n_bytes_ = 0;
     void* base_ = nullptr;
-    Allocator allocator_{};
+    Allocator allocator_{};  // empty: the memory is someone else's
 };
 
 // "1.50 GiB", "12.0 MiB", "512 B".

@@ -20,6 +20,7 @@ struct Config {
         std::string dtype = "fp32";      // fp32 | bf16: of activations and matrix products
         int threads = 0;                 // 0: auto, this rank's share of the host's cores
         std::string attention = "auto";  // auto | portable | sm90 | cudnn: the kernels of attention on a GPU
+        std::string graph = "auto";      // auto | on | off: replay a GPU's step from a CUDA graph
     } device;
     struct Model {
         std::string architecture = "gpt2";
@@ -39,6 +40,7 @@ struct Config {
         double max_epochs = 0;
         int global_batch_size = 0, micro_batch_size = 0;  // required; sequences
         double grad_clip = 1.0;                           // 0: off
+        std::string recompute = "none";                   // none | gelu | block: what the backward pass computes again
     } train;
     struct Optimizer {
         std::string name = "adamw";  // adamw | adam | sgd

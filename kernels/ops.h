@@ -83,6 +83,7 @@ struct Linear {    // y = gelu(x w + b) + residual;  gelu and residual only wher
     Buf residual;  // (BT, OC) or absent; may not be given together with pre_gelu; may be y itself
     int BT = 0, C = 0, OC = 0;
     bool w_transposed = false;
+    bool fuse_gelu = true;  // false: y has the bits of gelu_forward() of pre_gelu as stored
 };
 struct LinearGrad {
     Buf dx;        // (BT, C)   out  =  dy w^T, times gelu'(pre_gelu) where that is given; may be absent
@@ -198,7 +199,12 @@ struct GradNorm {        // norm = sqrt(sum grad^2), clip = max_norm > 0 and nor
 constexpr size_t kGradNormChunk = size_t(1) << 16;  // elements summed by one partial
 constexpr size_t grad_norm_scratch(size_t n) { return (n + kGradNormChunk - 1) / kGradNormChunk; }
 
-struct Mark;  // a point in the work given to a stream
+struct Mark;   // a point in the work given to a stream
+struct Graph;  // work that was recorded, to be done again and again
+
+struct MemoryState {                 // of a device, in bytes; all zero where it is not known
+    size_t n_free = 0, n_total = 0;  // other processes' memory is not free
+};
 
 // A constant table of functions, chosen at run time.  test_backend.cpp checks that no field is null.  Work given to one
 // stream runs in order; the host may be ahead of it until it waits.  A null stream is the device's default one.
@@ -212,12 +218,26 @@ struct Backend {
     // From or to host memory.  Where that is pinned it must stay as it is until the stream has come past.
     void (*upload)(void* to, const void* from_host, size_t n_bytes, Stream);
     void (*download)(void* to_host, const void* from, size_t n_bytes, Stream);
+    void (*copy)(void* to, const void* from, size_t n_bytes, Stream);  // inside the backend's memory
     void (*synchronize)(Stream);  // the host waits for all work given to the stream
     Mark* (*new_mark)();
     void (*free_mark)(Mark*);
     void (*set_mark)(Mark*, Stream);  // after all work given to the stream so far; an earlier place is forgotten
     void (*wait_mark)(const Mark*);   // the host waits until the stream has come past; at once if it was never set
+    void (*wait_for)(Stream,
+                     const Mark*);  // what is given to the stream from now on begins when the mark has been passed
     double (*ms_between)(const Mark* from, const Mark* to);  // after wait_mark(to)
+    MemoryState (*memory_state)();
+
+    // Between begin_graph and end_graph work given to the stream is not done but recorded; launch_graph does all of it.
+    // Arguments are kept as they were; host memory is read and written, and marks are set, anew by each launch (such a
+    // mark counts when the launch has been waited for).  Nothing may wait meanwhile, and every op that is recorded
+    // should have run once before.  end_graph throws when something could not be recorded; the stream is good again.
+    bool (*can_record)();  // false: the four others are not for this backend
+    void (*begin_graph)(Stream);
+    Graph* (*end_graph)(Stream);
+    void (*launch_graph)(Graph*, Stream);
+    void (*free_graph)(Graph*);
 
     void (*embedding_forward)(const Embedding&, Stream);
     void (*embedding_backward)(const EmbeddingGrad&, Stream);
@@ -265,6 +285,7 @@ struct CudaDevice {
     int ordinal = 0, capability = 0;  // 90 for 9.0
     size_t memory_bytes = 0, workspace_bytes = 0;
     std::string bus_id;  // tells which ranks of a host share a device
+    MemoryState memory;  // with the context there, and nothing else of ours
 };
 CudaDevice open_cuda_device(int ordinal);
 

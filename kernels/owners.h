@@ -32,6 +32,51 @@ class MarkOwner {
     Mark* mark_;
 };
 
+class GraphOwner {
+  public:
+    // Records what `work` gives to the stream; what it throws ends the recording.
+    template <class F>
+    GraphOwner(const Backend& k, Stream s, F&& work) : k_(&k) {
+        k.begin_graph(s);
+        try {
+            work();
+        } catch (...) {
+            try {
+                k.free_graph(k.end_graph(s));
+            } catch (const Error&) {  // spoiled by what is thrown on
+            }
+            throw;
+        }
+        graph_ = k.end_graph(s);
+    }
+    GraphOwner(GraphOwner&& o) noexcept : k_(o.k_), graph_(std::exchange(o.graph_, nullptr)) {}
+    GraphOwner& operator=(GraphOwner&&) = delete;
+    ~GraphOwner() {
+        if (graph_) k_->free_graph(graph_);
+    }
+    void launch(Stream s) const { k_->launch_graph(graph_, s); }
+
+  private:
+    const Backend* k_;
+    Graph* graph_ = nullptr;
+};
+
+// Memory of the device.
+class DeviceBuffer {
+  public:
+    DeviceBuffer(const Backend& k, size_t n_bytes) : k_(&k), data_(k.memory.alloc(n_bytes)) {}
+    DeviceBuffer(DeviceBuffer&& o) noexcept : k_(o.k_), data_(std::exchange(o.data_, nullptr)) {}
+    DeviceBuffer& operator=(DeviceBuffer&&) = delete;
+    ~DeviceBuffer() {
+        if (data_) k_->memory.free(data_);
+    }
+    void* get() const { return data_; }
+
+  private:
+    const Backend* k_;
+    void* data_;
+};
+
 // Pinned host memory.
 class HostBuffer {
   public:

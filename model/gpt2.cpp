@@ -29,6 +29,18 @@ Buf branch_gradient(const Backend& k, const GPT2Acts& a, const DropoutMask& m, c
     k.dropout({.y = a.d_branch, .x = a.d_res, .mask = m, .B = batch.B, .T = batch.T, .C = C}, s);
     return a.d_branch;
 }
+
+// The activations of a block, wherever they are kept.
+BlockActs acts_of(const GPT2Acts& a, int layer) {
+    BlockActs h = a.block[size_t(layer)];
+    const auto shared = [&](auto... member) { ((h.*member = h.*member ? h.*member : a.shared.*member), ...); };
+    shared(&BlockActs::ln1, &BlockActs::ln1_mean, &BlockActs::ln1_rstd, &BlockActs::qkv, &BlockActs::att,
+           &BlockActs::lse, &BlockActs::res_att, &BlockActs::ln2, &BlockActs::ln2_mean, &BlockActs::ln2_rstd,
+           &BlockActs::pre_gelu, &BlockActs::gelu);
+    return h;
+}
+// (BT, C) the residual stream that a block begins with.
+Buf input_of(const GPT2Acts& a, int layer) { return layer > 0 ? a.block[size_t(layer - 1)].res_mlp : a.emb; }
 }  // namespace
 
 size_t count_params(const GPT2Config& c) {
@@ -82,37 +94,55 @@ void init_tensor(const Backend& k, const ParamInfo& info, Buf parameter, uint32_
 
 // One op per statement: outputs, inputs, sizes.  Hand-aligned, because this is the page that people come to read.
 // clang-format off
+namespace {
+// A block up to the input of its last projection: what the backward pass needs of it.
+void block_forward(const Backend& k, const GPT2Config& c, const BlockParams& w, GPT2Acts& a, int l, const GPT2Batch& batch,
+                   bool train, Stream s) {
+    const int B = batch.B, T = batch.T, BT = B * T, C = c.C, NH = c.NH, HS = c.HS();
+    const BlockActs h = acts_of(a, l);
+    const Buf x = input_of(a, l);  // (BT, C)
+    k.layernorm_forward({.y = h.ln1, .mean = h.ln1_mean, .rstd = h.ln1_rstd,
+                         .x = x, .w = w.ln1w, .b = w.ln1b, .BT = BT, .C = C}, s);
+    k.linear_forward({.y = h.qkv, .x = h.ln1, .w = w.qkvw, .b = w.qkvb, .BT = BT, .C = C, .OC = 3 * C}, s);
+    k.attention_forward({.y = h.att, .lse = h.lse, .qkv = h.qkv,
+                         .dropout = mask(c, batch, l, DropoutKind::attention, train),
+                         .B = B, .T = T, .NH = NH, .HS = HS}, s);
+    project(k, {.y = h.res_att, .x = h.att, .w = w.projw, .b = w.projb, .residual = x,
+                .BT = BT, .C = C, .OC = C},
+            a, mask(c, batch, l, DropoutKind::attention_residual, train), batch, s);
+    k.layernorm_forward({.y = h.ln2, .mean = h.ln2_mean, .rstd = h.ln2_rstd,
+                         .x = h.res_att, .w = w.ln2w, .b = w.ln2b, .BT = BT, .C = C}, s);
+    k.linear_forward({.y = h.gelu, .pre_gelu = h.pre_gelu, .x = h.ln2, .w = w.fcw, .b = w.fcb,
+                      .BT = BT, .C = C, .OC = 4 * C, .fuse_gelu = a.recompute != Recompute::gelu}, s);
+}
+
+// Brings back what the block did not keep.  The last block's is still there.
+void recompute(const Backend& k, const GPT2Config& c, const BlockParams& w, GPT2Acts& a, int l, const GPT2Batch& batch,
+               Stream s) {
+    if (l == c.L - 1) return;
+    const BlockActs h = acts_of(a, l);
+    if (a.recompute == Recompute::gelu) k.gelu_forward({.y = h.gelu, .x = h.pre_gelu}, s);
+    if (a.recompute == Recompute::block) block_forward(k, c, w, a, l, batch, true, s);
+}
+}  // namespace
+
 void gpt2_logits(const Backend& k, const GPT2Config& c, const GPT2Params& p, GPT2Acts& a, const GPT2Batch& batch,
                  bool train, Stream s) {
-    const int B = batch.B, T = batch.T, BT = B * T, C = c.C, NH = c.NH, HS = c.HS();
+    const int B = batch.B, T = batch.T, BT = B * T, C = c.C;
     k.embedding_forward({.y = a.emb, .tokens = batch.inputs, .wte = p.wte, .wpe = p.wpe,
                          .B = B, .T = T, .C = C, .V = c.V}, s);
     if (const DropoutMask m = mask(c, batch, 0, DropoutKind::embedding, train); m.p > 0)
         k.dropout({.y = a.emb, .x = a.emb, .mask = m, .B = B, .T = T, .C = C}, s);
-    Buf x = a.emb;  // (BT, C) the residual stream
     for (int l = 0; l < c.L; l++) {
         const BlockParams& w = p.block[size_t(l)];
-        BlockActs& h = a.block[size_t(l)];
-        k.layernorm_forward({.y = h.ln1, .mean = h.ln1_mean, .rstd = h.ln1_rstd,
-                             .x = x, .w = w.ln1w, .b = w.ln1b, .BT = BT, .C = C}, s);
-        k.linear_forward({.y = h.qkv, .x = h.ln1, .w = w.qkvw, .b = w.qkvb, .BT = BT, .C = C, .OC = 3 * C}, s);
-        k.attention_forward({.y = h.att, .lse = h.lse, .qkv = h.qkv,
-                             .dropout = mask(c, batch, l, DropoutKind::attention, train),
-                             .B = B, .T = T, .NH = NH, .HS = HS}, s);
-        project(k, {.y = h.res_att, .x = h.att, .w = w.projw, .b = w.projb, .residual = x,
-                    .BT = BT, .C = C, .OC = C},
-                a, mask(c, batch, l, DropoutKind::attention_residual, train), batch, s);
-        k.layernorm_forward({.y = h.ln2, .mean = h.ln2_mean, .rstd = h.ln2_rstd,
-                             .x = h.res_att, .w = w.ln2w, .b = w.ln2b, .BT = BT, .C = C}, s);
-        k.linear_forward({.y = h.gelu, .pre_gelu = h.pre_gelu, .x = h.ln2, .w = w.fcw, .b = w.fcb,
-                          .BT = BT, .C = C, .OC = 4 * C}, s);
+        const BlockActs h = acts_of(a, l);
+        block_forward(k, c, w, a, l, batch, train, s);
         project(k, {.y = h.res_mlp, .x = h.gelu, .w = w.fcprojw, .b = w.fcprojb, .residual = h.res_att,
                     .BT = BT, .C = 4 * C, .OC = C},
                 a, mask(c, batch, l, DropoutKind::mlp_residual, train), batch, s);
-        x = h.res_mlp;
     }
     k.layernorm_forward({.y = a.lnf, .mean = a.lnf_mean, .rstd = a.lnf_rstd,
-                         .x = x, .w = p.lnfw, .b = p.lnfb, .BT = BT, .C = C}, s);
+                         .x = input_of(a, c.L), .w = p.lnfw, .b = p.lnfb, .BT = BT, .C = C}, s);
     k.linear_forward({.y = a.logits, .x = a.lnf, .w = p.wte, .BT = BT, .C = C, .OC = c.Vp(), .w_transposed = true}, s);
 }
 
@@ -131,13 +161,13 @@ void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, G
                        .BT = BT, .C = C, .OC = c.Vp(), .w_transposed = true, .accumulate = acc}, s);
     k.zero(a.d_res.data, a.d_res.n_bytes(), s);
     k.layernorm_backward({.dx = a.d_res, .dw = g.lnfw, .db = g.lnfb, .dy = a.d_ln,
-                          .x = a.block.back().res_mlp, .w = p.lnfw, .mean = a.lnf_mean, .rstd = a.lnf_rstd,
+                          .x = input_of(a, c.L), .w = p.lnfw, .mean = a.lnf_mean, .rstd = a.lnf_rstd,
                           .BT = BT, .C = C, .accumulate = acc}, s);
     for (int l = c.L - 1; l >= 0; l--) {
         const BlockParams& w = p.block[size_t(l)];
         BlockParams& dw = g.block[size_t(l)];
-        const BlockActs& h = a.block[size_t(l)];
-        const Buf x = l > 0 ? a.block[size_t(l - 1)].res_mlp : a.emb;  // (BT, C) input of the block
+        const BlockActs h = acts_of(a, l);
+        recompute(k, c, w, a, l, batch, s);
 
         Buf dy = branch_gradient(k, a, mask(c, batch, l, DropoutKind::mlp_residual, true), batch, C, s);
         k.linear_backward({.dx = a.d_gelu, .dw = dw.fcprojw, .db = dw.fcprojb,
@@ -159,7 +189,7 @@ void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, G
         k.linear_backward({.dx = a.d_ln, .dw = dw.qkvw, .db = dw.qkvb, .dy = a.d_qkv, .x = h.ln1, .w = w.qkvw,
                            .BT = BT, .C = C, .OC = 3 * C, .accumulate = acc}, s);
         k.layernorm_backward({.dx = a.d_res, .dw = dw.ln1w, .db = dw.ln1b, .dy = a.d_ln,
-                              .x = x, .w = w.ln1w, .mean = h.ln1_mean, .rstd = h.ln1_rstd,
+                              .x = input_of(a, l), .w = w.ln1w, .mean = h.ln1_mean, .rstd = h.ln1_rstd,
                               .BT = BT, .C = C, .accumulate = acc}, s);
     }
     if (const DropoutMask m = mask(c, batch, 0, DropoutKind::embedding, true); m.p > 0)

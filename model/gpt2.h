@@ -97,6 +97,13 @@ void visit(GPT2Params& p, const GPT2Config& c, F&& f) {
 // Parameters without the rows that only pad the vocabulary.
 size_t count_params(const GPT2Config& c);
 
+// What the backward pass computes again instead of keeping it from the forward pass (train.recompute).
+enum class Recompute : uint8_t {
+    none,
+    gelu,  // the GELU's output.  In bf16 GELU then sees its input as stored, never the sum before rounding
+    block  // all of a block but its output: one forward pass more, but for the last block.  The bits of none
+};
+
 struct BlockActs {
     Buf ln1;                 // (BT, C)
     Buf ln1_mean, ln1_rstd;  // (BT) stat
@@ -110,8 +117,10 @@ struct BlockActs {
     Buf res_mlp;             // (BT, C)  residual stream after the MLP
 };
 struct GPT2Acts {
+    Recompute recompute = Recompute::none;
     Buf emb;                       // (BT, C)
-    std::vector<BlockActs> block;  // (L)
+    std::vector<BlockActs> block;  // (L)  what every block keeps
+    BlockActs shared;              // what blocks use in turn
     Buf lnf;                       // (BT, C)
     Buf lnf_mean, lnf_rstd;        // (BT) stat
     Buf logits;                    // (BT, Vp)  becomes their gradient
@@ -130,29 +139,38 @@ struct GPT2Acts {
 
 // Calls f(name, member, elements, dtype) for every activation of a batch of B x T.
 template <class F>
-void visit_activations(GPT2Acts& a, const GPT2Config& c, int B, int T, DType real, bool backward, F&& f) {
+void visit_activations(GPT2Acts& a, const GPT2Config& c, int B, int T, DType real, Recompute recompute, bool backward,
+                       F&& f) {
     const DType stat = real == DType::f64 ? DType::f64 : DType::f32;
     const size_t BT = size_t(B) * T, C = size_t(c.C), heads = size_t(B) * c.NH * T;
     const bool dropout = c.dropout > 0;
+    a.recompute = recompute;
     a.block.resize(size_t(c.L));
     f("emb", a.emb, BT * C, real);
-    for (int l = 0; l < c.L; l++) {
-        BlockActs& b = a.block[size_t(l)];
-        const std::string h = "h." + std::to_string(l) + ".";
-        f(h + "ln1", b.ln1, BT * C, real);
-        f(h + "ln1_mean", b.ln1_mean, BT, stat);
-        f(h + "ln1_rstd", b.ln1_rstd, BT, stat);
-        f(h + "qkv", b.qkv, BT * 3 * C, real);
-        f(h + "att", b.att, BT * C, real);
-        f(h + "lse", b.lse, heads, stat);
-        f(h + "res_att", b.res_att, BT * C, real);
-        f(h + "ln2", b.ln2, BT * C, real);
-        f(h + "ln2_mean", b.ln2_mean, BT, stat);
-        f(h + "ln2_rstd", b.ln2_rstd, BT, stat);
-        f(h + "pre_gelu", b.pre_gelu, BT * 4 * C, real);
-        f(h + "gelu", b.gelu, BT * 4 * C, real);
-        f(h + "res_mlp", b.res_mlp, BT * C, real);
-    }
+    // Those that `shared` keep the level's blocks from keeping are visited once, after them.
+    const auto visit_block = [&](BlockActs& b, const std::string& h, bool own) {
+        const auto put = [&](const char* name, Buf& member, size_t n, DType t, Recompute level) {
+            if ((recompute < level) == own) f(h + name, member, n, t);
+        };
+        // clang-format off
+        //  name       member      elements    dtype  shared from this level on
+        put("ln1",      b.ln1,      BT * C,     real, Recompute::block);
+        put("ln1_mean", b.ln1_mean, BT,         stat, Recompute::block);
+        put("ln1_rstd", b.ln1_rstd, BT,         stat, Recompute::block);
+        put("qkv",      b.qkv,      BT * 3 * C, real, Recompute::block);
+        put("att",      b.att,      BT * C,     real, Recompute::block);
+        put("lse",      b.lse,      heads,      stat, Recompute::block);
+        put("res_att",  b.res_att,  BT * C,     real, Recompute::block);
+        put("ln2",      b.ln2,      BT * C,     real, Recompute::block);
+        put("ln2_mean", b.ln2_mean, BT,         stat, Recompute::block);
+        put("ln2_rstd", b.ln2_rstd, BT,         stat, Recompute::block);
+        put("pre_gelu", b.pre_gelu, BT * 4 * C, real, Recompute::block);
+        put("gelu",     b.gelu,     BT * 4 * C, real, Recompute::gelu);
+        // clang-format on
+        if (own) f(h + "res_mlp", b.res_mlp, BT * C, real);
+    };
+    for (int l = 0; l < c.L; l++) visit_block(a.block[size_t(l)], "h." + std::to_string(l) + ".", true);
+    visit_block(a.shared, "shared.", false);
     f("lnf", a.lnf, BT * C, real);
     f("lnf_mean", a.lnf_mean, BT, stat);
     f("lnf_rstd", a.lnf_rstd, BT, stat);
@@ -185,8 +203,8 @@ void gpt2_logits(const Backend& k, const GPT2Config& c, const GPT2Params& p, GPT
 // Logits, then per-token loss and correct.  With grad_scale != 0 the logits become their gradient.
 void gpt2_forward(const Backend& k, const GPT2Config& c, const GPT2Params& p, GPT2Acts& a, const GPT2Batch& batch,
                   bool train, float grad_scale, Stream s);
-// After gpt2_forward with train and grad_scale: gradients of the sum of losses times grad_scale.
-// g =, or += when accumulate: every parameter's gradient is written.
+// After gpt2_forward with train and grad_scale, and no other forward pass since: gradients of the sum of losses times
+// grad_scale.  g =, or += when accumulate: every parameter's gradient is written.
 void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, GPT2Acts& a, GPT2Params& g,
                    const GPT2Batch& batch, bool accumulate, Stream s);
 

@@ -3,21 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "common/hash.h"
-
-namespace {
-DType stat_of(DType real) { return real == DType::f64 ? DType::f64 : DType::f32; }
-
-void plan_params(Arena& arena, GPT2Params& p, const GPT2Config& c, DType t, const std::string& prefix = "") {
-    visit(p, c, [&](const ParamInfo& info, Buf& b) { arena.add(b, prefix + info.name, info.count(), t); });
-}
-
-// Arenas that hold a number per parameter: a tensor begins at the same element in each, whatever its dtype, and no block
-// of 64 elements straddles two tensors.
-constexpr size_t kParamBlock = 64;
-Arena param_arena(const char* name, DType t) { return Arena(name, kParamBlock * dtype_bytes(t)); }
-}  // namespace
 
 std::vector<double> as_doubles(const Buf& host) {
     std::vector<double> out(host.count);
@@ -39,6 +27,13 @@ void check_model(const GPT2Config& c, DType real) {
              c.C, c.NH, c.HS());
 }
 
+namespace {
+TrainerOptions checked(TrainerOptions o) {
+    check_model(o.model, o.real);
+    return o;
+}
+}  // namespace
+
 Trainer::Marks::Marks(const Backend& k, int n_micro) : reduced(k), end(k) {
     for (auto* marks : {&start, &forward, &backward})
         for (int i = 0; i < n_micro; i++) marks->emplace_back(k);
@@ -47,128 +42,57 @@ Trainer::Marks::Marks(const Backend& k, int n_micro) : reduced(k), end(k) {
 Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
     : k_(k),
       comm_(comm),
-      o_(std::move(options)),
+      o_(checked(std::move(options))),
       share_(batch_share(o_.global_batch_size, o_.micro_batch_size, comm.rank(), comm.size(),
                          o_.reduction == Reduction::ordered)),
       stream_owner_(k),
+      copy_stream_owner_(k),
       stream_(stream_owner_.get()),
+      copy_stream_(copy_stream_owner_.get()),
       fold_(share_.n_runs),
-      param_arena_(param_arena("parameters", o_.real)),
-      master_arena_(param_arena("master parameters", DType::f32)),
-      moment_arena_(param_arena("optimizer state", stat_of(o_.real))) {
-    check_model(o_.model, o_.real);
-    plan_memory();
-    const size_t BT = size_t(o_.micro_batch_size) * o_.model.T;
-    for (int i = 0; i < 2; i++) slots_.emplace_back(k_, BT);
-    if (o_.inference) return;
-    marks_.emplace(k_, share_.n_micro);
-    rate_host_.emplace(k_, 3 * sizeof(double));
-    outcome_.emplace(k_, (losses_.count + 1) * sizeof(double));
+      memory_(o_, share_.n_micro, fold_.n_buffers()),
+      host_batch_("tokens on the host", share_.n_micro, size_t(o_.micro_batch_size) * o_.model.T),
+      sent_(k),
+      taken_(k) {
     CHECK_THAT(o_.real != DType::f64 || comm_.size() == 1, "the double instance runs on one rank, not {}",
                comm_.size());
-    if (o_.real != DType::f64) reducer_ = make_reducer(k_, comm_, o_.reduction, flat_masters().count, o_.nccl);
+    if (!o_.inference && o_.real != DType::f64)
+        reducer_ = make_reducer(k_, comm_, o_.reduction, memory_.n_params(), o_.nccl);
+    if (reducer_) reducer_->plan(memory_.scalar_arena);
+    memory_.require(k_.memory_state(), comm_.size());
+    memory_.allocate(k_, stream_);
+    host_batch_.arena.allocate(k_.host_memory, [](void* p, size_t n_bytes) { std::memset(p, 0, n_bytes); });
+    if (!o_.inference) {
+        mark_decay();
+        marks_.emplace(k_, share_.n_micro);
+        rate_host_.emplace(k_, 3 * sizeof(double));
+        outcome_.emplace(k_, (memory_.losses.count + 1) * sizeof(double));
+        decide_on_graphs();
+    }
+    k_.synchronize(stream_);
 }
 
 // Work may still read what is about to be given back: an error can leave a step in its middle.
 Trainer::~Trainer() {
-    try {
-        k_.synchronize(stream_);
-    } catch (const std::exception&) {  // the error that ends the step has been told
-    }
-}
-
-void Trainer::plan_memory() {
-    const GPT2Config& c = o_.model;
-    const DType stat = stat_of(o_.real);
-    plan_params(param_arena_, params_, c, o_.real);
-    if (has_masters()) plan_params(master_arena_, masters_, c, DType::f32);
-    if (!o_.inference) {
-        plan_params(moment_arena_, m_, c, stat, "m.");
-        if (o_.optimizer.kind != OptimizerKind::sgd) plan_params(moment_arena_, v_, c, stat, "v.");
-        grads_.resize(size_t(fold_.n_buffers()));
-        grad_arena_.reserve(grads_.size());
-    }
-    for (GPT2Params& g : grads_) plan_params(grad_arena_.emplace_back(param_arena("gradients", stat)), g, c, stat);
-    visit_activations(acts_, c, o_.micro_batch_size, c.T, o_.real, !o_.inference,
-                      [&](const std::string& name, Buf& b, size_t n, DType t) { act_arena_.add(b, name, n, t); });
-    plan_io(param_arena_.n_bytes() / dtype_bytes(o_.real));
-    allocate();
-    if (!o_.inference) mark_decay();
-    k_.synchronize(stream_);
-}
-
-void Trainer::allocate() {
-    const auto zero = [this](void* p, size_t n_bytes) { k_.zero(p, n_bytes, stream_); };
-    try {
-        for (Arena* a : {&param_arena_, &master_arena_, &moment_arena_, &act_arena_, &io_arena_})
-            a->allocate(k_.memory, zero);
-        for (Arena& a : grad_arena_) a.allocate(k_.memory, zero);
-    } catch (const Error& e) {
-        if (e.code != Exit::memory) throw;
-        fail(Exit::memory, "{}\nThe plan was:\n{}", e.what(), memory_table());
-    }
-}
-
-Buf Trainer::flat_masters() const {
-    return has_masters() ? master_arena_.flat(DType::f32) : param_arena_.flat(o_.real);
-}
-Buf Trainer::flat_moments() const { return moment_arena_.flat(stat_of(o_.real)); }
-Buf Trainer::flat_gradient(int buffer) const { return grad_arena_[size_t(buffer)].flat(stat_of(o_.real)); }
-
-void Trainer::plan_io(size_t n_params) {
-    const DType stat = stat_of(o_.real);
-    const size_t BT = size_t(o_.micro_batch_size) * o_.model.T;
-    io_arena_.add(inputs_, "inputs", BT, DType::i32);
-    io_arena_.add(targets_, "targets", BT, DType::i32);
-    io_arena_.add(where_, "where", 2, DType::u32);
-    io_arena_.add(hash_, "hash", 2, DType::u32);
-    io_arena_.add(losses_, "losses", size_t(share_.n_micro) * o_.micro_batch_size, stat);
-    if (o_.inference) return;
-    io_arena_.add(order_, "order", BT, DType::i32);
-    io_arena_.add(decay_, "decay", n_params / kParamBlock, DType::u8);
-    io_arena_.add(rate_, "rate", 3, stat);
-    io_arena_.add(clip_, "clip", 1, stat);
-    io_arena_.add(norm_, "norm", 1, stat);
-    io_arena_.add(norm_scratch_, "norm_scratch", grad_norm_scratch(n_params), stat);
+    for (Stream s : {copy_stream_, stream_}) try {
+            k_.synchronize(s);
+        } catch (const std::exception&) {  // the error that ends the step has been told
+        }
 }
 
 // Marks the blocks of 64 elements that weight decay applies to.
 void Trainer::mark_decay() {
-    std::vector<uint8_t> decay(decay_.count);
-    const char* base = static_cast<const char*>(param_arena_.flat(o_.real).data);
-    visit(params_, o_.model, [&](const ParamInfo& info, Buf& b) {
+    std::vector<uint8_t> decay(memory_.decay.count);
+    const char* base = static_cast<const char*>(memory_.param_arena.flat(o_.real).data);
+    visit(memory_.params, o_.model, [&](const ParamInfo& info, Buf& b) {
         const size_t first = size_t(static_cast<const char*>(b.data) - base) / dtype_bytes(o_.real);
         for (size_t i = first; i < first + b.count; i += kParamBlock) decay[i / kParamBlock] = info.decay;
     });
-    k_.upload(decay_.data, decay.data(), decay.size(), stream_);
+    k_.upload(memory_.decay.data, decay.data(), decay.size(), stream_);
     k_.synchronize(stream_);
 }
 
-std::string Trainer::memory_table() const {
-    size_t total = 0;
-    std::string out;
-    for (const Arena* a : arenas()) {
-        total += a->n_bytes();
-        // The fold's further gradient buffers hold the same tensors: a line instead of a table.
-        const bool repeated = !grad_arena_.empty() && a->name() == "gradients" && a != &grad_arena_.front();
-        out += repeated ? fmt::format("gradients, another buffer: {}\n", human_bytes(a->n_bytes())) : a->table();
-    }
-    if (const size_t scratch = reducer_ ? reducer_->scratch_bytes() : 0) {
-        total += scratch;
-        out += fmt::format("reduction's scratch: {}\n", human_bytes(scratch));
-    }
-    return out + fmt::format("total: {}", human_bytes(total));
-}
-
 const char* Trainer::reduction() const { return reducer_ ? reducer_->name() : "no"; }
-
-std::vector<const Arena*> Trainer::arenas() const {
-    std::vector<const Arena*> all = {&param_arena_};
-    if (has_masters()) all.push_back(&master_arena_);
-    for (const Arena& a : grad_arena_) all.push_back(&a);
-    all.insert(all.end(), {&moment_arena_, &act_arena_, &io_arena_});
-    return all;
-}
 
 void Trainer::initialize() {
     uint32_t tensor = 0;
@@ -179,28 +103,29 @@ void Trainer::initialize() {
 
 void Trainer::parameters_changed() {
     if (!has_masters()) return;
-    k_.cast({.y = param_arena_.flat(o_.real), .x = flat_masters()}, stream_);
+    k_.cast({.y = memory_.param_arena.flat(o_.real), .x = memory_.flat_masters()}, stream_);
     k_.synchronize(stream_);
 }
 
 uint64_t Trainer::weights_hash() {
     uint32_t halves[2];
-    k_.hash({.y = hash_, .x = flat_masters()}, stream_);
-    k_.download(halves, hash_.data, hash_.n_bytes(), stream_);
+    k_.hash({.y = memory_.hash, .x = memory_.flat_masters()}, stream_);
+    k_.download(halves, memory_.hash.data, memory_.hash.n_bytes(), stream_);
     k_.synchronize(stream_);
     return halves[0] | uint64_t(halves[1]) << 32;
 }
 
 bool Trainer::finite() {
-    const Buf params = flat_masters(), moments = flat_moments();
+    const Buf params = memory_.flat_masters(), moments = memory_.flat_moments();
     std::vector<Buf> parts = {params};
     for (size_t i = 0; i < moments.count; i += params.count) parts.push_back(moments.slice(i, params.count));
     for (const Buf& part : parts) {  // any infinity or NaN shows in the norm; so does a norm that itself overflows
-        k_.grad_norm({.norm = norm_, .clip = clip_, .grad = part, .scratch = norm_scratch_}, stream_);
-        std::vector<char> norm(norm_.n_bytes());
-        k_.download(norm.data(), norm_.data, norm.size(), stream_);
+        k_.grad_norm({.norm = memory_.norm, .clip = memory_.clip, .grad = part, .scratch = memory_.norm_scratch},
+                     stream_);
+        std::vector<char> norm(memory_.norm.n_bytes());
+        k_.download(norm.data(), memory_.norm.data, norm.size(), stream_);
         k_.synchronize(stream_);
-        if (!std::isfinite(as_doubles(Buf(norm.data(), 1, norm_.dtype))[0])) return false;
+        if (!std::isfinite(as_doubles(Buf(norm.data(), 1, memory_.norm.dtype))[0])) return false;
     }
     return true;
 }
@@ -208,7 +133,7 @@ bool Trainer::finite() {
 void Trainer::broadcast_state() {
     const size_t piece = size_t(16) << 20;  // bytes
     std::vector<char> host;
-    for (const Buf& flat : {flat_masters(), flat_moments()})
+    for (const Buf& flat : {memory_.flat_masters(), memory_.flat_moments()})
         for (size_t i = 0; comm_.size() > 1 && i < flat.n_bytes(); i += piece) {
             host.resize(std::min(piece, flat.n_bytes() - i));
             char* device = static_cast<char*>(flat.data) + i;
@@ -229,53 +154,108 @@ void Trainer::broadcast_state() {
                    hash_text(all[size_t(r)]), hash_text(all[0]));
 }
 
-GPT2Batch Trainer::batch() const {
-    return {.inputs = inputs_,
-            .targets = targets_,
-            .order = order_,
+GPT2Batch Trainer::batch(int micro) const {
+    const size_t BT = size_t(o_.micro_batch_size) * o_.model.T, i = size_t(micro);
+    return {.inputs = memory_.batch.inputs.slice(i * BT, BT),
+            .targets = memory_.batch.targets.slice(i * BT, BT),
+            .order = memory_.batch.order.slice(i * BT, BT),
             .B = o_.micro_batch_size,
             .T = o_.model.T,
-            .where = where_,
+            .where = memory_.batch.where.slice(i * 2, 2),
             .seed = o_.seed};
 }
 
-// Gives a micro-batch to the stream, from pinned memory that stays as it is until the device has read it.
-void Trainer::send(const Tokens& tokens, const Slot& slot, int64_t step, int micro) {
-    CHECK_THAT(tokens.inputs.size() == inputs_.count && tokens.targets.size() == targets_.count,
-               "a micro-batch of {} and {} tokens, expected B*T = {}", tokens.inputs.size(), tokens.targets.size(),
-               inputs_.count);
-    std::ranges::copy(tokens.inputs, slot.inputs.as<int32_t>());
-    std::ranges::copy(tokens.targets, slot.targets.as<int32_t>());
-    sort_rows_by_token(tokens.inputs.data(), slot.order.as<int32_t>(), tokens.inputs.size(), o_.model.V);
-    slot.where.as<uint32_t>()[0] = uint32_t(step);
-    slot.where.as<uint32_t>()[1] = uint32_t((share_.first_micro + micro) * o_.micro_batch_size);
-    k_.upload(inputs_.data, slot.inputs.as<void>(), inputs_.n_bytes(), stream_);
-    k_.upload(targets_.data, slot.targets.as<void>(), targets_.n_bytes(), stream_);
-    k_.upload(order_.data, slot.order.as<void>(), order_.n_bytes(), stream_);
-    k_.upload(where_.data, slot.where.as<void>(), where_.n_bytes(), stream_);
-    k_.set_mark(slot.sent.get(), stream_);
+// Gets the tokens of a step and sends them to `staging`, beside whatever the compute stream does.
+void Trainer::fetch(int64_t step, const NextMicroBatch& next) {
+    const size_t BT = size_t(o_.micro_batch_size) * o_.model.T;
+    fetched_ = -1;
+    k_.wait_mark(sent_.get());  // the device has what host_batch_ held before
+    for (int i = 0; i < share_.n_micro; i++) {
+        const Tokens tokens = next();
+        CHECK_THAT(tokens.inputs.size() == BT && tokens.targets.size() == BT,
+                   "a micro-batch of {} and {} tokens, expected B*T = {}", tokens.inputs.size(), tokens.targets.size(),
+                   BT);
+        const size_t at = size_t(i) * BT;
+        std::ranges::copy(tokens.inputs, host_batch_.inputs.as<int32_t>() + at);
+        std::ranges::copy(tokens.targets, host_batch_.targets.as<int32_t>() + at);
+        sort_rows_by_token(tokens.inputs.data(), host_batch_.order.as<int32_t>() + at, BT, o_.model.V);
+        uint32_t* where = host_batch_.where.as<uint32_t>() + 2 * size_t(i);
+        where[0] = uint32_t(step);
+        where[1] = uint32_t((share_.first_micro + i) * o_.micro_batch_size);
+    }
+    k_.wait_for(copy_stream_, taken_.get());
+    const Buf from = host_batch_.arena.bytes();
+    k_.upload(memory_.staging.arena.bytes().data, from.data, from.count, copy_stream_);
+    k_.set_mark(sent_.get(), copy_stream_);
+    fetched_ = step;
 }
 
-void Trainer::accumulate_micro_batches(int64_t step, const NextMicroBatch& next, StepResult& result) {
+// The tokens of this step become those that the ops read.
+void Trainer::take_batch(int64_t step, const NextMicroBatch& next) {
+    if (fetch_error_) std::rethrow_exception(std::exchange(fetch_error_, nullptr));
+    if (fetched_ != step) fetch(step, next);
+    k_.wait_for(stream_, sent_.get());
+    const Buf from = memory_.staging.arena.bytes();
+    k_.copy(memory_.batch.arena.bytes().data, from.data, from.count, stream_);
+    k_.set_mark(taken_.get(), stream_);
+    fetched_ = -1;
+}
+
+// An error belongs to the step that needs the tokens: this one may still end well.
+void Trainer::fetch_ahead(int64_t step, const NextMicroBatch& next) {
+    try {
+        fetch(step, next);
+    } catch (...) { fetch_error_ = std::current_exception(); }
+}
+
+// Recording costs about as much as some launches do; a step of very many is long enough to hide them.
+void Trainer::decide_on_graphs() {
+    constexpr int64_t kMostLaunches = 1 << 16, kPerBlock = 26, kElse = 30;
+    const int64_t n_launches = share_.n_micro * (o_.model.L * kPerBlock + kElse);
+    use_graphs_ = o_.graph != UseGraph::off && k_.can_record();
+    if (o_.graph == UseGraph::on && !use_graphs_)
+        fail(Exit::usage, "device.graph: on needs a GPU, and KILN_CUDA_SYNC not set; use device.graph: auto");
+    if (o_.graph == UseGraph::automatic && use_graphs_ && n_launches > kMostLaunches) {
+        use_graphs_ = false;
+        graph_note_ = fmt::format("steps of about {} launches are not recorded as a graph", n_launches);
+    }
+}
+
+// Gives `work` to the stream: at first as it is, so that all that is made at a first use is there; then it is recorded,
+// and from then on replayed.
+void Trainer::run(Piece& piece, const std::function<void()>& work) {
+    if (!use_graphs_ || !std::exchange(piece.has_run, true)) return work();
+    if (!piece.graph) {
+        try {
+            piece.graph.emplace(k_, stream_, work);
+        } catch (const Error& e) {
+            if (o_.graph == UseGraph::on) throw;
+            use_graphs_ = false;
+            graph_note_ = fmt::format("steps are not replayed from a graph, which failed: {}", e.what());
+            return work();
+        }
+    }
+    piece.graph->launch(stream_);
+}
+
+void Trainer::accumulate_micro_batches() {
     const int B = o_.micro_batch_size;
     const float grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
+    fold_ = RunFold(share_.n_runs);
     for (int i = 0; i < share_.n_micro; i++) {
-        const Slot& slot = slots_[size_t(i) % slots_.size()];
-        k_.wait_mark(slot.sent.get());  // the host is at most two micro-batches ahead
-        Stopwatch clock;
-        send(next(), slot, step, i);
-        result.ms.data += clock.lap_ms();
-
+        const GPT2Batch now = batch(i);
         k_.set_mark(marks_->start[size_t(i)].get(), stream_);
-        gpt2_forward(k_, o_.model, params_, acts_, batch(), true, grad_scale, stream_);
-        k_.row_sum({.y = losses_.slice(size_t(i) * B, size_t(B)), .x = acts_.loss, .B = B, .T = o_.model.T}, stream_);
+        gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, true, grad_scale, stream_);
+        const Buf sums = memory_.losses.slice(size_t(i) * B, size_t(B));  // (B)
+        k_.row_sum({.y = sums, .x = memory_.acts.loss, .B = B, .T = o_.model.T}, stream_);
         k_.set_mark(marks_->forward[size_t(i)].get(), stream_);
 
-        GPT2Params& g = grads_[size_t(fold_.working())];
-        gpt2_backward(k_, o_.model, params_, acts_, g, batch(), i % share_.run_length != 0, stream_);
+        GPT2Params& g = memory_.grads[size_t(fold_.working())];
+        gpt2_backward(k_, o_.model, memory_.params, memory_.acts, g, now, i % share_.run_length != 0, stream_);
         if ((i + 1) % share_.run_length == 0)
-            fold_.push(
-                [&](int into, int from) { k_.add({.y = flat_gradient(into), .x = flat_gradient(from)}, stream_); });
+            fold_.push([&](int into, int from) {
+                k_.add({.y = memory_.flat_gradient(into), .x = memory_.flat_gradient(from)}, stream_);
+            });
         k_.set_mark(marks_->backward[size_t(i)].get(), stream_);
     }
 }
@@ -302,52 +282,84 @@ double Trainer::gather_loss(const std::vector<double>& mine) {
     return sum / (double(o_.global_batch_size) * o_.model.T);
 }
 
-// Enqueues the optimizer; on the device it does nothing when the norm is not finite.
-void Trainer::update(double learning_rate, Buf grad) {
+// What the optimizer needs of this step, where the next upload finds it.
+void Trainer::set_rates(double learning_rate) {
     const double t = double(updates_ + 1);
     const double rate[3] = {learning_rate, 1 - std::pow(double(o_.optimizer.beta1), t),
                             1 - std::pow(double(o_.optimizer.beta2), t)};
-    if (rate_.dtype == DType::f64) std::ranges::copy(rate, rate_host_->as<double>());
-    if (rate_.dtype == DType::f32)
+    if (memory_.rate.dtype == DType::f64) std::ranges::copy(rate, rate_host_->as<double>());
+    if (memory_.rate.dtype == DType::f32)
         std::ranges::transform(rate, rate_host_->as<float>(), [](double r) { return float(r); });
-    k_.upload(rate_.data, rate_host_->as<void>(), rate_.n_bytes(), stream_);
-    const Buf moments = flat_moments();
+}
+
+// Norm, clip and optimizer, and what the host reads of the step; nothing is updated when the norm is not finite.
+void Trainer::update(Buf grad) {
+    k_.set_mark(marks_->reduced.get(), stream_);
+    k_.grad_norm({.norm = memory_.norm,
+                  .clip = memory_.clip,
+                  .grad = grad,
+                  .scratch = memory_.norm_scratch,
+                  .max_norm = o_.grad_clip},
+                 stream_);
+    k_.upload(memory_.rate.data, rate_host_->as<void>(), memory_.rate.n_bytes(), stream_);
+    const Buf moments = memory_.flat_moments();
     OptimizerUpdate op = o_.optimizer;
-    op.param = flat_masters();
-    if (has_masters()) op.copy = param_arena_.flat(o_.real);
+    op.param = memory_.flat_masters();
+    if (has_masters()) op.copy = memory_.param_arena.flat(o_.real);
     op.m = moments.slice(0, grad.count);
     if (op.kind != OptimizerKind::sgd) op.v = moments.slice(grad.count, grad.count);
     op.grad = grad;
-    op.decay = decay_;
-    op.rate = rate_;
-    op.clip = clip_;
+    op.decay = memory_.decay;
+    op.rate = memory_.rate;
+    op.clip = memory_.clip;
     k_.optimizer_update(op, stream_);
+    k_.set_mark(marks_->end.get(), stream_);
+    char* to = outcome_->as<char>();
+    k_.download(to, memory_.losses.data, memory_.losses.n_bytes(), stream_);
+    k_.download(to + memory_.losses.n_bytes(), memory_.norm.data, memory_.norm.n_bytes(), stream_);
 }
 
-StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatch& next) {
+StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatch& next, bool more) {
     StepResult result;
-    accumulate_micro_batches(step, next, result);
-    const Buf grad = flat_gradient(fold_.result());
-    if (before_reduce) show_gradient(grad);
-    if (reducer_) reducer_->sum(grad, stream_);
-    k_.set_mark(marks_->reduced.get(), stream_);
-    k_.grad_norm({.norm = norm_, .clip = clip_, .grad = grad, .scratch = norm_scratch_, .max_norm = o_.grad_clip},
-                 stream_);
-    update(learning_rate, grad);
-    fold_.reset();
-    k_.set_mark(marks_->end.get(), stream_);
+    Stopwatch clock;
+    take_batch(step, next);
+    result.ms.data = clock.lap_ms();
+    set_rates(learning_rate);
+    const auto gradient = [&] { return memory_.flat_gradient(fold_.result()); };
+    const bool needs_host = before_reduce || (reducer_ && reducer_->needs_host());
+    if (needs_host) {
+        run(until_reduction_, [&] { accumulate_micro_batches(); });
+    } else {
+        run(whole_, [&] {
+            accumulate_micro_batches();
+            if (reducer_) reducer_->sum(gradient(), stream_);
+            update(gradient());
+        });
+    }
+    const double given_ms = clock.ms();
+    if (more) fetch_ahead(step + 1, next);
+    const double fetched_ms = clock.ms();
+    if (needs_host) {
+        if (before_reduce) show_gradient(gradient());
+        if (reducer_) reducer_->sum(gradient(), stream_);
+        run(after_reduction_, [&] { update(gradient()); });
+    }
     collect(result);
+    // Until then the device had work while the next tokens were fetched.
+    const double busy_ms =
+        result.ms.forward + result.ms.backward + (needs_host ? 0 : result.ms.reduce + result.ms.optimizer);
+    result.ms.data += std::max(0.0, fetched_ms - std::max(given_ms, busy_ms));
     return result;
 }
 
 // Waits for the step and reads what came of it: the only wait of a step on a GPU with a communicator of its own.
 void Trainer::collect(StepResult& result) {
-    char* to = outcome_->as<char>();
-    k_.download(to, losses_.data, losses_.n_bytes(), stream_);
-    k_.download(to + losses_.n_bytes(), norm_.data, norm_.n_bytes(), stream_);
-    if (reducer_) reducer_->wait(stream_);
-    k_.synchronize(stream_);
-    const std::vector<double> mine = as_doubles(Buf(to, losses_.count + 1, losses_.dtype));
+    if (reducer_)
+        reducer_->wait(stream_);
+    else
+        k_.synchronize(stream_);
+    const Buf losses = memory_.losses;
+    const std::vector<double> mine = as_doubles(Buf(outcome_->as<char>(), losses.count + 1, losses.dtype));
     result.grad_norm = mine.back();
     result.loss = gather_loss({mine.begin(), mine.end() - 1});
     result.updated = std::isfinite(result.grad_norm);
@@ -376,8 +388,8 @@ std::vector<StateTensor> Trainer::list(GPT2Params& p, const std::string& prefix)
 }
 std::vector<StateTensor> Trainer::parameters() { return list(masters(), ""); }
 std::vector<StateTensor> Trainer::moments() {
-    std::vector<StateTensor> out = list(m_, "m.");
+    std::vector<StateTensor> out = list(memory_.m, "m.");
     if (o_.optimizer.kind != OptimizerKind::sgd)
-        for (StateTensor& t : list(v_, "v.")) out.push_back(std::move(t));
+        for (StateTensor& t : list(memory_.v, "v.")) out.push_back(std::move(t));
     return out;
 }

@@ -12,30 +12,17 @@
 #include "comm/comm.h"
 #include "comm/reducer.h"
 #include "comm/run_fold.h"
-#include "comm/topology.h"
 #include "common/clock.h"
 #include "kernels/owners.h"
-#include "model/gpt2.h"
-
-struct TrainerOptions {
-    GPT2Config model;
-    int global_batch_size = 0, micro_batch_size = 0;  // sequences
-    Reduction reduction = Reduction::ordered;
-    OptimizerUpdate optimizer;  // its scalars: kind, betas, eps, weight_decay, momentum
-    float grad_clip = 0;        // 0: off
-    uint64_t seed = 0;
-    DType real = DType::f32;  // bf16: activations and the parameters that ops read; f64: the double instance, for tests
-    NcclComm* nccl = nullptr;  // where every rank has a GPU of its own
-    bool inference = false;    // no gradients, moments or backward activations: evaluate() and next_logits() only
-};
+#include "model/trainer_memory.h"
 
 struct StepResult {
     double loss = 0;       // mean over the tokens of the global batch, before the update
     double grad_norm = 0;  // before clipping
     bool updated = true;   // false: norm not finite, parameters left as they were
     struct Phases {
-        double data = 0;  // of the host, to get the tokens; the others are the device's
-        double forward = 0, backward = 0, reduce = 0, optimizer = 0;
+        double data = 0;  // that the device had nothing to do because tokens were not there yet
+        double forward = 0, backward = 0, reduce = 0, optimizer = 0;  // of the device
     } ms;
 };
 
@@ -54,9 +41,9 @@ struct StateTensor {
 
 class Trainer {
   public:
-    // Inputs and targets of one micro-batch, (B, T) each; valid until the next call.
+    // One micro-batch; valid until the next call.
     struct Tokens {
-        std::span<const int32_t> inputs, targets;
+        std::span<const int32_t> inputs, targets;  // (B, T) each
     };
     using NextMicroBatch = std::function<Tokens()>;
     using ReadSequence = std::function<void(uint64_t index, std::span<int32_t> inputs, std::span<int32_t> targets)>;
@@ -72,8 +59,10 @@ class Trainer {
     // ranks.
     void broadcast_state();
 
-    // `step` counts all global batches taken before, skipped updates included; it selects the dropout masks.
-    StepResult step(int64_t step, double learning_rate, const NextMicroBatch& next);
+    // `step` counts all global batches taken before, skipped updates included; it selects the dropout masks.  `next` is
+    // called for each micro-batch of this rank.  `more`: the next call will be for step + 1, whose tokens are fetched and
+    // sent while the device works on this one; what goes wrong with them is thrown by that call.
+    StepResult step(int64_t step, double learning_rate, const NextMicroBatch& next, bool more = false);
     // Mean loss over sequences [0, n) without dropout: batches of micro_batch_size, dealt to ranks, summed in order.
     EvalResult evaluate(uint64_t n_sequences, const ReadSequence& read);
     // Logits of the token after `tokens` (at most T of them), (V).  Rank-local.
@@ -90,74 +79,65 @@ class Trainer {
     bool finite();
     const BatchShare& share() const { return share_; }
     const GPT2Config& config() const { return o_.model; }
-    const char* reduction() const;     // how gradients are summed: "ordered through host memory"
-    std::string memory_table() const;  // a line for each kind of tensor, and the sum
+    const char* reduction() const;  // how gradients are summed: "ordered through host memory"
+    const TrainerMemory& memory() const { return memory_; }
+    // Whether steps are replayed from graphs, and why not where they could have been.
+    bool uses_graphs() const { return use_graphs_; }
+    const std::string& graph_note() const { return graph_note_; }
     // Test hook: sees this rank's gradient (n) just before the reduction, and may change it.
     std::function<void(std::span<double>)> before_reduce;
 
   private:
-    // Pinned host memory that a micro-batch is sent from; reused when the device has come past `sent`.
-    struct Slot {
-        HostBuffer inputs, targets, order;  // (B, T), (B, T), (B*T) i32
-        HostBuffer where;                   // (2) u32
-        MarkOwner sent;
-        Slot(const Backend& k, size_t BT)
-            : inputs(k, BT * 4), targets(k, BT * 4), order(k, BT * 4), where(k, 8), sent(k) {}
-    };
     // The points of a step that its phases are measured between.
     struct Marks {
         std::vector<MarkOwner> start, forward, backward;  // (n_micro)
         MarkOwner reduced, end;
         Marks(const Backend& k, int n_micro);
     };
+    // A stretch of a step that needs nothing from the host.
+    struct Piece {
+        bool has_run = false;
+        std::optional<GraphOwner> graph;
+    };
 
-    std::vector<const Arena*> arenas() const;
-    void plan_memory();
-    void plan_io(size_t n_params);
-    void allocate();
     void mark_decay();
-    bool has_masters() const { return o_.real == DType::bf16; }
-    GPT2Params& masters() { return has_masters() ? masters_ : params_; }
-    Buf flat_masters() const;
-    Buf flat_moments() const;
-    Buf flat_gradient(int buffer) const;
-    void send(const Tokens& tokens, const Slot& slot, int64_t step, int micro);
-    void accumulate_micro_batches(int64_t step, const NextMicroBatch& next, StepResult& result);
+    bool has_masters() const { return memory_.has_masters(); }
+    GPT2Params& masters() { return has_masters() ? memory_.masters : memory_.params; }
+    void fetch(int64_t step, const NextMicroBatch& next);
+    void take_batch(int64_t step, const NextMicroBatch& next);
+    void fetch_ahead(int64_t step, const NextMicroBatch& next);
+    void decide_on_graphs();
+    void run(Piece& piece, const std::function<void()>& work);
+    void accumulate_micro_batches();
     void show_gradient(Buf grad);
     double gather_loss(const std::vector<double>& mine);
-    void update(double learning_rate, Buf grad);
+    void set_rates(double learning_rate);
+    void update(Buf grad);
     void collect(StepResult& result);
-    GPT2Batch batch() const;
+    GPT2Batch batch(int micro) const;
     std::vector<StateTensor> list(GPT2Params& p, const std::string& prefix);
 
     const Backend& k_;
     Comm& comm_;
     const TrainerOptions o_;
     const BatchShare share_;
-    const StreamOwner stream_owner_;
-    const Stream stream_;
+    const StreamOwner stream_owner_, copy_stream_owner_;
+    const Stream stream_, copy_stream_;  // all work; tokens on their way to the device
     RunFold fold_;
     uint64_t updates_ = 0;
 
-    Arena param_arena_, master_arena_, moment_arena_, act_arena_{"activations"}, io_arena_{"batch and scalars"};
-    std::vector<Arena> grad_arena_;  // one for each buffer of the fold
-    GPT2Params params_;              // what the ops read
-    GPT2Params masters_;             // f32; absent where params_ are the masters
-    GPT2Params m_, v_;
-    std::vector<GPT2Params> grads_;
-    GPT2Acts acts_;
-    Buf inputs_, targets_;    // (B, T) i32
-    Buf order_;               // (B*T) i32: rows sorted by token
-    Buf where_;               // (2) u32
-    Buf losses_;              // (n_micro * B) stat: sum over each sequence
-    Buf decay_;               // (n/64) u8
-    Buf rate_, clip_, norm_;  // (3), (1), (1) stat
-    Buf norm_scratch_;        // (grad_norm_scratch(n)) stat
-    Buf hash_;                // (2) u32
+    TrainerMemory memory_;
     std::unique_ptr<Reducer> reducer_;
-    std::vector<Slot> slots_;                        // (2): one is filled while the other is on its way
+    StepBatch host_batch_;    // pinned
+    MarkOwner sent_, taken_;  // staging holds what host_batch_ held; staging has been read
+    int64_t fetched_ = -1;    // the step whose tokens are in host_batch_; -1: none
+    std::exception_ptr fetch_error_;
     std::optional<Marks> marks_;                     // absent when only evaluating
-    std::optional<HostBuffer> rate_host_, outcome_;  // pinned: rate_ on its way there, losses_ and norm_ back
+    std::optional<HostBuffer> rate_host_, outcome_;  // pinned: rate on its way there, losses and norm back
+    // A step is one piece, or two around a reduction that needs the host.
+    Piece whole_, until_reduction_, after_reduction_;
+    bool use_graphs_ = false;
+    std::string graph_note_;
 };
 
 // Numbers in host memory - f32, f64 or bf16 - as doubles.

@@ -30,7 +30,7 @@ optimizer:
 // Every key that is available, each with another value than in kSmall where there is one.
 inline const std::string kLarge = R"(# comment
 run: {name: "a \"b\" \\ é: #1", out_dir: /tmp/x y, seed: 9007199254740991, max_minutes: 0.1, on_bad_step: stop}
-device: {kind: cpu, dtype: fp32, threads: 3, attention: portable}
+device: {kind: cpu, dtype: fp32, threads: 3, attention: portable, graph: off}
 model:
   architecture: gpt2
   n_layer: 3
@@ -49,7 +49,7 @@ data:
   shuffle: false
   tokenizer: t.json
   format: nanogpt
-train: {max_epochs: 2.5, global_batch_size: 12, micro_batch_size: 6, grad_clip: 0}
+train: {max_epochs: 2.5, global_batch_size: 12, micro_batch_size: 6, grad_clip: 0, recompute: block}
 optimizer:
   {name: sgd, learning_rate: 0.00030000000000000003, beta1: 0, beta2: 0.999, eps: 1e-9, weight_decay: 0, momentum: 0.9}
 schedule: {name: wsd, warmup_steps: 10, decay_steps: 50, min_learning_rate: 1e-300}

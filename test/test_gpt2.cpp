@@ -41,7 +41,7 @@ struct Rig {
         const size_t BT = size_t(B) * c.T;
         visit(p, c, [&](const ParamInfo& i, Buf& b) { params.add(b, i.name, i.count(), DType::f64); });
         visit(g, c, [&](const ParamInfo& i, Buf& b) { grads.add(b, i.name, i.count(), DType::f64); });
-        visit_activations(a, c, B, c.T, DType::f64, true,
+        visit_activations(a, c, B, c.T, DType::f64, Recompute::none, true,
                           [&](const std::string& n, Buf& b, size_t count, DType t) { acts.add(b, n, count, t); });
         io.add(inputs, "inputs", BT, DType::i32);
         io.add(targets, "targets", BT, DType::i32);

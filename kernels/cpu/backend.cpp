@@ -47,9 +47,18 @@ Mark* new_mark() { return new Mark; }
 void free_mark(Mark* m) { delete m; }
 void set_mark(Mark* m, Stream) { m->at = std::chrono::steady_clock::now(); }
 void wait_mark(const Mark*) {}
+void wait_for(Stream, const Mark*) {}
 double ms_between(const Mark* from, const Mark* to) {
     return std::chrono::duration<double, std::milli>(to->at - from->at).count();
 }
+MemoryState memory_state() { return {}; }  // what the kernel promises is no measure of what it has
+
+[[noreturn]] void no_graphs() { fail(Exit::internal, "the CPU backend records no graphs"); }
+bool can_record() { return false; }
+void begin_graph(Stream) { no_graphs(); }
+Graph* end_graph(Stream) { no_graphs(); }
+void launch_graph(Graph*, Stream) { no_graphs(); }
+void free_graph(Graph*) {}
 }  // namespace
 
 const Backend& cpu_backend() {
@@ -62,12 +71,20 @@ const Backend& cpu_backend() {
         .zero = zero,
         .upload = transfer,
         .download = transfer,
+        .copy = transfer,
         .synchronize = synchronize,
         .new_mark = new_mark,
         .free_mark = free_mark,
         .set_mark = set_mark,
         .wait_mark = wait_mark,
+        .wait_for = wait_for,
         .ms_between = ms_between,
+        .memory_state = memory_state,
+        .can_record = can_record,
+        .begin_graph = begin_graph,
+        .end_graph = end_graph,
+        .launch_graph = launch_graph,
+        .free_graph = free_graph,
         .embedding_forward = cpu::embedding_forward,
         .embedding_backward = cpu::embedding_backward,
         .layernorm_forward = cpu::layernorm_forward,

@@ -45,6 +45,9 @@ void upload(void* to, const void* from, size_t n_bytes, Stream s) {
 void download(void* to, const void* from, size_t n_bytes, Stream s) {
     if (n_bytes) CUDA_CHECK(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyDeviceToHost, s));
 }
+void copy(void* to, const void* from, size_t n_bytes, Stream s) {
+    if (n_bytes) CUDA_CHECK(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyDeviceToDevice, s));
+}
 void synchronize(Stream s) { CUDA_CHECK(cudaStreamSynchronize(s)); }
 
 cudaEvent_t event_of(const Mark* m) { return reinterpret_cast<cudaEvent_t>(const_cast<Mark*>(m)); }
@@ -54,13 +57,43 @@ Mark* new_mark() {
     return reinterpret_cast<Mark*>(e);
 }
 void free_mark(Mark* m) { cudaEventDestroy(event_of(m)); }
-void set_mark(Mark* m, Stream s) { CUDA_CHECK(cudaEventRecord(event_of(m), s)); }
+// In a recording only an external record is a node of the graph; a plain one would but order what is recorded.
+void set_mark(Mark* m, Stream s) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    CUDA_CHECK(cudaStreamIsCapturing(s, &status));
+    const bool recording = status != cudaStreamCaptureStatusNone;
+    CUDA_CHECK(cudaEventRecordWithFlags(event_of(m), s, recording ? cudaEventRecordExternal : cudaEventRecordDefault));
+}
 void wait_mark(const Mark* m) { CUDA_CHECK(cudaEventSynchronize(event_of(m))); }
+void wait_for(Stream s, const Mark* m) { CUDA_CHECK(cudaStreamWaitEvent(s, event_of(m), 0)); }
 double ms_between(const Mark* from, const Mark* to) {
     float ms = 0;
     CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(from), event_of(to)));
     return double(ms);
 }
+
+MemoryState memory_state() {
+    MemoryState m;
+    CUDA_CHECK(cudaMemGetInfo(&m.n_free, &m.n_total));
+    return m;
+}
+
+bool can_record() { return !cuda::waits_for_each_launch(); }
+// ThreadLocal: what other threads do, as NCCL's, is not our recording's concern.
+void begin_graph(Stream s) { CUDA_CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal)); }
+Graph* end_graph(Stream s) {
+    cudaGraph_t recorded = nullptr;
+    cudaGraphExec_t graph = nullptr;
+    CUDA_CHECK(cudaStreamEndCapture(s, &recorded));
+    const cudaError_t error = cudaGraphInstantiate(&graph, recorded, 0);
+    cudaGraphDestroy(recorded);
+    cuda::check_cuda(error, "cudaGraphInstantiate");
+    return reinterpret_cast<Graph*>(graph);
+}
+void launch_graph(Graph* g, Stream s) {
+    cuda::check_cuda(cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(g), s), "simt::launch(cudaGraphLaunch, ...)");
+}
+void free_graph(Graph* g) { cudaGraphExecDestroy(reinterpret_cast<cudaGraphExec_t>(g)); }
 
 constexpr Backend table(void (*attention_forward)(const Attention&, Stream),
                         void (*attention_backward)(const AttentionGrad&, Stream)) {
@@ -73,12 +106,20 @@ constexpr Backend table(void (*attention_forward)(const Attention&, Stream),
         .zero = zero,
         .upload = upload,
         .download = download,
+        .copy = copy,
         .synchronize = synchronize,
         .new_mark = new_mark,
         .free_mark = free_mark,
         .set_mark = set_mark,
         .wait_mark = wait_mark,
+        .wait_for = wait_for,
         .ms_between = ms_between,
+        .memory_state = memory_state,
+        .can_record = can_record,
+        .begin_graph = begin_graph,
+        .end_graph = end_graph,
+        .launch_graph = launch_graph,
+        .free_graph = free_graph,
         .embedding_forward = cuda::embedding_forward,
         .embedding_backward = cuda::embedding_backward,
         .layernorm_forward = cuda::layernorm_forward,

@@ -83,26 +83,25 @@ std::string last_launches() {
         out += fmt::format("{}{}", out.empty() ? "" : ", ", name_of(launches[i % kLaunchesKept]));
     return out;
 }
-// Not while a graph is captured, which no wait survives.
-bool sync_each_launch() {
-    const char* const text = std::getenv("KILN_CUDA_SYNC");
-    return text && std::string_view(text) == "1";
-}
-
 int open_ordinal = 0;  // tests open none: the first
 }  // namespace
 
 namespace cuda {
+bool waits_for_each_launch() {
+    const char* const text = std::getenv("KILN_CUDA_SYNC");
+    return text && std::string_view(text) == "1";
+}
+
 void check_cuda(cudaError_t error, const char* call) {
     if (is_launch(call)) {
         launches[n_launches++ % kLaunchesKept] = {std::exchange(simt::last_kernel, nullptr), call};
-        if (error == cudaSuccess && sync_each_launch()) error = cudaDeviceSynchronize();
+        if (error == cudaSuccess && waits_for_each_launch()) error = cudaDeviceSynchronize();
     }
     if (error == cudaSuccess) return;
     const std::string where = is_launch(call) ? name_of(launches[(n_launches - 1) % kLaunchesKept]) : std::string(call);
     std::string text = fmt::format("CUDA: {} in {}", cudaGetErrorString(error), where);
     cudaGetLastError();  // what is not sticky must not show again at the next launch
-    if (const std::string last = last_launches(); !last.empty() && !sync_each_launch())
+    if (const std::string last = last_launches(); !last.empty() && !waits_for_each_launch())
         text += fmt::format("; launched last: {} (KILN_CUDA_SYNC=1 names the guilty one)", last);
     throw Error(error == cudaErrorMemoryAllocation ? Exit::memory : Exit::internal, text);
 }
@@ -164,11 +163,13 @@ CudaDevice open_cuda_device(int ordinal) {
              properties.major, properties.minor, reason);
     }
     open_ordinal = ordinal;
+    const MemoryState memory = cuda_backend().memory_state();
     cuda::workspace_bytes(0, "the device");
     return {.name = properties.name,
             .ordinal = ordinal,
             .capability = capability,
             .memory_bytes = properties.totalGlobalMem,
             .workspace_bytes = cuda::kWorkspaceBytes,
-            .bus_id = bus_id};
+            .bus_id = bus_id,
+            .memory = memory};
 }

@@ -170,7 +170,7 @@ void forward(const Linear& a, Stream s) {
                               .N = a.OC,
                               .K = a.C,
                               .b_transposed = a.w_transposed};
-    if (cuda::try_gemm(fused, s)) return;
+    if (a.fuse_gelu && cuda::try_gemm(fused, s)) return;
     product_and_bias<T>(a, a.pre_gelu, s);
     cuda::gelu_forward({.y = a.y, .x = a.pre_gelu}, s);
 }

@@ -5,6 +5,9 @@
 //   eager   at the call             random   some operations at every call, by the emulator's seed
 #include "cuda_state.h"
 
+#include <algorithm>
+#include <stdexcept>
+
 namespace emulator::runtime {
 thread_local bool t_inside_op = false;
 
@@ -266,6 +269,27 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
         event->at = at;
         event->op = stream->last;
         return cudaSuccess;
+    });
+}
+// External, in a capture: a node of the graph, which records the event whenever the graph runs.  A wait for the event
+// between the graph's launch and its run finds what was recorded before.
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_handle, unsigned flags) {
+    if (flags == cudaEventRecordDefault) return cudaEventRecord(handle, stream_handle);
+    return call([&](State& s) -> cudaError_t {
+        CUevent_st* const event = find_event(s, handle);
+        CUstream_st* const stream = find_stream(s, stream_handle);
+        if (!event || !stream) return cudaErrorInvalidResourceHandle;
+        if (flags != cudaEventRecordExternal || !stream->capture)
+            return explain(cudaErrorInvalidValue, "an external record is for a stream that is being captured");
+        return enqueue(s, *stream, [&s, event] {
+            const bool there = std::ranges::any_of(s.events, [&](const auto& e) { return e.get() == event; });
+            if (!there) throw std::runtime_error("a graph records an event that has been destroyed");
+            event->capture = nullptr;
+            event->at = std::make_shared<std::chrono::steady_clock::time_point>(std::chrono::steady_clock::now());
+            event->op = std::make_shared<Op>();
+            event->op->done = true;
+            return true;
+        });
     });
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {

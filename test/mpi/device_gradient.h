@@ -45,6 +45,9 @@ class Gradient {
 // This rank's addends up, summed, down again: the host waits only at the end.
 inline std::vector<float> summed(const Backend& k, Reducer& reducer, size_t n) {
     StreamOwner stream(k);
+    Arena scratch("scratch");
+    reducer.plan(scratch);
+    scratch.allocate(k.memory, [&](void* p, size_t n_bytes) { k.zero(p, n_bytes, stream.get()); });
     Gradient grad(k, my_addends(n));
     grad.upload(stream.get());
     reducer.sum(grad.buf(), stream.get());

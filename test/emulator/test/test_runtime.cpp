@@ -444,6 +444,39 @@ TEST_CASE("emulated runtime: a captured graph runs again and again, in an order 
     }
 }
 
+// Seen to fail with: the record made at the capture, which leaves the event as it was.
+TEST_CASE("emulated runtime: an external record is made by each launch of the graph") {
+    for (StreamMode mode : kModes) {
+        OnMachine m(mode);
+        CAPTURE(int(mode));
+        DeviceInts p(1);
+        TestStream a;
+        TestEvent from, to;
+        CHECK(cudaEventRecordWithFlags(from, a, cudaEventRecordExternal) == cudaErrorInvalidValue);  // not captured
+        cudaGetLastError();
+        REQUIRE(cudaStreamBeginCapture(a, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+        REQUIRE(cudaEventRecordWithFlags(from, a, cudaEventRecordExternal) == cudaSuccess);
+        REQUIRE(add(p, 1, 1, a) == cudaSuccess);
+        REQUIRE(cudaEventRecordWithFlags(to, a, cudaEventRecordExternal) == cudaSuccess);
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t executable = nullptr;
+        REQUIRE(cudaStreamEndCapture(a, &graph) == cudaSuccess);
+        REQUIRE(cudaGraphInstantiate(&executable, graph) == cudaSuccess);
+        float ms[2] = {-1, -1};
+        CHECK(cudaEventElapsedTime(&ms[0], from, to) != cudaSuccess);  // never recorded yet
+        cudaGetLastError();
+        for (float& each : ms) {
+            REQUIRE(cudaGraphLaunch(executable, a) == cudaSuccess);
+            REQUIRE(cudaStreamSynchronize(a) == cudaSuccess);
+            REQUIRE(cudaEventElapsedTime(&each, from, to) == cudaSuccess);
+            CHECK(each > 0);
+        }
+        CHECK(ms[0] != ms[1]);
+        CHECK(cudaGraphExecDestroy(executable) == cudaSuccess);
+        CHECK(cudaGraphDestroy(graph) == cudaSuccess);
+    }
+}
+
 TEST_CASE("emulated runtime: what a capture cannot hold spoils it") {
     OnMachine late(StreamMode::late);
     DeviceInts p(1);
