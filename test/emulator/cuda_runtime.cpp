@@ -87,6 +87,10 @@ Machine read_machine() {
     read_env("KILN_EMULATOR_CAPABILITY", m.capability);
     read_env("KILN_EMULATOR_MULTIPROCESSORS", m.n_multiprocessors);
     read_env("KILN_EMULATOR_MEMORY", m.memory_bytes);
+    read_env("KILN_EMULATOR_CLOCK", m.has_clock);
+    read_env("KILN_EMULATOR_FASTEST_ALGORITHM", m.fastest_algorithm);
+    read_env("KILN_EMULATOR_EPILOGUE_US", m.epilogue_us);
+    read_env("KILN_EMULATOR_CUBLASLT", m.cublaslt_version);
     return m;
 }
 constexpr size_t kSharedPerBlock = 48 << 10;  // without being asked for
@@ -111,6 +115,7 @@ cudaError_t bad_device(int ordinal) {
 }
 
 // ---- kernels
+constexpr double kKernelUs = 10;  // on the clock of a machine that has one
 // Dynamic shared memory that a block of this kernel may have: what cudaFuncSetAttribute asked for, or the default.
 size_t limit_of(const State& s, const void* kernel) {
     const auto asked = s.shared_limit.find(kernel);
@@ -145,6 +150,12 @@ uint64_t State::draw() {  // xorshift
     random ^= random >> 7;
     random ^= random << 17;
     return random >> 11;
+}
+std::chrono::steady_clock::time_point State::now() {
+    using std::chrono::steady_clock;
+    if (!machine().has_clock) return steady_clock::now();
+    return steady_clock::time_point(
+        std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double, std::micro>(passed_us)));
 }
 int current_device() { return t_device; }
 cudaError_t explain(cudaError_t error, std::string text) {
@@ -181,6 +192,7 @@ Machine& machine() {
     static Machine m = read_machine();
     return m;
 }
+void pass_us(double us) { state().passed_us += us; }  // operations run under the lock
 void reset_device() {
     State& s = state();
     const std::lock_guard<std::mutex> lock(s.mutex);
@@ -205,6 +217,7 @@ cudaError_t enqueue_kernel(const void* kernel, dim3 grid, dim3 block, size_t n_s
         // With the static arrays: a block that asked may have what the device has.
         const size_t limit = s.shared_limit.contains(kernel) ? shared_limit(machine().capability) : kSharedPerBlock;
         return enqueue(s, *stream, [=, body = std::move(body)] {
+            pass_us(kKernelUs);
             return launch_impl(grid, block, n_shared_bytes, body, kernel, limit), true;
         });
     });

@@ -60,6 +60,8 @@ struct State {
     bool memory_is_open = false;  // an ASan build lets the host touch device memory only inside operations
     uint64_t random = 0;
     uint64_t draw();
+    double passed_us = 0;                         // of the clock that events tell where the machine has one
+    std::chrono::steady_clock::time_point now();  // what an event that is reached here and now tells
 };
 State& state();  // never destroyed: calls at exit are safe
 

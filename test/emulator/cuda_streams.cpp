@@ -263,7 +263,7 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
             return cudaSuccess;
         }
         const auto at = std::make_shared<std::chrono::steady_clock::time_point>();
-        const cudaError_t error = enqueue(s, *stream, [at] { return *at = std::chrono::steady_clock::now(), true; });
+        const cudaError_t error = enqueue(s, *stream, [at, &s] { return *at = s.now(), true; });
         if (error != cudaSuccess) return error;
         event->capture = nullptr;
         event->at = at;

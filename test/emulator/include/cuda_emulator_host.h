@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <vector>
 
 namespace emulator {
 // Gives work on the host to a stream, like a kernel of a library: it runs when the stream gets there, which may be
@@ -26,14 +27,26 @@ enum class StreamMode {
     random  // at any time between the two
 };
 struct Machine {
-    StreamMode mode = StreamMode::late;      // KILN_EMULATOR_STREAMS=late|eager|random
-    int n_devices = 16;                      // KILN_EMULATOR_DEVICES; 0: as on a machine without one
-    int capability = 90;                     // KILN_EMULATOR_CAPABILITY: 80 for 8.0
-    int n_multiprocessors = 4;               // KILN_EMULATOR_MULTIPROCESSORS
-    size_t memory_bytes = size_t(16) << 30;  // KILN_EMULATOR_MEMORY: of each device
+    StreamMode mode = StreamMode::late;     // KILN_EMULATOR_STREAMS=late|eager|random
+    int n_devices = 16;                     // KILN_EMULATOR_DEVICES; 0: as on a machine without one
+    int capability = 90;                    // KILN_EMULATOR_CAPABILITY: 80 for 8.0
+    int n_multiprocessors = 4;              // KILN_EMULATOR_MULTIPROCESSORS
+    size_t memory_bytes = size_t(8) << 30;  // KILN_EMULATOR_MEMORY: of each device
+    // KILN_EMULATOR_CLOCK=1: events tell what the work between them is said to take, and never what it took here: a
+    // kernel 10 us; a product 100 us by the algorithm that is fastest here, (2 + its number) * 100 us by another, and
+    // what an epilogue costs on top.
+    bool has_clock = false;
+    int fastest_algorithm = 0;      // KILN_EMULATOR_FASTEST_ALGORITHM
+    int epilogue_us = 0;            // KILN_EMULATOR_EPILOGUE_US
+    int cublaslt_version = 130000;  // KILN_EMULATOR_CUBLASLT
 };
 // Read from the environment when first asked for; a test may change it.
 Machine& machine();
+
+// In an operation: it takes this much of the time that events tell.
+void pass_us(double us);
+// The algorithms of the matrix products given to streams, by their number; a test may clear it.
+std::vector<int>& products_run();
 
 // Drops all pending work and every error, the sticky one included, ends captures, and reads the environment again.
 // Memory, streams and events stay.

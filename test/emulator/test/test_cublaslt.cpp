@@ -1,9 +1,11 @@
 // The stand-in for cuBLASLt against a plain loop in double: the GEMM's tests rest on it.  Made to fail by: a leading
 // dimension taken for another, a transposition left out, beta ignored, the bias along columns, GELU of the rounded sum,
-// each condition of its check() functions left out.
+// each condition of its check() functions left out, a part of a split sum left out, the sums of A taken along k's wrong
+// axis, every algorithm computed in one part.
 #include <cublasLt.h>
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -83,7 +85,7 @@ class Product {
           va(numbers(size_t(h.a_rows() + h.gap) * h.a_cols(), 1, h.in)),
           vb(numbers(size_t(h.b_rows() + h.gap) * h.b_cols(), 2, h.in)),
           vc(numbers(size_t(h.ldc()) * h.n, 3, h.out)),
-          vbias(numbers(size_t(h.m), 4, h.out)),
+          vbias(numbers(size_t(std::max(h.m, h.n)), 4, h.out)),
           vaux(numbers(size_t(std::max(h.aux_ld, h.m)) * h.n, 5, h.out)),
           a(h.in, va),
           b(h.in, vb),
@@ -128,6 +130,14 @@ class Product {
         int n = 0;
         return cublasLtMatmulAlgoGetHeuristic(handle, desc, la, lb, lc, ld, preference, 1, &found, &n);
     }
+    std::vector<cublasLtMatmulHeuristicResult_t> search_all() {
+        std::vector<cublasLtMatmulHeuristicResult_t> all(32);
+        int n = 0;
+        REQUIRE(cublasLtMatmulAlgoGetHeuristic(handle, desc, la, lb, lc, ld, preference, int(all.size()), all.data(),
+                                               &n) == CUBLAS_STATUS_SUCCESS);
+        all.resize(size_t(n));
+        return all;
+    }
     cublasStatus_t run(void* to, const void* a_at, size_t workspace_bytes = kWorkspace, void* scratch = nullptr) {
         return cublasLtMatmul(handle, desc, &h.alpha, a_at, la, b, lb, &h.beta, h.in_place ? to : c, lc, to, ld,
                               &found.algo, scratch ? scratch : workspace, workspace_bytes, nullptr);
@@ -147,6 +157,19 @@ class Product {
                               va[h.a_transposed ? size_t(i) * (h.k + h.gap) + l : size_t(l) * (h.m + h.gap) + i] *
                               vb[h.b_transposed ? size_t(l) * (h.n + h.gap) + j : size_t(j) * (h.k + h.gap) + l]);
                 s[size_t(j) * h.m + i] = v;
+            }
+        return s;
+    }
+
+    // Of A (m) or B (n) over k.
+    Doubles sums(bool of_a, bool of_absolutes) const {
+        Doubles s(size_t(of_a ? h.m : h.n));
+        for (int i = 0; i < int(s.size()); i++)
+            for (int l = 0; l < h.k; l++) {
+                const double v =
+                    of_a ? va[h.a_transposed ? size_t(i) * (h.k + h.gap) + l : size_t(l) * (h.m + h.gap) + i]
+                         : vb[h.b_transposed ? size_t(l) * (h.n + h.gap) + i : size_t(i) * (h.k + h.gap) + l];
+                s[size_t(i)] += of_absolutes ? std::abs(v) : v;
             }
         return s;
     }
@@ -175,12 +198,13 @@ bool near(double got, double want, double slack, cudaDataType_t t) {
     return std::abs(got - want) <= slack + (t == CUDA_R_16BF ? 0x1p-8 : kUnit) * (std::abs(want) + slack);
 }
 
-void check_product(const Case& how) {
-    INFO("m ", how.m, " n ", how.n, " k ", how.k, " gap ", how.gap, " a_transposed ", how.a_transposed,
-         " b_transposed ", how.b_transposed, " in ", how.in, " out ", how.out, " beta ", how.beta, " epilogue ",
-         how.epilogue);
+// By the which-th algorithm that the search finds.
+void check_product(const Case& how, size_t which = 0) {
+    INFO("algorithm ", which, "m ", how.m, " n ", how.n, " k ", how.k, " gap ", how.gap, " a_transposed ",
+         how.a_transposed, " b_transposed ", how.b_transposed, " in ", how.in, " out ", how.out, " beta ", how.beta,
+         " epilogue ", how.epilogue);
     Product p(how);
-    REQUIRE(p.search() == CUBLAS_STATUS_SUCCESS);
+    p.found = p.search_all().at(which);
     REQUIRE(p.run() == CUBLAS_STATUS_SUCCESS);
     const Doubles d = p.d.host(), aux = p.aux.host(), workspace = p.workspace.host(), sum = p.sum(false),
                   absolutes = p.sum(true);
@@ -248,6 +272,111 @@ TEST_CASE("emulated cublasLt: epilogues") {
             for (float beta : {0.0f, 1.0f})
                 check_product(
                     {.m = 16, .n = 5, .k = 8, .gap = 8, .in = t, .out = t, .beta = beta, .epilogue = e, .aux_ld = 32});
+}
+
+TEST_CASE("emulated cublasLt: every algorithm computes the product") {
+    for (cudaDataType_t out : {CUDA_R_32F, CUDA_R_16BF})
+        for (bool a_transposed : {false, true})
+            for (bool b_transposed : {false, true}) {
+                const Case c = {.k = 72,
+                                .a_transposed = a_transposed,
+                                .b_transposed = b_transposed,
+                                .in = CUDA_R_16BF,
+                                .out = out,
+                                .beta = 0.5f};
+                const std::vector<cublasLtMatmulHeuristicResult_t> all = Product(c).search_all();
+                CHECK(all.size() == 8);
+                // Those whose parts meet in bf16 round twice more than is allowed here.
+                for (size_t i = 0; i < all.size(); i++)
+                    if (out == CUDA_R_32F || (i != 4 && i != 5)) check_product(c, i);
+            }
+}
+
+TEST_CASE("emulated cublasLt: algorithms differ in their bits, and one from run to run") {
+    Product p({.k = 72});
+    const auto bits = [&](const cublasLtMatmulHeuristicResult_t& by) {
+        p.found = by;
+        REQUIRE(p.run() == kGood);
+        return p.d.host();
+    };
+    std::vector<cublasLtMatmulHeuristicResult_t> all = p.search_all();
+    std::vector<Doubles> seen;
+    emulator::products_run().clear();
+    for (size_t i = 0; i < all.size(); i++) {
+        const Doubles first = bits(all[i]);
+        CHECK((bits(all[i]) == first) == (i != 6));
+        if (i == 5 || i == 7) continue;  // as 4, fp32 throughout; in one part, as 0
+        CHECK(std::find(seen.begin(), seen.end(), first) == seen.end());
+        seen.push_back(first);
+    }
+    CHECK(emulator::products_run() == std::vector<int>{0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7});
+    // In place and in D's type only where the caller allows it.
+    const uint32_t compute_type = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    REQUIRE(cublasLtMatmulPreferenceSetAttribute(p.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                                                 &compute_type, sizeof compute_type) == kGood);
+    CHECK(p.search_all().size() == 6);
+    cublasLtMatmulHeuristicResult_t again = {};
+    CHECK(cublasLtMatmulAlgoCheck(p.handle, p.desc, p.la, p.lb, p.lc, p.ld, &all[2].algo, &again) == kGood);
+    CHECK(again.workspaceSize == all[2].workspaceSize);
+    CHECK(std::memcmp(&again.algo, &all[2].algo, sizeof again.algo) == 0);
+    const cublasLtMatmulAlgo_t zeros = {};
+    CHECK(cublasLtMatmulAlgoCheck(p.handle, p.desc, p.la, p.lb, p.lc, p.ld, &zeros, &again) == kInvalid);
+    const uint64_t small = 2 * 4 * 8 * 16;  // bytes: room for two parts
+    REQUIRE(cublasLtMatmulPreferenceSetAttribute(p.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &small,
+                                                 sizeof small) == kGood);
+    CHECK(p.search_all().size() == 3);
+}
+
+TEST_CASE("emulated cublasLt: the sums of A or B over k") {
+    for (cudaDataType_t out : {CUDA_R_32F, CUDA_R_16BF})
+        for (bool of_a : {true, false})
+            for (unsigned bits = 0; bits < 4; bits++) {
+                const Case c = {.k = 72,
+                                .gap = 8,
+                                .a_transposed = !!(bits & 1),
+                                .b_transposed = !!(bits & 2),
+                                .in = out,
+                                .out = out,
+                                .epilogue = of_a ? CUBLASLT_EPILOGUE_BGRADA : CUBLASLT_EPILOGUE_BGRADB};
+                Product p(c);
+                const Doubles want = p.sums(of_a, false), absolutes = p.sums(of_a, true);
+                std::vector<Doubles> seen;
+                for (const auto& by : p.search_all()) {
+                    p.found = by;
+                    REQUIRE(p.run() == kGood);
+                    seen.push_back(p.bias.host());
+                    for (size_t i = 0; i < want.size(); i++)
+                        CHECK(near(seen.back()[i], want[i], c.k * kUnit * absolutes[i], out));
+                    for (size_t i = want.size(); i < seen.back().size(); i++) CHECK(seen.back()[i] == p.vbias[i]);
+                }
+                CHECK(seen.size() == 7);
+                if (out == CUDA_R_32F) CHECK(seen[0] != seen[2]);
+            }
+}
+
+TEST_CASE("emulated cublasLt: a clock that tells what the algorithms are said to take") {
+    const emulator::Machine before = emulator::machine();
+    emulator::machine().has_clock = true;
+    emulator::machine().fastest_algorithm = 2;
+    emulator::machine().epilogue_us = 70;
+    for (const auto& [epilogue, more] : {std::pair{CUBLASLT_EPILOGUE_DEFAULT, 0.0}, {CUBLASLT_EPILOGUE_BIAS, 0.07}}) {
+        Product p({.k = 72, .epilogue = epilogue});
+        cudaEvent_t from = nullptr, to = nullptr;
+        for (cudaEvent_t* event : {&from, &to}) REQUIRE(cudaEventCreate(event) == cudaSuccess);
+        const std::vector<cublasLtMatmulHeuristicResult_t> all = p.search_all();
+        for (const auto& [which, want] : {std::pair{0, 0.2}, {1, 0.3}, {2, 0.1}, {3, 0.5}}) {
+            p.found = all[size_t(which)];
+            float ms = 0;
+            REQUIRE(cudaEventRecord(from, nullptr) == cudaSuccess);
+            REQUIRE(p.run() == kGood);
+            REQUIRE(cudaEventRecord(to, nullptr) == cudaSuccess);
+            REQUIRE(cudaEventSynchronize(to) == cudaSuccess);
+            REQUIRE(cudaEventElapsedTime(&ms, from, to) == cudaSuccess);
+            CHECK(ms == doctest::Approx(want + more));
+        }
+        for (cudaEvent_t event : {from, to}) cudaEventDestroy(event);
+    }
+    emulator::machine() = before;
 }
 
 TEST_CASE("emulated cublasLt: what the search refuses") {

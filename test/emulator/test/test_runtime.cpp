@@ -545,12 +545,21 @@ TEST_CASE("emulated runtime: the environment describes the machine") {
     setenv("KILN_EMULATOR_STREAMS", "random", 1);
     setenv("KILN_EMULATOR_CAPABILITY", "86", 1);
     setenv("KILN_EMULATOR_MEMORY", "123456", 1);
+    setenv("KILN_EMULATOR_CLOCK", "1", 1);
+    setenv("KILN_EMULATOR_FASTEST_ALGORITHM", "3", 1);
+    setenv("KILN_EMULATOR_EPILOGUE_US", "40", 1);
+    setenv("KILN_EMULATOR_CUBLASLT", "120900", 1);
     emulator::reset_device();
-    for (const char* name : {"DEVICES", "STREAMS", "CAPABILITY", "MEMORY"})
+    for (const char* name :
+         {"DEVICES", "STREAMS", "CAPABILITY", "MEMORY", "CLOCK", "FASTEST_ALGORITHM", "EPILOGUE_US", "CUBLASLT"})
         unsetenv((std::string("KILN_EMULATOR_") + name).c_str());
     CHECK(emulator::machine().mode == StreamMode::random);
     CHECK(emulator::machine().capability == 86);
     CHECK(emulator::machine().memory_bytes == 123456);
+    CHECK(emulator::machine().has_clock);
+    CHECK(emulator::machine().fastest_algorithm == 3);
+    CHECK(emulator::machine().epilogue_us == 40);
+    CHECK(emulator::machine().cublaslt_version == 120900);
     int n = -1;
     CHECK(cudaGetDeviceCount(&n) == cudaErrorNoDevice);
     CHECK(n == 0);
