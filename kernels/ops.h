@@ -83,7 +83,7 @@ struct Linear {    // y = gelu(x w + b) + residual;  gelu and residual only wher
     Buf residual;  // (BT, OC) or absent; may not be given together with pre_gelu; may be y itself
     int BT = 0, C = 0, OC = 0;
     bool w_transposed = false;
-    bool fuse_gelu = true;  // false: y has the bits of gelu_forward() of pre_gelu as stored
+    bool fuse_gelu = true;  // false: y is gelu_forward of pre_gelu as stored, to the last bit.  The CPU's always is
 };
 struct LinearGrad {
     Buf dx;        // (BT, C)   out  =  dy w^T, times gelu'(pre_gelu) where that is given; may be absent
@@ -258,6 +258,16 @@ struct Backend {
     void (*hash)(const Hash&, Stream);
     void (*optimizer_update)(const OptimizerUpdate&, Stream);
     void (*grad_norm)(const GradNorm&, Stream);
+
+    // Choices made by timing: how a GPU computes each kind of matrix product (kernels/cuda/gemm_choice.h).  While tuning
+    // is on, the first call of a kind chooses; what it leaves in its outputs is meaningless.  Returns notes since the
+    // last call, a line each: algorithms that were rejected.
+    std::string (*tune)(bool on);
+    // Those in use, as common/choices.h has it.  The CPU makes none: "".
+    std::string (*choices)();
+    // From now on these, and no others, "" for none.  Returns why they cannot be used, and nothing has changed then: made
+    // for another GPU or library version.  A text that is damaged is Error(Exit::data).
+    std::string (*set_choices)(const std::string& text);
 };
 const Backend& cpu_backend();
 

@@ -4,7 +4,7 @@
 // mixed up, OneThread removed.  On the GPU: the barrier of the column sums removed, a row, a warp or a column left out of
 // them, the second pass not adding, vectors where a tensor is not aligned, the unfused bias or GELU left out, an epilogue
 // mistaken for another, a plan used for another product or with old addresses, beta always 0 or 1, the key's alignment
-// wrong.
+// wrong, fuse_gelu ignored.
 #include <omp.h>
 
 #include <cstring>
@@ -273,6 +273,53 @@ TEST_CASE("linear backward: every backend agrees with the fp64 reference") {
         check_backward(t, real, {true, true, true, false, false});
         check_backward(t, real, {true, true, false, true, true});
     }
+}
+
+// Whatever the library's algorithms and epilogues do when they have been chosen by timing.  The choices of the machine's
+// own clock, so another run may see others.
+TEST_CASE("linear: what was chosen by timing agrees with the fp64 reference") {
+    for (const Target& t : targets()) {
+        CAPTURE(t.name);
+        for (const Shape& s : {Shape{7, 8, 24}, Shape{16, 128, 40}, Shape{72, 24, 13}}) {
+            const auto all = [&] {
+                for (const Flags& f : all_flags()) check_forward(t, s, f);
+                for (unsigned bits = 0; bits < 32; bits++)
+                    check_backward(t, s, {!!(bits & 1), !!(bits & 2), !!(bits & 4), !!(bits & 8), !!(bits & 16)});
+            };
+            t.k->tune(true);
+            for (const Flags& f : all_flags()) forward(t, s, f, inputs(s, t.real));
+            for (unsigned bits = 0; bits < 32; bits++)
+                backward(t, s, {!!(bits & 1), !!(bits & 2), !!(bits & 4), !!(bits & 8), !!(bits & 16)},
+                         grad_inputs(s, t.real));
+            t.k->tune(false);
+            CHECK(t.k->choices().empty() == (t.k == &cpu_backend()));
+            all();
+            t.k->set_choices("");
+        }
+    }
+}
+
+TEST_CASE("linear forward: a GELU that is not fused sees pre_gelu as it is stored, to the last bit") {
+    for (const Target& t : targets())
+        for (const Shape& s : {Shape{16, 128, 40}, Shape{72, 24, 13}})
+            for (bool bias : {false, true}) {
+                CAPTURE(t.name);
+                const Inputs in = inputs(s, t.real);
+                Dev y(t, t.real, poison(s.out())), pre(t, t.real, poison(s.out())), want(t, t.real, poison(s.out()));
+                Dev x(t, t.real, in.x), w(t, t.real, in.w), b(t, t.real, in.b);
+                t.k->linear_forward({.y = y,
+                                     .pre_gelu = pre,
+                                     .x = x,
+                                     .w = w,
+                                     .b = bias ? Buf(b) : Buf(),
+                                     .BT = s.BT,
+                                     .C = s.C,
+                                     .OC = s.OC,
+                                     .fuse_gelu = false},
+                                    nullptr);
+                t.k->gelu_forward({.y = want, .x = pre}, nullptr);
+                CHECK(worst(y.host(), want.host(), 1e-300, 0) == 0);
+            }
 }
 
 TEST_CASE("linear: tensors may begin anywhere, and the bits of db do not depend on where") {

@@ -104,6 +104,9 @@ const Backend& cpu_backend() {
         .hash = cpu::hash,
         .optimizer_update = cpu::optimizer_update,
         .grad_norm = cpu::grad_norm,
+        .tune = [](bool) { return std::string(); },
+        .choices = [] { return std::string(); },
+        .set_choices = [](const std::string&) { return std::string(); },
     };
     return backend;
 }

@@ -1,6 +1,7 @@
 // The table of the CUDA backend, its memory, streams and marks.  The device itself: device.cu.
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/gemm_choice.h"
 
 #include <string_view>
 
@@ -139,6 +140,9 @@ constexpr Backend table(void (*attention_forward)(const Attention&, Stream),
         .hash = cuda::hash,
         .optimizer_update = cuda::optimizer_update,
         .grad_norm = cuda::grad_norm,
+        .tune = cuda::tune,
+        .choices = cuda::choices,
+        .set_choices = cuda::set_choices,
     };
 }
 }  // namespace

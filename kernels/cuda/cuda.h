@@ -40,6 +40,9 @@ T* workspace(size_t count, const char* op) {
     return static_cast<T*>(workspace_bytes(count * sizeof(T), op).data);
 }
 
+// The products' own (gemm.h), likewise; it is there from the time the device is opened.
+Buf gemm_workspace();
+
 // Streaming multiprocessors of the open device: how many blocks a persistent grid has.  An op whose sums depend on the
 // number of blocks must not use it: bits would differ from GPU to GPU.
 int n_multiprocessors();

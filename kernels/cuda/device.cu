@@ -1,5 +1,6 @@
 // The device of this process: found, opened, its workspace; errors named with the kernels that may have caused them.
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/gemm.h"
 
 #include <cxxabi.h>
 
@@ -114,6 +115,16 @@ Buf workspace_bytes(size_t n_bytes, const char* op) {
     return Buf(p, n_bytes, DType::u8);
 }
 
+Buf gemm_workspace() {
+    static const Buf workspace = [] {
+        cudaDeviceProp properties{};
+        CUDA_CHECK(cudaGetDeviceProperties(&properties, open_ordinal));
+        const size_t n_bytes = gemm_workspace_size(properties.totalGlobalMem);
+        return Buf(cuda_backend().memory.alloc(n_bytes), n_bytes, DType::u8);
+    }();
+    return workspace;
+}
+
 int n_multiprocessors() {
     int n = 0;
     CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, open_ordinal));
@@ -169,7 +180,7 @@ CudaDevice open_cuda_device(int ordinal) {
             .ordinal = ordinal,
             .capability = capability,
             .memory_bytes = properties.totalGlobalMem,
-            .workspace_bytes = cuda::kWorkspaceBytes,
+            .workspace_bytes = cuda::kWorkspaceBytes + cuda::gemm_workspace().count,
             .bus_id = bus_id,
             .memory = memory};
 }

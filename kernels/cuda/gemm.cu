@@ -1,23 +1,21 @@
-// cuBLASLt: one plan per kind of product, made once.
+// cuBLASLt: descriptors of a kind of product, made once, and the call.  Which algorithm: gemm_choice.cu.
 //
 // cuBLASLt is column-major, where a row-major matrix is its own transpose.  So d^T = b^T a^T is asked for: the
 // library's A is our b, its B our a, its m our N, and the rows of its D, which carry the bias, are our columns.
 #include "kernels/cuda/gemm.h"
 
-#include <cublasLt.h>
-
 #include <algorithm>
-#include <compare>
-#include <map>
-#include <memory>
+#include <vector>
 
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/gemm_choice.h"
 
 namespace {
 using cuda::Gemm;
+using Key = cuda::GemmKey;
+using Plan = cuda::GemmPlan;
 
-constexpr size_t kAlign = 16;      // bytes; more gains no algorithm, less loses the vectorised ones
-constexpr int kMaxAlgorithms = 8;  // asked for; the first that works is the library's best guess
+constexpr size_t kAlign = 16;  // bytes; more gains no algorithm, less loses the vectorised ones
 
 cudaDataType_t type_of(const char* what, const Buf& b) {
     switch (b.dtype) {
@@ -38,6 +36,8 @@ uint32_t alignment(const Buf& b) {
 
 cublasLtEpilogue_t epilogue_of(const Gemm& g) {
     if (g.through_gelu) return CUBLASLT_EPILOGUE_DGELU;
+    if (g.sums_b) return CUBLASLT_EPILOGUE_BGRADA;  // the library's A is b
+    if (g.sums_a) return CUBLASLT_EPILOGUE_BGRADB;
     if (g.pre_gelu) return g.bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
     return g.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
 }
@@ -51,6 +51,10 @@ const char* name_of(cublasLtEpilogue_t e) {
             return "GELU_AUX_BIAS";
         case CUBLASLT_EPILOGUE_DGELU:
             return "DGELU";
+        case CUBLASLT_EPILOGUE_BGRADA:
+            return "BGRADA";
+        case CUBLASLT_EPILOGUE_BGRADB:
+            return "BGRADB";
         default:
             return "DEFAULT";
     }
@@ -69,18 +73,10 @@ void check(cublasStatus_t status, const char* call) {
          name_of(epilogue_of(g)));
 }
 
-// All that the choice of an algorithm depends on.  The leading dimensions follow from the shape.
-struct Key {
-    int M, N, K;
-    bool a_transposed, b_transposed, adds;
-    DType a_type, b_type, d_type;
-    cublasLtEpilogue_t epilogue;
-    uint32_t align_a, align_b, align_c, align_d, align_bias, align_aux;
-    auto operator<=>(const Key&) const = default;
-};
 // As the library wants it, C is D where nothing is added.
 const Buf& added_to(const Gemm& g) { return g.c ? g.c : g.d; }
 const Buf& aux_of(const Gemm& g) { return g.through_gelu ? g.through_gelu : g.pre_gelu; }
+const Buf& bias_of(const Gemm& g) { return g.sums_b ? g.sums_b : g.sums_a ? g.sums_a : g.bias; }
 Key key_of(const Gemm& g) {
     return {.M = g.M,
             .N = g.N,
@@ -96,16 +92,9 @@ Key key_of(const Gemm& g) {
             .align_b = alignment(g.b),
             .align_c = alignment(added_to(g)),
             .align_d = alignment(g.d),
-            .align_bias = alignment(g.bias),
+            .align_bias = alignment(bias_of(g)),
             .align_aux = alignment(aux_of(g))};
 }
-
-struct Plan {
-    cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;  // of the search; the rest is valid after a success only
-    cublasLtMatmulDesc_t product = nullptr;
-    cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;  // of the library's A, B and D; C is laid out as D
-    cublasLtMatmulAlgo_t algorithm = {};
-};
 
 template <class T>
 void set(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t attribute, const T& value) {
@@ -118,7 +107,7 @@ void set(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t attr
 
 // The addresses that a product carries in its descriptor.  The search infers alignments from them.
 void set_pointers(cublasLtMatmulDesc_t product, const Gemm& g) {
-    if (g.bias) set(product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(g.bias.data));
+    if (const Buf& bias = bias_of(g)) set(product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.data);
     if (const Buf& aux = aux_of(g)) set(product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux.data);
 }
 
@@ -132,7 +121,7 @@ cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns) {
 cublasLtMatmulPreference_t preference(const Key& k) {
     cublasLtMatmulPreference_t p = nullptr;
     LT_CHECK(cublasLtMatmulPreferenceCreate(&p));
-    set(p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(cuda::kGemmWorkspaceBytes));
+    set(p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(cuda::gemm_workspace().count));
     // Parts of a split sum may meet in fp32 only.  In place they meet in d's dtype.
     uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     if (k.d_type == DType::f32) reductions |= CUBLASLT_REDUCTION_SCHEME_INPLACE;
@@ -144,49 +133,14 @@ cublasLtMatmulPreference_t preference(const Key& k) {
     return p;
 }
 
-Plan make_plan(cublasLtHandle_t handle, const Gemm& g, const Key& k) {
-    const cudaDataType_t type_a = type_of("a", g.a), type_b = type_of("b", g.b), type_d = type_of("d", g.d);
-    Plan p;
-    LT_CHECK(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    const cublasOperation_t of_a = g.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const cublasOperation_t of_b = g.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
-    set(p.product, CUBLASLT_MATMUL_DESC_TRANSA, int32_t(of_a));
-    set(p.product, CUBLASLT_MATMUL_DESC_TRANSB, int32_t(of_b));
-    set(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(k.epilogue));
-    if (aux_of(g)) set(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(g.N));
-    set_pointers(p.product, g);
-    p.a = layout(type_b, g.b_transposed ? g.N : g.K, g.b_transposed ? g.K : g.N);
-    p.b = layout(type_a, g.a_transposed ? g.K : g.M, g.a_transposed ? g.M : g.K);
-    p.d = layout(type_d, g.M, g.N);
-
-    const cublasLtMatmulPreference_t wanted = preference(k);
-    cublasLtMatmulHeuristicResult_t found[kMaxAlgorithms] = {};
-    int n_found = 0;
-    p.status =
-        cublasLtMatmulAlgoGetHeuristic(handle, p.product, p.a, p.b, p.d, p.d, wanted, kMaxAlgorithms, found, &n_found);
-    LT_CHECK(cublasLtMatmulPreferenceDestroy(wanted));
-    if (p.status != CUBLAS_STATUS_SUCCESS) return p;
-    p.status = CUBLAS_STATUS_NOT_SUPPORTED;
-    for (int i = 0; i < n_found && p.status != CUBLAS_STATUS_SUCCESS; i++)
-        if (found[i].state == CUBLAS_STATUS_SUCCESS && found[i].workspaceSize <= cuda::kGemmWorkspaceBytes) {
-            p.status = CUBLAS_STATUS_SUCCESS;
-            p.algorithm = found[i].algo;
-        }
-    return p;
-}
-
 // Of the open device.  Never destroyed: at the end of the process the driver may be gone before static objects are.
-struct Library {
-    cublasLtHandle_t handle = nullptr;
-    std::map<Key, Plan> plans;
-};
-Library& library() {
-    static Library& l = *[] {
-        auto made = std::make_unique<Library>();
-        LT_CHECK(cublasLtCreate(&made->handle));
-        return made.release();
+cublasLtHandle_t handle() {
+    static const cublasLtHandle_t h = [] {
+        cublasLtHandle_t made = nullptr;
+        LT_CHECK(cublasLtCreate(&made));
+        return made;
     }();
-    return l;
+    return h;
 }
 
 // The library's own condition for the auxiliary matrix is a leading dimension that is a multiple of 8, at 16 bytes;
@@ -200,57 +154,112 @@ bool whole_vectors(const Gemm& g, const Key& k) {
     return whole;
 }
 
-cublasStatus_t run(const Gemm& g, Stream s) {
+void check_operands(const Gemm& g) {
     CHECK_THAT(g.M > 0 && g.N > 0 && g.K > 0, "gemm: M = {}, N = {}, K = {}", g.M, g.N, g.K);
     const size_t out = size_t(g.M) * g.N;
     expect_size("gemm.d", g.d, out, "M*N");
     expect_size("gemm.a", g.a, size_t(g.M) * g.K, "M*K");
     expect_size("gemm.b", g.b, size_t(g.K) * g.N, "K*N");
+    type_of("a", g.a), type_of("b", g.b), type_of("d", g.d);
+    if (g.bias) expect_size("gemm.bias", g.bias, size_t(g.N), "N");
+    if (g.sums_a) expect_size("gemm.sums_a", g.sums_a, size_t(g.M), "M");
+    if (g.sums_b) expect_size("gemm.sums_b", g.sums_b, size_t(g.N), "N");
     for (const Buf& same : {g.c, g.pre_gelu, g.through_gelu})
-        if (same) {
-            expect_size("gemm.c, .pre_gelu or .through_gelu", same, out, "M*N");
-            CHECK_THAT(same.dtype == g.d.dtype, "gemm: a {} beside a {} d", dtype_name(same.dtype),
-                       dtype_name(g.d.dtype));
-        }
-    if (g.bias) {
-        expect_size("gemm.bias", g.bias, size_t(g.N), "N");
-        CHECK_THAT(g.bias.dtype == g.d.dtype, "gemm: a {} bias beside a {} d", dtype_name(g.bias.dtype),
+        if (same) expect_size("gemm.c, .pre_gelu or .through_gelu", same, out, "M*N");
+    for (const Buf& same : {g.c, g.pre_gelu, g.through_gelu, g.bias, g.sums_a, g.sums_b})
+        CHECK_THAT(!same || same.dtype == g.d.dtype, "gemm: a {} beside a {} d", dtype_name(same.dtype),
                    dtype_name(g.d.dtype));
-    }
-    CHECK_THAT(!g.through_gelu || (!g.pre_gelu && !g.bias), "gemm.through_gelu is given with pre_gelu or bias");
+    const int fused = bool(g.bias || g.pre_gelu) + bool(g.through_gelu) + bool(g.sums_a) + bool(g.sums_b);
+    CHECK_THAT(fused <= 1, "gemm: of bias and pre_gelu, through_gelu, sums_a, sums_b {} are given together", fused);
+}
 
-    const Key key = key_of(g);
-    if (key.epilogue != CUBLASLT_EPILOGUE_DEFAULT) {
-        if (!whole_vectors(g, key)) return CUBLAS_STATUS_NOT_SUPPORTED;
-        if (aux_of(g) && g.d.dtype != DType::bf16) return CUBLAS_STATUS_NOT_SUPPORTED;
-    }
-    Library& lib = library();
-    auto at = lib.plans.find(key);
-    if (at == lib.plans.end()) at = lib.plans.emplace(key, make_plan(lib.handle, g, key)).first;
-    const Plan& plan = at->second;
-    if (plan.status != CUBLAS_STATUS_SUCCESS) return plan.status;
+bool may_fuse(const Gemm& g, const Key& k) {
+    return k.epilogue == CUBLASLT_EPILOGUE_DEFAULT || (whole_vectors(g, k) && (!aux_of(g) || g.d.dtype == DType::bf16));
+}
 
-    set_pointers(plan.product, g);
-    void* workspace = cuda::workspace<uint8_t>(cuda::kGemmWorkspaceBytes, "gemm");
-    const float one = 1, beta = g.c ? 1 : 0;
-    const cublasStatus_t status =
-        cublasLtMatmul(lib.handle, plan.product, &one, g.b.data, plan.a, g.a.data, plan.b, &beta, added_to(g).data,
-                       plan.d, g.d.data, plan.d, &plan.algorithm, workspace, cuda::kGemmWorkspaceBytes, s);
-    if (status != CUBLAS_STATUS_SUCCESS) refused(g, status);  // not a fall-back: work may have been given to the stream
-    cuda::check_cuda(cudaSuccess,
-                     "simt::launch(cublasLtMatmul, ...)");  // among the kernels that a later fault may name
-    return status;
+void run(const Gemm& g, const Plan& plan, Stream s) {
+    if (const cublasStatus_t status = cuda::multiply(g, plan, plan.algorithm, true, s); status != CUBLAS_STATUS_SUCCESS)
+        refused(g, status);  // not a fall-back: work may have been given to the stream
 }
 }  // namespace
 
 namespace cuda {
-bool try_gemm(const Gemm& g, Stream s) {
-    const cublasStatus_t status = run(g, s);
-    if (status != CUBLAS_STATUS_SUCCESS && status != CUBLAS_STATUS_NOT_SUPPORTED) refused(g, status);
-    return status == CUBLAS_STATUS_SUCCESS;
+std::string text_of(const GemmKey& k) {
+    return fmt::format("{} x {} x {}, {}{} x {}{} -> {}{}, {}, aligned {} {} {} {} {} {}", k.M, k.N, k.K,
+                       dtype_name(k.a_type), k.a_transposed ? "^T" : "", dtype_name(k.b_type),
+                       k.b_transposed ? "^T" : "", k.adds ? "+" : "", dtype_name(k.d_type), name_of(k.epilogue),
+                       k.align_a, k.align_b, k.align_c, k.align_d, k.align_bias, k.align_aux);
+}
+
+GemmPlan describe(const Gemm& g, const GemmKey& k) {
+    GemmPlan p;
+    LT_CHECK(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    const cublasOperation_t of_a = g.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t of_b = g.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    set(p.product, CUBLASLT_MATMUL_DESC_TRANSA, int32_t(of_a));
+    set(p.product, CUBLASLT_MATMUL_DESC_TRANSB, int32_t(of_b));
+    set(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(k.epilogue));
+    if (aux_of(g)) set(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(g.N));
+    set_pointers(p.product, g);
+    p.a = layout(type_of("b", g.b), g.b_transposed ? g.N : g.K, g.b_transposed ? g.K : g.N);
+    p.b = layout(type_of("a", g.a), g.a_transposed ? g.K : g.M, g.a_transposed ? g.M : g.K);
+    p.d = layout(type_of("d", g.d), g.M, g.N);
+    return p;
+}
+void destroy(const GemmPlan& p) {
+    for (cublasLtMatrixLayout_t l : {p.a, p.b, p.d}) cublasLtMatrixLayoutDestroy(l);
+    cublasLtMatmulDescDestroy(p.product);
+}
+
+std::vector<cublasLtMatmulAlgo_t> guesses(const GemmPlan& p, const GemmKey& k, int n, cublasStatus_t* status) {
+    const cublasLtMatmulPreference_t wanted = preference(k);
+    std::vector<cublasLtMatmulHeuristicResult_t> found(size_t(n), cublasLtMatmulHeuristicResult_t{});
+    int n_found = 0;
+    *status =
+        cublasLtMatmulAlgoGetHeuristic(handle(), p.product, p.a, p.b, p.d, p.d, wanted, n, found.data(), &n_found);
+    LT_CHECK(cublasLtMatmulPreferenceDestroy(wanted));
+    std::vector<cublasLtMatmulAlgo_t> all;
+    for (int i = 0; i < n_found && *status == CUBLAS_STATUS_SUCCESS; i++)
+        if (found[size_t(i)].state == CUBLAS_STATUS_SUCCESS && found[size_t(i)].workspaceSize <= gemm_workspace().count)
+            all.push_back(found[size_t(i)].algo);
+    if (*status == CUBLAS_STATUS_SUCCESS && all.empty()) *status = CUBLAS_STATUS_NOT_SUPPORTED;
+    return all;
+}
+
+cublasStatus_t check_algorithm(const GemmPlan& p, const cublasLtMatmulAlgo_t& algorithm) {
+    cublasLtMatmulHeuristicResult_t r = {};
+    const cublasStatus_t status = cublasLtMatmulAlgoCheck(handle(), p.product, p.a, p.b, p.d, p.d, &algorithm, &r);
+    if (status == CUBLAS_STATUS_SUCCESS && r.workspaceSize > gemm_workspace().count) return CUBLAS_STATUS_NOT_SUPPORTED;
+    return status;
+}
+
+cublasStatus_t multiply(const Gemm& g, const GemmPlan& p, const cublasLtMatmulAlgo_t& algorithm, bool adds, Stream s) {
+    set_pointers(p.product, g);
+    const Buf workspace = gemm_workspace();
+    const float one = 1, beta = adds && g.c ? 1 : 0;
+    const void* c = adds ? added_to(g).data : g.d.data;
+    const cublasStatus_t status = cublasLtMatmul(handle(), p.product, &one, g.b.data, p.a, g.a.data, p.b, &beta, c, p.d,
+                                                 g.d.data, p.d, &algorithm, workspace.data, workspace.count, s);
+    if (status == CUBLAS_STATUS_SUCCESS)
+        check_cuda(cudaSuccess, "simt::launch(cublasLtMatmul, ...)");  // among the kernels that a later fault may name
+    return status;
 }
 
 void gemm(const Gemm& g, Stream s) {
-    if (const cublasStatus_t status = run(g, s); status != CUBLAS_STATUS_SUCCESS) refused(g, status);
+    check_operands(g);
+    const GemmKey key = key_of(g);
+    if (!may_fuse(g, key)) refused(g, CUBLAS_STATUS_NOT_SUPPORTED);
+    const GemmPlan& plan = plan_of(g, key, s, nullptr);
+    if (plan.status != CUBLAS_STATUS_SUCCESS) refused(g, plan.status);
+    run(g, plan, s);
+}
+
+void gemm_or(const Gemm& g, Stream s, const std::function<void()>& apart) {
+    check_operands(g);
+    const GemmKey key = key_of(g);
+    if (!may_fuse(g, key)) return apart();
+    const GemmPlan& plan = plan_of(g, key, s, &apart);
+    if (plan.apart) return apart();
+    run(g, plan, s);
 }
 }  // namespace cuda

@@ -5,13 +5,15 @@
 //
 //   shapes     x, dx (BT, C)    y, dy (BT, OC)    w, dw (C, OC), or (OC, C) when w_transposed    b, db (OC)
 //   traffic    products: see gemm.h; bias, residual and both GELUs cost no pass of their own where they can be fused;
-//              where not, one more write and read of y, and GELU's own 2n or 3n.  db: 1 read of dy, and at most 1/16 of
-//              its bytes for the partial sums
+//              where not, or where that was chosen by timing (gemm_choice.h), one more write and read of y, and GELU's
+//              own 2n or 3n.  db: 1 read of dy, and at most 1/16 of its bytes for the partial sums; or none, where its
+//              sums were chosen to be part of the product
 //   bound      products: compute.  db: memory
 //   limits     any BT, C, OC from 1 to 2^31 - 512
 //   order      products: the library's, the same from run to run on one kind of GPU.  db: a chunk of rows is summed by
 //              8 warps, each over every eighth row in order; then the warps' sums in order; then the chunks' sums in
-//              the same way.  Chunks depend on the shape alone, so db has the same bits on every GPU
+//              the same way.  Chunks depend on the shape alone, so db has the same bits on every GPU (but as a part of
+//              the product it has the library's order)
 //   rounding   bf16: each store of y, pre_gelu, dx rounds once.  A fused GELU sees the fp32 sum; by itself it sees
 //              pre_gelu as stored, which moves y by gelu' 2^-8 |pre_gelu|, and gelu' by itself multiplies a dx that was
 //              rounded before, 2^-8 |dx| more.  The backward pass always sees pre_gelu as stored.  A bias that is not
@@ -124,8 +126,7 @@ void column_sums(float* db, const T* dy, int BT, int OC, bool accumulate, Stream
     if (chunks > 1) launch_column_sum<float, 1>(db, sums, chunks, OC, chunks, accumulate, s);
 }
 
-// target = x w + b + residual, with the bias in the product's epilogue or, where it cannot be, as what the product is
-// added to.
+// target = x w + b + residual, with the bias in the product's epilogue or as what the product is added to.
 template <class T>
 void product_and_bias(const Linear& a, const Buf& target, Stream s) {
     cuda::Gemm g = {.d = target,
@@ -137,8 +138,8 @@ void product_and_bias(const Linear& a, const Buf& target, Stream s) {
                     .N = a.OC,
                     .K = a.C,
                     .b_transposed = a.w_transposed};
-    if (a.b && cuda::try_gemm(g, s)) return;
-    if (a.b) {
+    if (!a.b) return cuda::gemm(g, s);
+    cuda::gemm_or(g, s, [&] {
         constexpr int N = device::kVec<T>;
         T* y = target.as<T>();                   // (BT, OC)
         const T* residual = a.residual.as<T>();  // (BT, OC) or null
@@ -146,10 +147,11 @@ void product_and_bias(const Linear& a, const Buf& target, Stream s) {
         const unsigned warps = cuda::blocks_for(size_t(a.OC), 32 * N);
         CUDA_CHECK(simt::launch(linear_bias_kernel<T>, dim3(unsigned(a.BT)), dim3(32 * (warps < 8 ? warps : 8)), 0, s,
                                 y, residual, b, a.OC, a.OC % N == 0 && aligned16(y, residual, b)));
-        g.bias = {};
-        g.c = target;
-    }
-    cuda::gemm(g, s);
+        cuda::Gemm plain = g;
+        plain.bias = {};
+        plain.c = target;
+        cuda::gemm(plain, s);
+    });
 }
 
 template <class T>
@@ -161,6 +163,11 @@ template <class T>
 void forward(const Linear& a, Stream s) {
     check_dtypes<T>({a.y, a.pre_gelu, a.x, a.w, a.b, a.residual});
     if (!a.pre_gelu) return product_and_bias<T>(a, a.y, s);
+    const auto apart = [&] {
+        product_and_bias<T>(a, a.pre_gelu, s);
+        cuda::gelu_forward({.y = a.y, .x = a.pre_gelu}, s);
+    };
+    if (!a.fuse_gelu) return apart();
     const cuda::Gemm fused = {.d = a.y,
                               .a = a.x,
                               .b = a.w,
@@ -170,9 +177,7 @@ void forward(const Linear& a, Stream s) {
                               .N = a.OC,
                               .K = a.C,
                               .b_transposed = a.w_transposed};
-    if (a.fuse_gelu && cuda::try_gemm(fused, s)) return;
-    product_and_bias<T>(a, a.pre_gelu, s);
-    cuda::gelu_forward({.y = a.y, .x = a.pre_gelu}, s);
+    cuda::gemm_or(fused, s, apart);
 }
 
 // dx = dy w^T as a product of (BT, OC) and (OC, C).
@@ -185,23 +190,34 @@ void input_gradient(const LinearGrad& a, Stream s) {
                     .N = a.C,
                     .K = a.OC,
                     .b_transposed = !a.w_transposed};
-    if (a.pre_gelu && cuda::try_gemm(g, s)) return;
-    g.through_gelu = {};
-    cuda::gemm(g, s);
-    if (a.pre_gelu) cuda::gelu_backward({.dx = a.dx, .dy = a.dx, .x = a.pre_gelu}, s);
+    if (!a.pre_gelu) return cuda::gemm(g, s);
+    cuda::gemm_or(g, s, [&] {
+        cuda::Gemm plain = g;
+        plain.through_gelu = {};
+        cuda::gemm(plain, s);
+        cuda::gelu_backward({.dx = a.dx, .dy = a.dx, .x = a.pre_gelu}, s);
+    });
 }
 
-// dw (+)= x^T dy, or dy^T x when w_transposed.
+// dw (+)= x^T dy, or dy^T x when w_transposed, and db: the epilogue can take its sums along, but not add to them.
+template <class T>
 void weight_gradient(const LinearGrad& a, Stream s) {
-    cuda::gemm({.d = a.dw,
-                .a = a.w_transposed ? a.dy : a.x,  // (BT, M)
-                .b = a.w_transposed ? a.x : a.dy,  // (BT, N)
-                .c = a.accumulate ? a.dw : Buf(),
-                .M = a.w_transposed ? a.OC : a.C,
-                .N = a.w_transposed ? a.C : a.OC,
-                .K = a.BT,
-                .a_transposed = true},
-               s);
+    const cuda::Gemm product = {.d = a.dw,
+                                .a = a.w_transposed ? a.dy : a.x,  // (BT, M)
+                                .b = a.w_transposed ? a.x : a.dy,  // (BT, N)
+                                .c = a.accumulate ? a.dw : Buf(),
+                                .M = a.w_transposed ? a.OC : a.C,
+                                .N = a.w_transposed ? a.C : a.OC,
+                                .K = a.BT,
+                                .a_transposed = true};
+    const auto apart = [&] {
+        cuda::gemm(product, s);
+        if (a.db) column_sums(a.db.as<float>(), a.dy.as<T>(), a.BT, a.OC, a.accumulate, s);
+    };
+    if (!a.db || a.accumulate) return apart();
+    cuda::Gemm fused = product;
+    (a.w_transposed ? fused.sums_a : fused.sums_b) = a.db;
+    cuda::gemm_or(fused, s, apart);
 }
 
 template <class T>
@@ -209,8 +225,7 @@ void backward(const LinearGrad& a, Stream s) {
     check_dtypes<T>({a.dx, a.dy, a.x, a.w, a.pre_gelu});
     check_dtypes<float>({a.dw, a.db});
     if (a.dx) input_gradient(a, s);
-    weight_gradient(a, s);
-    if (a.db) column_sums(a.db.as<float>(), a.dy.as<T>(), a.BT, a.OC, a.accumulate, s);
+    weight_gradient<T>(a, s);
 }
 }  // namespace
 
