@@ -6,6 +6,7 @@
 
 #include "common/hash.h"
 #include "common/json.h"
+#include "model/choices.h"
 #include "model/generate.h"
 
 namespace {
@@ -250,6 +251,7 @@ void TrainingRun::start(OpenMode mode) {
     trainer_.broadcast_state();
     x_.place.run_dir = x_.run_dir;  // from here on a failure shows in status.json
     x_.place.step = first_step_ = state_.step;
+    state_.choices = agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
     if (!root) return;
     x_.log.open((x_.run_dir / "train.log").string());
     dir_->write_config(state_.config);
@@ -295,6 +297,7 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     state_.step = saved.step;
     state_.tokens = saved.tokens;
     state_.sequences = saved.sequences;
+    state_.choices = saved.choices;
     x_.log.info("resuming from {}", checkpoint.string());
 }
 
@@ -323,6 +326,7 @@ void TrainingRun::announce() {
                            {"device", x_.device.name},
                            {"dtype", x_.config.device.dtype}};
     if (!attention.empty()) record["attention"] = attention;
+    if (!state_.choices.empty()) record["gemm_choices"] = hash_text(hash64(state_.choices));
     record.update({{"world", x_.comm.size()},
                    {"threads", x_.threads},
                    {"allreduce", reduction},

@@ -92,7 +92,7 @@ ordered_json parts_json(const std::vector<DataPart>& parts) {
 ordered_json state_json(const RunState& s) {
     return {{"step", s.step},           {"tokens", s.tokens},           {"updates", s.updates},
             {"sequences", s.sequences}, {"train", parts_json(s.train)}, {"val", parts_json(s.val)},
-            {"config", s.config},       {"attention", s.attention}};
+            {"config", s.config},       {"attention", s.attention},     {"choices", s.choices}};
 }
 
 void require_space(const fs::path& root, uint64_t n_bytes) {
@@ -167,6 +167,7 @@ RunState read_state(const fs::path& checkpoint) {
                 .sequences = j.at("sequences"),
                 .config = j.at("config"),
                 .attention = j.value("attention", "portable"),  // all that there was before it was written down
+                .choices = j.value("choices", ""),              // older ones took the library's guesses
                 .train = parts_of(j.at("train")),
                 .val = parts_of(j.at("val"))};
     } catch (const std::exception& e) { fail(Exit::checkpoint, "{}: not a kiln state: {}", name, e.what()); }

@@ -2,7 +2,8 @@
 //
 //   model.safetensors, config.json    weights in Hugging Face GPT-2 names and layout
 //   optimizer.safetensors             moments: m.<name>, v.<name>
-//   state.json                        step, tokens seen, updates, position in the data, what the data was, the config
+//   state.json                        step, tokens seen, updates, position in the data, what the data was, the config,
+//                                     the choices made by timing
 //   manifest.json                     format version, size and XXH3 of each file, XXH3 of itself; written last
 //
 // checkpoint_store.h has the protocol that makes a directory complete; this is what is in it.
@@ -30,6 +31,7 @@ struct RunState {
     uint64_t sequences = 0;  // position in the endless stream of sequences
     std::string config;      // config.yaml as resolved
     std::string attention;   // the kernels, as in device.attention; empty: on the CPU
+    std::string choices;     // how matrix products are computed, as common/choices.h has it; empty: on the CPU
     std::vector<DataPart> train, val;
 };
 

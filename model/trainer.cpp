@@ -154,6 +154,31 @@ void Trainer::broadcast_state() {
                    hash_text(all[size_t(r)]), hash_text(all[0]));
 }
 
+// Gradients are left as noise, as activations are: the first micro-batch of a step overwrites both.
+std::string Trainer::tune() {
+    const GPT2Batch now = batch(0);
+    std::vector<int32_t> inputs(now.inputs.count), targets(now.targets.count), order(now.order.count);
+    for (size_t i = 0; i < inputs.size(); i++) {
+        inputs[i] = int32_t(hash_word(i, 0) % uint64_t(o_.model.V));
+        targets[i] = int32_t(hash_word(i, 1) % uint64_t(o_.model.V));
+    }
+    sort_rows_by_token(inputs.data(), order.data(), inputs.size(), o_.model.V);
+    const uint32_t where[2] = {0, 0};
+    k_.upload(now.inputs.data, inputs.data(), now.inputs.n_bytes(), stream_);
+    k_.upload(now.targets.data, targets.data(), now.targets.n_bytes(), stream_);
+    k_.upload(now.order.data, order.data(), now.order.n_bytes(), stream_);
+    k_.upload(now.where.data, where, now.where.n_bytes(), stream_);
+    const float grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
+    k_.tune(true);
+    for (const bool accumulate : {false, true}) {
+        gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, true, grad_scale, stream_);
+        gpt2_backward(k_, o_.model, memory_.params, memory_.acts, memory_.grads[0], now, accumulate, stream_);
+    }
+    gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, false, 0, stream_);
+    k_.synchronize(stream_);
+    return k_.tune(false);
+}
+
 GPT2Batch Trainer::batch(int micro) const {
     const size_t BT = size_t(o_.micro_batch_size) * o_.model.T, i = size_t(micro);
     return {.inputs = memory_.batch.inputs.slice(i * BT, BT),

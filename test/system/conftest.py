@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import atexit
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,14 @@ TRAIN = REPO / "train"
 EMULATED = REPO / "train-emulated"  # the GPU program over the emulator
 MPIRUN = os.environ.get("MPIRUN") or shutil.which("mpirun.mpich") or "mpirun"
 # Threads that wait must sleep: the tests run more threads and ranks than there may be cores.
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("KILN_")} | {"OMP_WAIT_POLICY": "passive"}
+# Matrix products are chosen by timing: on a clock of the emulator's own, and never into the user's cache.
+CACHE = tempfile.mkdtemp(prefix="kiln-cache-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("KILN_")} | {
+    "OMP_WAIT_POLICY": "passive",
+    "XDG_CACHE_HOME": CACHE,
+    "KILN_EMULATOR_CLOCK": "1",
+}
 TIMEOUT_S = 120
 T = 16  # context_length of the tiny config
 Settings = Mapping[str, object]

@@ -192,6 +192,7 @@ def test_every_step_agrees_with_pytorch(case: Case, np: int, tmp_path: Path, mon
     """The same golden numbers as for the CPU; fp32 has no tensor-core path, so odd sizes are allowed."""
     parity_case.write_case(case, tmp_path)
     monkeypatch.setenv("KILN_TRAIN", str(EMULATED))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kiln = parity_case.run_kiln(case, tmp_path, np, ("--set", "device.kind=cuda"))
     want = parity_case.json.loads(parity_case.golden_path(case).read_text())["float32"]
     for key, (deviation, step) in parity_case.worst(kiln, want).items():
