@@ -64,4 +64,46 @@ __device__ __forceinline__ void store_some(T* p, const float (&in)[N], int count
             if (i < count) p[i] = T(in[i]);
     }
 }
+
+// For tensors of different widths: a lane owns two quads of its warp's 256 elements, 4 lane and 128 + 4 lane.  Each fp32
+// access of a warp is then 512 bytes in a row; eight neighbouring elements per lane would touch every sector twice, for
+// half of it each.
+struct Quads {
+    size_t warp_first, n;  // the warp's first element; of the tensor
+    int lane;
+    __device__ __forceinline__ size_t at(int q) const { return warp_first + size_t(128 * q + 4 * lane); }
+    __device__ __forceinline__ int count(int q) const { return at(q) >= n ? 0 : n - at(q) < 4 ? int(n - at(q)) : 4; }
+    __device__ __forceinline__ bool whole() const { return n >= 256 && warp_first <= n - 256; }  // all of the warp's
+};
+__device__ __forceinline__ Quads quads_of(size_t n) {
+    const int lane = int(threadIdx.x) % 32;
+    return {(size_t(blockIdx.x) * blockDim.x + threadIdx.x - lane) * 8, n, lane};
+}
+__device__ __forceinline__ void load_quads(float (&out)[2][4], const float* p, const Quads& at, bool vectors) {
+    SIMT_UNROLL
+    for (int q = 0; q < 2; q++) load_some(out[q], p + at.at(q), at.count(q), vectors);
+}
+// All lanes of the warp call.
+template <class T>
+__device__ __forceinline__ void store_quads(T* p, const float (&in)[2][4], const Quads& at, bool vectors) {
+    if constexpr (sizeof(T) == 2) {
+        if (vectors && at.whole()) {
+            // Lanes 2i and 2i+1 swap a quad, so that the even one has eight elements in a row of the warp's first half,
+            // the odd one of its second: one access of 16 bytes.
+            uint2 packed[2];
+            SIMT_UNROLL
+            for (int q = 0; q < 2; q++) {
+                const Vec<T, 4> v = {{T(in[q][0]), T(in[q][1]), T(in[q][2]), T(in[q][3])}};
+                memcpy(&packed[q], &v, sizeof v);
+            }
+            const bool odd = at.lane % 2;
+            const uint2 mine = odd ? packed[1] : packed[0], give = odd ? packed[0] : packed[1];
+            const uint2 got = {__shfl_xor_sync(kAllLanes, give.x, 1), __shfl_xor_sync(kAllLanes, give.y, 1)};
+            const uint4 eight = odd ? uint4{got.x, got.y, mine.x, mine.y} : uint4{mine.x, mine.y, got.x, got.y};
+            return simt::st_vec(p + at.warp_first + (odd ? 128 : 0) + 8 * (at.lane / 2), eight);
+        }
+    }
+    SIMT_UNROLL
+    for (int q = 0; q < 2; q++) store_some(p + at.at(q), in[q], at.count(q), vectors);
+}
 }  // namespace device

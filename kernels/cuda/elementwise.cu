@@ -33,12 +33,10 @@ template <class To>
 __global__ void cast_kernel(To* y,           // (n)
                             const float* x,  // (n)
                             size_t n, bool vectors) {
-    constexpr int N = device::kVec<To>;
-    const device::Share at = device::share_of<N>(n);
-    if (at.count == 0) return;
-    float v[N];
-    device::load_some(v, x + at.first, at.count, vectors);
-    device::store_some(y + at.first, v, at.count, vectors);
+    const device::Quads at = device::quads_of(n);
+    float v[2][4];
+    device::load_quads(v, x, at, vectors);
+    device::store_quads(y, v, at, vectors);
 }
 
 // The tree over `parts` vectors at x, x + step, ...; all of them are read before anything is added.
@@ -148,8 +146,8 @@ void cast(const Cast& a, Stream s) {
     if (n == 0) return;
     with_real(a.y.dtype, [&]<class To>() {
         To* y = a.y.as<To>();  // (n)
-        CUDA_CHECK(simt::launch(cast_kernel<To>, dim3(device::element_blocks<device::kVec<To>>(n)),
-                                dim3(kElementThreads), 0, s, y, x, n, device::aligned16(y, x)));
+        CUDA_CHECK(simt::launch(cast_kernel<To>, dim3(device::element_blocks<8>(n)), dim3(kElementThreads), 0, s, y, x,
+                                n, device::aligned16(y, x)));
     });
 }
 }  // namespace cuda

@@ -5,7 +5,8 @@
 //
 //   shapes     y, dy (B, T, C) real    tokens, order (B, T) i32    wte (Vp, C), wpe (>= T, C) real    dwte, dwpe f32
 //   traffic    forward 3 BT C elements (rows of wpe and of frequent tokens from L2); backward dy twice, the rows of
-//              dwte that occur, and at most two partial rows of fp32 for each 32 rows of dy.   bound: memory
+//              dwte that occur, and at most two partial rows of fp32 for each 32 rows of dy.  A thread of the backward has
+//              four columns: eight of bf16 would leave their fp32 sums in half sectors.   bound: memory
 //   limits     any C from 1 to 2^22.  Tokens are checked on the host before they are uploaded: one outside [0, V) reads
 //              and writes nothing out of bounds; its row of y becomes NaN, and the backward leaves it out of dwte
 //   order      dwte: `order` lists the rows sorted by token, equal tokens ascending.  It is cut into chunks of 32 rows
@@ -23,6 +24,7 @@ using device::kVec;
 
 constexpr int kRowsPerBlock = 8;                    // of the forward, a warp each
 constexpr size_t kChunk = 32;                       // sorted rows whose sums one block takes
+constexpr int kColumns = 4;                         // of a thread of the backward: its fp32 sums are one access
 constexpr int kJoinWarps = 16, kJoinColumns = 128;  // of a block that adds sums across chunks
 
 template <class T>
@@ -49,13 +51,13 @@ __global__ void embedding_forward_kernel(T* y,                   // (B, T, C)
     }
 }
 
-// A thread has N columns of a place.
+// A thread has four columns of a place.
 template <class T>
 __global__ void embedding_backward_places_kernel(float* dwpe,  // (places, C)
                                                  const T* dy,  // (B, T, C)
                                                  int B, int n_times, int C, size_t places, bool accumulate,
                                                  bool vectors) {
-    constexpr int N = kVec<T>;
+    constexpr int N = kColumns;
     const size_t per_row = (size_t(C) + N - 1) / N, i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const size_t t = i / per_row;
     if (t >= places || (accumulate && t >= size_t(n_times))) return;
@@ -90,48 +92,51 @@ struct Words {
     __device__ int token_at(size_t p) const { return p < BT ? tokens[order[p]] : -1; }
 };
 
-// One block per chunk; a thread has N columns.
+// One block per chunk; a thread has four columns.  A warp's lanes look up 32 sorted rows at once and tell each other.
 template <class T>
 __global__ void __launch_bounds__(256) embedding_backward_words_kernel(SIMT_PARAM Words<T> a) {
-    constexpr int N = kVec<T>, kAhead = 4;  // rows whose loads are in flight
+    constexpr int N = kColumns, kAhead = 8;  // rows whose loads are in flight
     const size_t first = blockIdx.x * a.chunk, end = first + a.chunk < a.BT ? first + a.chunk : a.BT, C = size_t(a.C);
-    float* partial = a.partial + blockIdx.x * (2 * C);  // (2, C)
-    for (int c = int(threadIdx.x) * N; c < a.C; c += int(blockDim.x) * N) {
-        const int count = a.C - c < N ? a.C - c : N;
+    const int lane = int(threadIdx.x) % 32;
+    float* partial = a.partial + blockIdx.x * (2 * C);                             // (2, C)
+    for (int c0 = int(threadIdx.x) - lane; c0 * N < a.C; c0 += int(blockDim.x)) {  // the same for a warp's lanes
+        const int c = (c0 + lane) * N, count = a.C - c < N ? a.C - c : N;
         int token = a.token_at(first);
         bool from_before = a.token_at(first - 1) == token;
         float sum[N] = {};
-        for (size_t p = first; p < end; p += kAhead) {
-            float v[kAhead][N];
-            int next[kAhead];
-            SIMT_UNROLL
-            for (int k = 0; k < kAhead; k++) {
-                const bool there = p + k < end;
-                device::load_some(v[k], a.dy + size_t(there ? a.order[p + k] : 0) * C + c, there ? count : 0,
-                                  a.vectors);
-                next[k] = a.token_at(p + k + 1);
-            }
-            SIMT_UNROLL
-            for (int k = 0; k < kAhead; k++) {
-                if (p + k >= end) break;
+        for (size_t p = first; p < end; p += 32) {
+            const int row = p + lane < end ? a.order[p + lane] : 0;
+            const int next = a.token_at(p + lane + 1);
+            for (int k0 = 0; k0 < 32 && p + k0 < end; k0 += kAhead) {
+                float v[kAhead][N];
                 SIMT_UNROLL
-                for (int i = 0; i < N; i++) sum[i] += v[k][i];
-                const bool goes_on = next[k] == token;
-                if (goes_on && p + k + 1 < end) continue;
-                if (from_before || goes_on) {
-                    device::store_some(partial + (from_before ? 0 : C) + c, sum, count, a.vectors);
-                } else if (token >= 0 && token < a.V) {
-                    float* out = a.dwte + size_t(token) * C + c;  // (N)
-                    float old[N];
-                    device::load_some(old, out, count, a.vectors);
-                    SIMT_UNROLL
-                    for (int i = 0; i < N; i++) sum[i] += old[i];
-                    device::store_some(out, sum, count, a.vectors);
+                for (int k = 0; k < kAhead; k++) {
+                    const size_t from = size_t(__shfl_sync(device::kAllLanes, row, k0 + k)) * C + c;
+                    device::load_some(v[k], a.dy + from, p + k0 + k < end ? count : 0, a.vectors);
                 }
-                token = next[k];
-                from_before = false;
                 SIMT_UNROLL
-                for (int i = 0; i < N; i++) sum[i] = 0;
+                for (int k = 0; k < kAhead; k++) {
+                    if (p + k0 + k >= end) break;
+                    SIMT_UNROLL
+                    for (int i = 0; i < N; i++) sum[i] += v[k][i];
+                    const int after = __shfl_sync(device::kAllLanes, next, k0 + k);
+                    const bool goes_on = after == token;
+                    if (goes_on && p + k0 + k + 1 < end) continue;
+                    if (from_before || goes_on) {
+                        device::store_some(partial + (from_before ? 0 : C) + c, sum, count, a.vectors);
+                    } else if (token >= 0 && token < a.V) {
+                        float* out = a.dwte + size_t(token) * C + c;  // (N)
+                        float old[N];
+                        device::load_some(old, out, count, a.vectors);
+                        SIMT_UNROLL
+                        for (int i = 0; i < N; i++) sum[i] += old[i];
+                        device::store_some(out, sum, count, a.vectors);
+                    }
+                    token = after;
+                    from_before = false;
+                    SIMT_UNROLL
+                    for (int i = 0; i < N; i++) sum[i] = 0;
+                }
             }
         }
     }
@@ -155,15 +160,16 @@ __global__ void __launch_bounds__(32 * kJoinWarps) embedding_backward_join_kerne
         SIMT_UNROLL
         for (int k = 0; k < 4; k++) sum[k] += v[k];
     }
-    part[warp][lane] = {sum[0], sum[1], sum[2], sum[3]};
+    simt::st_vec(&part[warp][lane], Four{sum[0], sum[1], sum[2], sum[3]});
     __syncthreads();
     if (warp > 0) return;
     float* out = a.dwte + size_t(token) * C + c;  // (4)
     device::load_some(sum, out, count, a.vectors);
     SIMT_NO_UNROLL
     for (int i = 0; i < kJoinWarps; i++) {
+        const Four of_warp = simt::ld_vec<Four>(&part[i][lane]);
         SIMT_UNROLL
-        for (int k = 0; k < 4; k++) sum[k] += part[i][lane][k];
+        for (int k = 0; k < 4; k++) sum[k] += of_warp[k];
     }
     device::store_some(out, sum, count, a.vectors);
 }
@@ -205,13 +211,13 @@ void embedding_backward(const EmbeddingGrad& a, Stream s) {
     const size_t chunk = std::max(kChunk, (BT + room - 1) / room), chunks = (BT + chunk - 1) / chunk;
     float* partial = workspace<float>(chunks * 2 * C, "embedding_backward");  // (chunks, 2, C)
     with_real(a.dy.dtype, [&]<class T>() {
-        constexpr int N = kVec<T>;
+        constexpr int N = kColumns;
         float* dwpe = a.dwpe.as<float>();  // (>= T, C)
         const T* dy = a.dy.as<T>();        // (B, T, C)
         const size_t per_row = (C + N - 1) / N, places = a.dwpe.count / C;
         Words<T> words = {
             a.dwte.as<float>(), partial, dy, a.tokens.as<int32_t>(), a.order.as<int32_t>(), BT, chunk, a.C, a.V, false};
-        words.vectors = C % N == 0 && device::aligned16(words.dwte, dwpe, dy);
+        words.vectors = C % kVec<T> == 0 && device::aligned16(words.dwte, dwpe, dy);
         CUDA_CHECK(simt::launch(embedding_backward_places_kernel<T>, dim3(blocks_for(places * per_row, 256)), dim3(256),
                                 0, s, dwpe, dy, a.B, a.T, a.C, places, a.accumulate, words.vectors));
         const unsigned threads = unsigned(std::min<size_t>(256, (per_row + 31) / 32 * 32));

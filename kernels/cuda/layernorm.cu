@@ -24,6 +24,7 @@ using device::kVec;
 using device::Vec;
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;   // of a block
+constexpr int kWideColumns = 4;                     // of a thread that sums the columns of wide rows
 constexpr size_t kMinRows = 64, kMaxChunks = 1024;  // of the sums over rows: enough blocks for a GPU, few partial rows
 
 template <class T>
@@ -234,9 +235,9 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
         if (k > 0) __syncthreads();  // the slice before has been read
         SIMT_UNROLL
         for (int i = 0; i < N; i += 4) {
-            const int at = (int(threadIdx.x) * N + i) / 4;
-            sums[0][at] = {dw[k][i], dw[k][i + 1], dw[k][i + 2], dw[k][i + 3]};
-            sums[1][at] = {db[k][i], db[k][i + 1], db[k][i + 2], db[k][i + 3]};
+            const int at = device::spread((int(threadIdx.x) * N + i) / 4);
+            simt::st_vec(&sums[0][at], Four{dw[k][i], dw[k][i + 1], dw[k][i + 2], dw[k][i + 3]});
+            simt::st_vec(&sums[1][at], Four{db[k][i], db[k][i + 1], db[k][i + 2], db[k][i + 3]});
         }
         __syncthreads();
         for (int j = int(threadIdx.x); j < 2 * kNext; j += kThreads) {
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
             if (k * kNext + c >= a.C) continue;
             float sum = 0;
             SIMT_UNROLL
-            for (int g = 0; g < kGroups; g++) sum += sums[which][(g * kNext + c) / 4][c % 4];
+            for (int g = 0; g < kGroups; g++) sum += sums[which][device::spread((g * kNext + c) / 4)][c % 4];
             partial[which * C + k * kNext + c] = sum;
         }
     }
@@ -282,10 +283,11 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_kernel(SIMT_
     }
 }
 
-// dw and db of chunk blockIdx.y for such rows: a thread has N columns and walks over the rows.
+// dw and db of chunk blockIdx.y for such rows: a thread has four columns (so that the sums leave in full sectors) and walks
+// over the rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_columns_kernel(SIMT_PARAM Backward<T> a) {
-    constexpr int N = kVec<T>;
+    constexpr int N = kWideColumns;
     const int c = (int(blockIdx.x) * kThreads + int(threadIdx.x)) * N, count = min(a.C - c, N);
     const size_t C = size_t(a.C), first = size_t(blockIdx.y) * a.rows;
     float dw[N] = {}, db[N] = {};
@@ -301,9 +303,8 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_columns_kern
         }
     }
     float* partial = a.partial + blockIdx.y * (2 * C);  // (2, C)
-    SIMT_UNROLL
-    for (int i = 0; i < N; i++)
-        if (i < count) partial[c + i] = dw[i], partial[C + c + i] = db[i];
+    device::store_some(partial + c, dw, count, a.vectors);
+    device::store_some(partial + C + c, db, count, a.vectors);
 }
 
 // dw, db (+)= the sums over chunks: a lane per column of (2, C), the warps of a block take turns with the chunks.
@@ -352,7 +353,7 @@ void launch_backward(const Backward<T>& a, size_t chunks, Stream s) {
     if (!a.vectors || a.C > 32 * 32 * 8) {
         run(layernorm_backward_wide_kernel<T>, dim3(unsigned(a.BT)));
         run(layernorm_backward_wide_columns_kernel<T>,
-            dim3(cuda::blocks_for(size_t(a.C), size_t(kThreads) * kVec<T>), unsigned(chunks)));
+            dim3(cuda::blocks_for(size_t(a.C), size_t(kThreads) * kWideColumns), unsigned(chunks)));
     } else if (a.C <= 32 * 8) {
         run(layernorm_backward_kernel<T, 8, 1>, blocks);
     } else if (a.C <= 32 * 24) {

@@ -83,14 +83,14 @@ __global__ void __launch_bounds__(kWarps * 32)
         SIMT_UNROLL
         for (int i = 0; i < N; i += 4) {
             const Four four = {{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]}};
-            simt::st_vec(&part[warp][(lane * N + i) / 4], four);
+            simt::st_vec(&part[warp][device::spread((lane * N + i) / 4)], four);
         }
     }
     __syncthreads();
     for (int c = int(threadIdx.x); c < 32 * N && first + c < columns; c += kWarps * 32) {
         float total = 0;
         SIMT_UNROLL
-        for (int w = 0; w < kWarps; w++) total += part[w][c / 4][c % 4];
+        for (int w = 0; w < kWarps; w++) total += part[w][device::spread(c / 4)][c % 4];
         float* to = sums + size_t(chunk) * columns + first + c;
         *to = accumulate ? *to + total : total;
     }

@@ -25,15 +25,25 @@ constexpr uintptr_t kSector = 32, kBanks = 32, kBankBytes = 4;
 std::mutex g_mutex;
 std::map<const void*, KernelCounters> g_counters;
 
-uint64_t sectors(const Request& r) {
-    std::vector<uintptr_t> touched;
+struct Touched {
+    uint64_t sectors = 0, bytes = 0;
+};
+Touched touched(const Request& r) {
+    std::vector<std::pair<uintptr_t, uintptr_t>> ranges;  // of bytes, [first, end)
     for (int l = 0; l < 32; l++) {
-        if (!(r.lanes >> l & 1)) continue;
         const auto first = reinterpret_cast<uintptr_t>(r.address[l]);
-        for (uintptr_t s = first / kSector; s <= (first + r.n_bytes[l] - 1) / kSector; s++) touched.push_back(s);
+        if (r.lanes >> l & 1) ranges.emplace_back(first, first + r.n_bytes[l]);
     }
-    std::sort(touched.begin(), touched.end());
-    return uint64_t(std::unique(touched.begin(), touched.end()) - touched.begin());
+    std::sort(ranges.begin(), ranges.end());
+    Touched t;
+    uintptr_t bytes_to = 0, sectors_to = 0;  // what lies below has been counted
+    for (const auto& [first, end] : ranges) {
+        if (end > bytes_to) t.bytes += end - std::max(first, bytes_to), bytes_to = end;
+        const uintptr_t last_sector = (end - 1) / kSector + 1;
+        if (last_sector > sectors_to)
+            t.sectors += last_sector - std::max(first / kSector, sectors_to), sectors_to = last_sector;
+    }
+    return t;
 }
 
 // Cycles beyond the first for accesses that the hardware serves together: the most words that one bank must give.
@@ -70,8 +80,10 @@ void count(const AccessSite& site, const Request& r, KernelCounters& to) {
         to.shared_accesses++;
         to.shared_conflict_cycles += conflicts(r);
     } else {
+        const Touched t = touched(r);
         (site.write ? to.global_stores : to.global_loads)++;
-        (site.write ? to.global_store_sectors : to.global_load_sectors) += sectors(r);
+        (site.write ? to.global_store_sectors : to.global_load_sectors) += t.sectors;
+        (site.write ? to.global_store_bytes : to.global_load_bytes) += t.bytes;
     }
 }
 
@@ -79,21 +91,26 @@ void add(KernelCounters& to, const KernelCounters& from) {
     to.launches += from.launches;
     to.global_loads += from.global_loads;
     to.global_load_sectors += from.global_load_sectors;
+    to.global_load_bytes += from.global_load_bytes;
     to.global_stores += from.global_stores;
     to.global_store_sectors += from.global_store_sectors;
+    to.global_store_bytes += from.global_store_bytes;
     to.shared_accesses += from.shared_accesses;
     to.shared_conflict_cycles += from.shared_conflict_cycles;
 }
 
 void print_at_exit() {
     const auto ratio = [](uint64_t a, uint64_t b) { return b ? double(a) / double(b) : 0.0; };
-    std::fprintf(stderr, "%-48s %9s %12s %8s %12s %8s %12s %12s\n", "kernel", "launches", "loads", "sectors", "stores",
-                 "sectors", "shared", "conflicts");
+    std::fprintf(stderr, "%-48s %9s %12s %8s %6s %12s %8s %6s %12s %12s\n", "kernel", "launches", "loads", "sectors",
+                 "used", "stores", "sectors", "used", "shared", "conflicts");
     for (const auto& [name, c] : counters())
-        std::fprintf(stderr, "%-48s %9llu %12llu %8.2f %12llu %8.2f %12llu %12llu\n", name.c_str(),
+        std::fprintf(stderr, "%-48s %9llu %12llu %8.2f %5.0f%% %12llu %8.2f %5.0f%% %12llu %12llu\n", name.c_str(),
                      static_cast<unsigned long long>(c.launches), static_cast<unsigned long long>(c.global_loads),
-                     ratio(c.global_load_sectors, c.global_loads), static_cast<unsigned long long>(c.global_stores),
-                     ratio(c.global_store_sectors, c.global_stores), static_cast<unsigned long long>(c.shared_accesses),
+                     ratio(c.global_load_sectors, c.global_loads),
+                     100 * ratio(c.global_load_bytes, kSector * c.global_load_sectors),
+                     static_cast<unsigned long long>(c.global_stores), ratio(c.global_store_sectors, c.global_stores),
+                     100 * ratio(c.global_store_bytes, kSector * c.global_store_sectors),
+                     static_cast<unsigned long long>(c.shared_accesses),
                      static_cast<unsigned long long>(c.shared_conflict_cycles));
     if (stats().hooks == 0) std::fprintf(stderr, "accesses are counted in the race build only\n");
 }

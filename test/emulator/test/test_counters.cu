@@ -1,5 +1,5 @@
 // Sectors and bank conflicts, counted for accesses whose numbers are known.
-// Made to fail by: sectors of 64 bytes, requests not told apart by their count.
+// Made to fail by: sectors of 64 bytes, requests not told apart by their count, bytes counted for each lane that asks.
 #include "test/emulator/test/emulated.h"
 
 namespace {
@@ -62,7 +62,7 @@ __global__ void transpose_kernel(const float* in, float* out) {  // (32, 32) by 
 }
 emulator::KernelCounters count_copy(int stride) {
     const Counting counting;
-    Array<float> in(size_t(192 * stride)), out(192);
+    Array<float> in(size_t(191 * stride + 1)), out(192);
     run(copy_kernel, 1, 64, 0, in.data(), out.data(), stride);
     return counters_of("copy_kernel");
 }
@@ -81,12 +81,19 @@ TEST_CASE("counters: a coalesced request takes 4 sectors, a strided one 32") {
     auto c = count_copy(1);
     CHECK(c.global_loads == 2 * 3);
     CHECK(c.global_load_sectors == 4 * c.global_loads);
+    CHECK(c.global_load_bytes == 128 * c.global_loads);
     CHECK(c.global_stores == 2 * 3);
     CHECK(c.global_store_sectors == 4 * c.global_stores);
+    CHECK(c.global_store_bytes == 128 * c.global_stores);
     c = count_copy(2);
     CHECK(c.global_load_sectors == 8 * c.global_loads);
+    CHECK(c.global_load_bytes == 128 * c.global_loads);
     c = count_copy(32);
     CHECK(c.global_load_sectors == 32 * c.global_loads);
+    CHECK(c.global_load_bytes == 128 * c.global_loads);
+    c = count_copy(0);  // one number for all lanes
+    CHECK(c.global_load_sectors == c.global_loads);
+    CHECK(c.global_load_bytes == 4 * c.global_loads);
     CHECK(c.global_store_sectors == 4 * c.global_stores);
 }
 
@@ -97,8 +104,10 @@ TEST_CASE("counters: a 16-byte access is one request of 16 sectors") {
     const auto c = counters_of("copy4_kernel");
     CHECK(c.global_loads == 2);
     CHECK(c.global_load_sectors == 32);
+    CHECK(c.global_load_bytes == 1024);
     CHECK(c.global_stores == 2);
     CHECK(c.global_store_sectors == 32);
+    CHECK(c.global_store_bytes == 1024);
 }
 
 TEST_CASE("counters: a transposition conflicts 32-way, with padding not at all") {
