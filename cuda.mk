@@ -26,7 +26,7 @@ NVCC_FLAGS  = -std=c++20 -O3 -lineinfo -I. -DKILN_CUDA=1 -DFMT_USE_CONSTEXPR=1 -
               -Xptxas --warn-on-spills,--warning-as-error,-v $(if $(DEBUG),,-DNDEBUG) \
               $(foreach a,$(ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
               -gencode arch=compute_$(lastword $(ARCH)),code=compute_$(lastword $(ARCH))
-NATIVE     := $(addprefix $(B)/,train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_ops bench_attention)
+NATIVE     := $(addprefix $(B)/,train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_attention)
 
 gpu-check: $(NATIVE) ## on a machine with a GPU: tests, op times, speed beside PyTorch; STAGE=... chooses
 	KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh
@@ -49,7 +49,7 @@ $(B)/test_native: $(TEST_OBJ) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_mpi_native: $(MPI_TESTS) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_isa_native: $(O)/test/main.o $(N)/test/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/test/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
-$(B)/bench_ops $(B)/bench_attention: $(B)/bench_%: $(O)/cuda/test/bench/%.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/bench_attention: $(O)/cuda/test/bench/attention.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 # What ptxas says of each kernel stays beside the object, for scripts/kernel_table.py; anything else is shown.  That it
 # has serialized wgmma or ignored setmaxnreg is to ptxas information, which --warning-as-error leaves alone.
 LOSS   := Potential Performance Loss|setmaxnreg'? ignored
@@ -89,8 +89,8 @@ emulated: $(B)/train-emulated ## build ./train-emulated: the whole GPU program o
 
 $(B)/train-emulated: $(MAIN:%=$(O)/emulated/%.o) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(B)/test_emulator: $(O)/test/main.o $(EMU_TESTS) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
-BENCH_EMULATED := $(addprefix $(B)/bench_,ops-emulated attention-emulated)
-$(BENCH_EMULATED): $(B)/bench_%-emulated: $(O)/emulated/test/bench/%.o $(LIB_OBJ) $(EMU_OBJ); $(LINK)
+BENCH_EMULATED := $(B)/bench_attention-emulated
+$(BENCH_EMULATED): $(O)/emulated/test/bench/attention.o $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(EMU_CORE): SAN = $(if $(SANITIZE),-DEMULATOR_ASAN=1)
 $(EMU_CORE): EMU_OPT = -O3
 $(O)/emulated/%.o: %.cu; $(COMPILE) $(EMU_FLAGS) $(if $(SANITIZE),,-O2) -x c++ -c $< -o $@

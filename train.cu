@@ -4,6 +4,7 @@
 //   ./train --config F              train (under mpirun -np N: on N ranks)
 //   ./train generate --config F     sample text from a trained model
 //   ./train eval --config F         loss on the val shards
+//   ./train bench --config F        time of each op of this model's step; needs no data
 #include <CLI/CLI.hpp>
 #include <omp.h>
 #include <sched.h>
@@ -18,14 +19,16 @@
 
 #include "common/hash.h"
 #include "model/generate.h"
+#include "model/op_bench.h"
 #include "training_run.h"
 
 namespace {
 struct CommandLine {
-    std::string config, checkpoint, prompt;
+    std::string config, checkpoint, prompt, only;
     std::vector<std::string> set;
     bool resume = false, overwrite = false;
     SampleOptions sample;
+    bench::Settings bench;
 };
 
 // Adds what every command takes.
@@ -55,7 +58,13 @@ void describe(CLI::App& app, CommandLine& line) {
     generate->add_option("--top-k", line.sample.top_k, "0: all")->check(CLI::Range(0, 1 << 30));
     generate->add_option("--top-p", line.sample.top_p)->check(CLI::Range(1e-6, 1.0));
     generate->add_option("--seed", line.sample.seed);
-    for (const char* later : {"export", "import", "verify", "replay", "plan", "doctor", "bench"})
+    CLI::App* ops = app.add_subcommand("bench", "time each op of this model's step, beside the device's own limits");
+    ops->add_option("--only", line.only, "ops whose name contains this");
+    ops->add_option("--samples", line.bench.samples, "of each op; the median counts")->check(CLI::Range(1, 1 << 20));
+    ops->add_option("--flush-mib", line.bench.flush_mib, "overwritten before each; more than the caches hold")
+        ->check(CLI::Range(0, 1 << 20));
+    ops->add_option("--json", line.bench.json, "also write this file, one JSON object per line");
+    for (const char* later : {"export", "import", "verify", "replay", "plan", "doctor"})
         app.add_subcommand(later, "")->group("")->callback(
             [later] { fail(Exit::usage, "./train {}: not available in this build", later); });
 }
@@ -134,9 +143,33 @@ Exit run_eval(const Context& x, const CommandLine& line) {
     return Exit::complete;
 }
 
+Exit run_bench(const Context& x, const CommandLine& line) {
+    if (x.comm.size() > 1) fail(Exit::usage, "bench runs on one rank; start it without mpirun -np {}", x.comm.size());
+    const TrainerOptions o = training_options(x);
+    check_model(o.model, o.real);
+    const BatchShare share =
+        batch_share(o.global_batch_size, o.micro_batch_size, 0, 1, o.reduction == Reduction::ordered);
+    if (!x.device.note.empty()) x.log.info("{}", x.device.note);
+    run_op_bench(x.device.k, {.step = {.model = o.model,
+                                       .B = o.micro_batch_size,
+                                       .n_micro = share.n_micro,
+                                       .n_accumulating = share.n_micro - share.n_runs,
+                                       .n_folds = share.n_runs - 1,
+                                       .optimizer = o.optimizer.kind},
+                              .device = x.device.name,
+                              .attention = x.device.attention,
+                              .commit = x.commit,
+                              .real = o.real,
+                              .only = line.only,
+                              .settings = line.bench});
+    return Exit::complete;
+}
+
 Exit run_command(const CLI::App& app, const CommandLine& line, Comm& comm, Log& log, Place& place) {
-    const bool training = !app.got_subcommand("generate") && !app.got_subcommand("eval");
-    if (!training && (line.resume || line.overwrite)) fail(Exit::usage, "--resume and --overwrite are for training");
+    const bool benching = app.got_subcommand("bench");
+    const bool training = !app.got_subcommand("generate") && !app.got_subcommand("eval");  // bench times what it takes
+    if ((!training || benching) && (line.resume || line.overwrite))
+        fail(Exit::usage, "--resume and --overwrite are for training");
     const Config config = load_config(line.config, line.set);
     // Ranks read the file each for itself; a rank with another one would train another model.
     require_same(comm, hash64(to_yaml(config)), Exit::usage,
@@ -146,6 +179,7 @@ Exit run_command(const CLI::App& app, const CommandLine& line, Comm& comm, Log& 
     const Context x{choose_device(config, comm, log, training), comm, log, config, dir, threads, KILN_COMMIT, place};
     if (app.got_subcommand("generate")) return run_generate(x, line);
     if (app.got_subcommand("eval")) return run_eval(x, line);
+    if (benching) return run_bench(x, line);
     return TrainingRun(x, line.resume      ? OpenMode::resume
                           : line.overwrite ? OpenMode::overwrite
                                            : OpenMode::fresh)

@@ -19,7 +19,7 @@ case $archive in
     *.tar.xz) ;;
     *) echo "$usage" >&2; exit 2 ;;
 esac
-programs=(train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_ops bench_attention)
+programs=(train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_attention)
 launcher=${HYDRA:-$(command -v mpiexec.hydra)} || { echo "mpiexec.hydra (MPICH) not found" >&2; exit 2; }
 
 # From the machine, never from the bundle: glibc, whose parts must match its kernel and each other, the driver, CUDA.
@@ -54,7 +54,7 @@ kernels_are_complete() {
         done
     done
     [ $found = 1 ] || { echo "no compiled kernels in $objects" >&2; return 1; }
-    for program in train test_native test_mpi_native bench_ops bench_attention; do
+    for program in train test_native test_mpi_native bench_attention; do
         object=$(find "$objects" -name '*.o' -newer "$build/$program" -print -quit)
         [ -z "$object" ] || { echo "$build/$program is older than $object; make bundle builds it" >&2; missing=1; }
     done

@@ -24,7 +24,7 @@ from gpu_stages import (BUNDLE, LIBRARIES, ROOT, SDPA, SIZES, STAGE_SECONDS, TOO
 
 OUT = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results-in-progress").resolve()
 FORCE = os.environ.get("FORCE", "") not in ("", "0")
-DEFAULT = ("tests", "attention", "ops", "pytorch-124m")
+DEFAULT = ("tests", "attention", "ops-124m", "pytorch-124m")
 SAME = ("commit", "gpu", "driver", "cublaslt", "nccl", "torch")  # of the environment, for a result to be kept
 SCRIPTS = ("gpu_check.py", "gpu_stages.py", "bench_pytorch.py", "gpt2_torch.py", "prepare_data.py")
 
@@ -113,8 +113,7 @@ def code_hash() -> str:
     """Of the programs and of the scripts that run them: a build of the same commit may be another."""
     h = hashlib.sha256()
     folder = ROOT / "libexec" if BUNDLE else gpu_stages.BIN
-    programs = ("train", "test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native", "bench_ops",
-                "bench_attention")
+    programs = ("train", "test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native", "bench_attention")
     for path in (*(folder / p for p in programs), *(ROOT / "scripts" / s for s in SCRIPTS)):
         h.update(path.name.encode() + b"\0")
         if path.exists():

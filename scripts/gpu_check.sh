@@ -2,7 +2,7 @@
 # What can only be known on a GPU, in one command; in a checkout (make gpu-check builds what it needs) or in an unpacked
 # bundle (make bundle). Writes one JSON file for benchmarks/results/ and prints a short table last.
 #
-#   scripts/gpu_check.sh                        tests, attention, ops, pytorch-124m
+#   scripts/gpu_check.sh                        tests, attention, ops-124m, pytorch-124m
 #   STAGE=sanitize scripts/gpu_check.sh         one stage, or several: STAGE="tests train"
 #
 #   tests            instruction conformance, op and model tests, two ranks on one GPU
@@ -10,7 +10,7 @@
 #                    of the time; one that does not get done ("timed out") has all of it as sanitize-racecheck
 #   train            loss of the demo on the GPU, fp32 and bf16, against the CPU
 #   attention        attention kernels side by side, ours, cuDNN's and PyTorch's; what of their goals is met
-#   ops              time of every op
+#   ops-SIZE         ./train bench: time of every op, and of what the device can do; 124m, 1558m
 #   pytorch-SIZE     tokens/s beside PyTorch, in turn; 124m, 350m, 774m, 1558m
 #   merge            only puts the results in OUT together
 #

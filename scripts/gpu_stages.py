@@ -376,16 +376,22 @@ def attention_headline(data: Data, ours: list[Data]) -> str:
     return f"{kernel} at {shape}: {', '.join(parts)}{torch}; {met}"
 
 
-def ops(s: Stage) -> tuple[str, Data]:
+OPS = {"124m": 64, "1558m": 16}                                 # sequences of a step whose ops are timed
+
+
+def ops(s: Stage, size: str) -> tuple[str, Data]:
+    """Every op of a step of one micro-batch, by `./train bench`."""
     path = s.work / "ops.jsonl"
-    code, text = s.run([s.program("bench_ops"), "--json", path], 240)
+    batch = [f"train.{key}={OPS[size]}" for key in ("global_batch_size", "micro_batch_size")]
+    code, text = s.run([s.program("train"), "bench", "--config", ROOT / "configs" / f"gpt2-{size}.yaml", "--json", path,
+                        *(word for setting in batch for word in ("--set", setting))], 240)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    data: Data = {"run": rows[:2], "ops": [r for r in rows if r["type"] == "op"],
-                  "steps": [r for r in rows if r["type"] == "step"]}
+    of = {kind: [r for r in rows if r["type"] == kind] for kind in ("run", "peak", "op", "step")}
+    data: Data = {"size": size, "run": of["run"], "peak": of["peak"], "ops": of["op"], "step": of["step"]}
     if code != 0:
-        raise Failed(f"bench_ops: {reason(code, text)}", data)
-    steps = ", ".join(f"{r['size']} {r['step_ms']:.1f} ms" for r in data["steps"])
-    return f"a step's ops in a row: {steps or 'no step'}", data
+        raise Failed(f"train bench: {reason(code, text)}", data)
+    steps = ", ".join(f"{r['step_ms']:.1f} ms, at the device's peaks {r['bound_ms']:.1f} ms" for r in of["step"])
+    return f"{size} B{OPS[size]}: a step's ops in a row {steps or 'not complete'}", data
 
 
 def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
@@ -453,9 +459,11 @@ def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
 def stages() -> dict[str, Callable[[Stage], tuple[str, Data]]]:
     """By the name of the result's file."""
     all_of: dict[str, Callable[[Stage], tuple[str, Data]]] = {
-        "tests": tests, "train": train, "attention": attention, "ops": ops}
+        "tests": tests, "train": train, "attention": attention}
     for tool in TOOLS:
         all_of[f"sanitize-{tool}"] = lambda s, tool=tool: sanitize(s, tool)
+    for size in OPS:
+        all_of[f"ops-{size}"] = lambda s, size=size: ops(s, size)
     for size in SIZES:
         for sdpa in SDPA:
             all_of[pytorch_stage(size, sdpa)] = lambda s, size=size, sdpa=sdpa: pytorch(s, size, sdpa)

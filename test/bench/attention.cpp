@@ -4,15 +4,18 @@
 //     bench_attention                                        the shapes that the goals below are for
 //     bench_attention --shape 8x16x2048x64 --kernel sm90 --kernel portable --json attention.jsonl
 //
-// How a sample is taken: bench.h.  In each round every kernel has one sample, so that a change of clocks hits all.
+// How a sample is taken: kernels/bench.h.  In each round every kernel has one sample, so that a change of clocks hits all.
 //
 // FLOP are the useful ones: 2 per multiply-add, the causal half of T^2; forward two products, backward 2.5 times that,
 // the scores computed again.  What a kernel computes beyond them does not make it faster.
-#include "test/bench/bench.h"
+#include <CLI/CLI.hpp>
 
+#include <algorithm>
+#include <cstdio>
 #include <optional>
 
 #include "attention_choice.h"
+#include "kernels/bench.h"
 
 namespace emulator {
 [[gnu::weak]] void reset_device();  // linked where the CUDA backend runs on the emulator
@@ -250,7 +253,9 @@ std::vector<AttentionKernel> choose(const Options& o, Report& out) {
 void run(const Options& o) {
     std::vector<Shape> shapes;
     for (const std::string& text : o.shapes) shapes.push_back(parse_shape(text));
-    const std::string device = open_gpu();
+    std::string why;
+    if (cuda_device_count(&why) == 0) fail(Exit::usage, "no usable GPU: {}", why);
+    const std::string device = open_cuda_device(0).name;
     Report out{.json = JsonLines(o.settings.json), .results = {}};
     out.json.write_run(device, "bf16", o.settings);
     fmt::print("{} in bf16, median of {}\n", device, o.settings.samples);
@@ -280,7 +285,17 @@ int main(int argc, char** argv) {
     for (const AttentionKernel kernel : kKernels) names.emplace_back(attention_name(kernel));
     app.add_option("--shape", o.shapes, "BxNHxTxHS; repeatable")->capture_default_str();
     app.add_option("--kernel", o.kernels, "repeatable; without it all that can run")->check(CLI::IsMember(names));
-    add_settings(app, o.settings);
+    app.add_option("--samples", o.settings.samples)->check(CLI::PositiveNumber)->capture_default_str();
+    app.add_option("--flush-mib", o.settings.flush_mib, "overwritten before each sample; more than the L2 cache holds")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    app.add_option("--json", o.settings.json, "one JSON object per line");
     CLI11_PARSE(app, argc, argv);
-    return exit_code_of([&] { run(o); });
+    try {
+        run(o);
+        return 0;
+    } catch (const Error& e) {
+        fmt::print(stderr, "error: {}\n", e.what());
+        return int(e.code);
+    }
 }

@@ -19,7 +19,7 @@ import pytest
 from conftest import REPO, TRAIN, run
 
 BUILD = TRAIN.resolve().parent
-STANDS_IN = {name: TRAIN.resolve().name for name in ("train", "bench_ops", "bench_attention")} | {
+STANDS_IN = {name: TRAIN.resolve().name for name in ("train", "bench_attention")} | {
     name: "test_mpi" for name in ("test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native")
 }
 FROM_THE_MACHINE = re.compile(r"(lib(c|m|dl|rt|pthread|resolv|util|mvec)|ld-linux-x86-64|lib(cuda|cublasLt|nccl))\.so")
@@ -185,7 +185,7 @@ def test_programs_older_than_their_kernels_are_refused(tmp_path: Path) -> None:
     os.utime(compiled(build, "gelu", ARCHITECTURES) / "gelu.o", (later, later))
     done = pack(build, tmp_path / "x.tar.xz")
     assert done.code == 2
-    assert done.err.count("/gelu.o; make bundle builds it") == 5 and f"{build}/train is older than" in done.err
+    assert done.err.count("/gelu.o; make bundle builds it") == 4 and f"{build}/train is older than" in done.err
 
 
 def test_an_archive_of_another_kind_is_refused(build: Path, tmp_path: Path) -> None:

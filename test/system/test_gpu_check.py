@@ -1,6 +1,6 @@
 """scripts/gpu_check.sh where there is no GPU: it says so; and what it does with results, with programs that stand in.
 
-Also what it starts: bench_ops, bench_attention and bench_pytorch.py at tiny sizes, cuda_libraries.sh.  Seen to fail: a result kept after
+Also what it starts: bench_attention and bench_pytorch.py at tiny sizes, cuda_libraries.sh.  Seen to fail: a result kept after
 another commit, build or option, a failed, skipped or dirty result kept, a stage that outlives its limit, one stage's
 crash that ends the others, a sanitizer without time that passes.
 """
@@ -102,7 +102,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
 
 
 def test_every_stage_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    stages = ["tests", "sanitize", "train", "attention", "ops", "pytorch-124m"]
+    stages = ["tests", "sanitize", "train", "attention", "ops-124m", "pytorch-124m"]
     done = run([SCRIPT], {"OUT": tmp_path, "STAGE": " ".join(stages), "CUDA_VISIBLE_DEVICES": ""})
     assert done.code == 1, done.err
     table = done.out.split("headline\n")[1].splitlines()
@@ -116,11 +116,11 @@ def test_every_stage_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert "Traceback" not in done.err
 
 
-def test_without_a_stage_it_is_tests_attention_ops_and_124m(tmp_path: Path) -> None:
+def test_without_a_stage_it_is_tests_attention_and_124m(tmp_path: Path) -> None:
     done = run([SCRIPT], {"OUT": tmp_path, "STAGE": "", "CUDA_VISIBLE_DEVICES": ""})
     assert done.code == 1
     written = sorted(p.stem for p in tmp_path.glob("[!n]*.json"))
-    assert written == ["attention", "ops", "pytorch-124m", "tests"]
+    assert written == ["attention", "ops-124m", "pytorch-124m", "tests"]
 
 
 def test_an_unknown_stage_or_option_is_refused(tmp_path: Path) -> None:
@@ -132,10 +132,18 @@ def test_an_unknown_stage_or_option_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def counted(check: Check, stage: str = "ops") -> Callable[[], bool]:
-    """Runs the stage; whether bench_ops was started for that."""
+def bench_writes(text: str) -> str:
+    """Stands in for ./train bench: writes the file that --json names."""
+    return f"""while [ "$1" != --json ]; do shift; done
+cat > "$2" <<'END'
+{text}
+END"""
+
+
+def counted(check: Check, stage: str = "ops-124m") -> Callable[[], bool]:
+    """Runs the stage; whether its program was started for that."""
     count = check.out.parent / "count"
-    check.shell("bench_ops", f'echo x >> {count}\necho \'{{"type": "run"}}\' > "$2"')
+    check.shell("train", f"echo x >> {count}\n" + bench_writes('{"type": "run"}'))
 
     def again() -> bool:
         count.write_text("")
@@ -161,9 +169,9 @@ def test_what_has_passed_is_not_run_again(check: Check, monkeypatch: pytest.Monk
 def test_another_build_of_the_same_commit_is_run_again(check: Check) -> None:
     again = counted(check)
     assert again() and not again()
-    check.shell("train", "true")
+    check.shell("test_native", "true")
     assert again() and not again()
-    check.shell("train", "tru")
+    check.shell("test_native", "tru")
     assert again() and not again()
 
 
@@ -176,8 +184,8 @@ def test_a_dirty_trees_result_is_not_kept(check: Check, monkeypatch: pytest.Monk
 def test_a_skipped_result_is_not_kept(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     again = counted(check)
     assert again()
-    result = check.result("ops") | {"result": "skipped"}
-    (check.out / "ops.json").write_text(json.dumps(result))
+    result = check.result("ops-124m") | {"result": "skipped"}
+    (check.out / "ops-124m.json").write_text(json.dumps(result))
     assert again() and not again()
 
 
@@ -205,39 +213,39 @@ def test_other_options_are_run_again(check: Check, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_has_failed_is_run_again_and_stops_nothing(check: Check, capsys: pytest.CaptureFixture) -> None:
-    check.shell("bench_ops", "echo 'error: layernorm forward: no such kernel'; exit 70")
+    check.shell("train", "echo 'error: layernorm forward: no such kernel'; exit 70")
     summary = 'echo "[doctest] test cases: 9 | 8 passed | 1 failed | 0 skipped"; exit 1'
     check.shell("test_isa_sm90_native", f"echo TEST CASE:  isa: wgmma; {summary}")
     check.shell("test_native", summary)
-    assert check.run("tests ops") == 1
+    assert check.run("tests ops-124m") == 1
     tests = check.result("tests")
     assert tests["result"] == "failed" and "instructions: 1 failed" in tests["headline"]
     assert tests["data"]["instructions"]["failing"] == ["isa: wgmma"]
     assert tests["data"]["ops and model"]["failed"] == 1
     assert f"communication, 2 ranks: {check.programs}/test_mpi_native is missing" in tests["headline"]
-    assert "no such kernel" in check.result("ops")["headline"]
-    assert set(check.merged()["stages"]) == {"tests", "ops"}
-    check.shell("bench_ops", 'echo \'{"type": "run"}\' > "$2"')
-    assert check.run("ops") == 0
-    assert check.merged()["stages"]["ops"]["result"] == "passed"
+    assert "no such kernel" in check.result("ops-124m")["headline"]
+    assert set(check.merged()["stages"]) == {"tests", "ops-124m"}
+    check.shell("train", bench_writes('{"type": "run"}'))
+    assert check.run("ops-124m") == 0
+    assert check.merged()["stages"]["ops-124m"]["result"] == "passed"
     assert "tests" in capsys.readouterr().out
 
 
 def test_a_stage_ends_at_its_limit_with_all_it_has_started(check: Check, tmp_path: Path) -> None:
     check.patch.setattr(check.module, "STAGE_SECONDS", 1.5)
-    check.shell("bench_ops", f"(sleep 4; touch {tmp_path}/outlived) & sleep 60")
+    check.shell("train", f"(sleep 4; touch {tmp_path}/outlived) & sleep 60")
     start = time.monotonic()
-    assert check.run("ops") == 1
+    assert check.run("ops-124m") == 1
     assert time.monotonic() - start < 20
-    assert check.result("ops")["headline"] == "bench_ops: ran out of time"
+    assert check.result("ops-124m")["headline"] == "train bench: ran out of time"
     time.sleep(max(0.0, 5 - (time.monotonic() - start)))
     assert not (tmp_path / "outlived").exists()
 
 
 def test_output_that_is_not_as_expected_is_a_failure(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    check.shell("bench_ops", 'echo "{" > "$2"')
-    assert check.run("ops") == 1
-    assert check.result("ops")["headline"].startswith("JSONDecodeError")
+    check.shell("train", bench_writes("{"))
+    assert check.run("ops-124m") == 1
+    assert check.result("ops-124m")["headline"].startswith("JSONDecodeError")
 
 
 def test_no_sanitizer_is_skipped_in_words(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,25 +515,6 @@ def test_where_cuda_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "site/nvidia/cudnn/lib").mkdir(parents=True)
     (tmp_path / "site/nvidia/cudnn/lib/libcudnn.so.9").touch()
     assert found(**site).out == both.out.strip() + f":{tmp_path}/site/nvidia/cudnn/lib\n"
-
-
-@pytest.mark.parametrize("backend, dtype", [("cpu", "f32"), ("cuda", "f32"), ("cuda", "bf16")])
-def test_every_op_is_timed(backend: str, dtype: str, tmp_path: Path) -> None:
-    bench = TRAIN.resolve().parent / "bench_ops-emulated"
-    if not bench.exists():
-        pytest.skip(f"{bench.name} is not built")
-    out = tmp_path / "ops.jsonl"
-    flags = ["--backend", backend, "--dtype", dtype, "--size", "tiny", "--samples", 1, "--flush-mib", 0, "--json", out]
-    done = run([bench, *flags])
-    assert done.code == 0, done.out + done.err
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    ops = {r["op"]: r for r in rows if r["type"] == "op"}
-    assert len(ops) > 30 and all(r["us"] > 0 and r["n_bytes"] > 0 for r in ops.values())
-    # (64, 32) x (32, 96): two flop per multiply-add, twice in the gradient.
-    assert ops["qkv forward"]["flop"] == 2 * 64 * 32 * 96 and ops["qkv backward"]["flop"] == 4 * 64 * 32 * 96
-    assert ops["attention forward"]["flop"] == 2 * 64 * 32 * 32
-    step = next(r for r in rows if r["type"] == "step")
-    assert step["step_ms"] == pytest.approx(sum(r["per_step"] * r["us"] for r in ops.values()) / 1e3, rel=1e-3)
 
 
 def attention_times(tmp_path: Path, *flags: object, **env: object) -> tuple[str, list[dict]]:
