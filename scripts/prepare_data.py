@@ -3,8 +3,11 @@
 
     scripts/prepare_data.py --python-stdlib --out data/shards/python     # real text, no download
     scripts/prepare_data.py book.txt notes/ --out data/shards/mine       # your own files and folders
+    scripts/prepare_data.py book.txt --chars --out data/shards/book      # a token for each different character
 
-Tokens are the bytes 0..255; 256, end-of-text, follows every document.  One file is one document.  --out receives
+Tokens are the bytes 0..255; 256, end-of-text, follows every document.  With --chars they are the places of the
+characters in the sorted list of those that occur, ASCII alone, and nothing follows a document.  One file is one
+document.  --out receives
 train_000000.bin ..., val_000000.bin ..., tokenizer.json and manifest.json (counts, checksums, source).
 
 The layout of every shard is known before the first byte is written, so any number of jobs writes the same bytes.
@@ -30,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 USAGE, DATA, IO = 2, 3, 5
-TOKENIZER = {"type": "bytes", "vocab_size": 257, "end_of_text": 256}
+BYTES = {"type": "bytes", "vocab_size": 257, "end_of_text": 256}
 # Text read as Latin-1 is one character per byte; encoded again it is one token per byte, at the speed of C.
 FORMATS = {"v1": (20240520, 1, "utf-16-le"), "u32": (20240801, 7, "utf-32-le")}  # magic, version, tokens
 OURS = re.compile(r"(train|val)_\d{6,}\.bin|manifest\.json|tokenizer\.json")
@@ -158,6 +161,24 @@ def scan(docs: list[Document], args: argparse.Namespace, skipped: Counter) -> li
     return kept
 
 
+def characters(docs: list[Document], args: argparse.Namespace) -> dict:
+    """The tokenizer of --chars."""
+
+    def found_in(doc: Document) -> set[int]:
+        found, left = set(), doc.size
+        with naming(doc.path, "it was readable a moment ago; run again"), open(doc.path, "rb", 0) as f:
+            while left > 0 and (chunk := f.read(min(CHUNK, left))):
+                found |= set(chunk)
+                left -= len(chunk)
+        if max(found) > 127:
+            raise Failure(DATA, f"{doc.path}: byte {max(found)} is no ASCII character; --chars needs ASCII text, leave "
+                                "it out for byte tokens")
+        return found
+
+    every = sorted(set().union(*parallel(found_in, docs, args.jobs)))
+    return {"type": "chars", "vocab_size": len(every), "end_of_text": None, "characters": bytes(every).decode("ascii")}
+
+
 def split(docs: list[Document], fraction: float, seed: int) -> dict[str, list[Document]]:
     """A document's split follows from its name and the seed alone, so new files leave the old ones in place."""
     if fraction == 0 or (len(docs) == 1 and docs[0].size < 2):
@@ -179,26 +200,28 @@ class Shard(NamedTuple):
     segments: list[tuple[str, int, int, bool]]  # path, first byte, bytes, does end-of-text follow
 
 
-def lay_out(name: str, docs: list[Document], shard_tokens: int) -> list[Shard]:
+def lay_out(name: str, docs: list[Document], shard_tokens: int, end_of_text: bool) -> list[Shard]:
     """Shards of one size, give or take a token, so that none is too small to hold a sequence."""
-    total = sum(d.size + 1 for d in docs)
+    total = sum(d.size + end_of_text for d in docs)
     n = -(-total // shard_tokens)
     shards = [Shard(f"{name}_{i:06d}.bin", total // n + (i < total % n), []) for i in range(n)]
     i, room = 0, shards[0].tokens
     for d in docs:
-        at, end = 0, d.size + 1  # in tokens; the last one is end-of-text
+        at, end = 0, d.size + end_of_text  # in tokens; the last one is end-of-text
         while at < end:
             if room == 0:
                 i, room = i + 1, shards[i + 1].tokens
             stop = min(at + room, end)
-            shards[i].segments.append((d.path, d.start + at, min(stop, d.size) - at, stop == end))
+            shards[i].segments.append((d.path, d.start + at, min(stop, d.size) - at, end_of_text and stop == end))
             at, room = stop, room - (stop - at)
     return shards
 
 
-def encode(shard: Shard, token_format: str, advance: Callable[[int], None]) -> Iterator[bytes]:
+def encode(shard: Shard, token_format: str, tokenizer: dict, advance: Callable[[int], None]) -> Iterator[bytes]:
     """The shard's bytes: 256 int32 of header, then the tokens; little-endian on every machine."""
     magic, version, codec = FORMATS[token_format]
+    places = {ord(c): i for i, c in enumerate(tokenizer.get("characters", ""))}
+    number = bytes(places.get(b, b) for b in range(256))  # a byte's token
     yield b"".join(n.to_bytes(4, "little") for n in (magic, version, shard.tokens, *[0] * 253))
     for path, start, left, ends in shard.segments:
         with naming(path, "it was readable a moment ago; run again"), open(path, "rb", 0) as f:
@@ -207,11 +230,11 @@ def encode(shard: Shard, token_format: str, advance: Callable[[int], None]) -> I
                 chunk = f.read(min(CHUNK, left))
                 if not chunk:
                     raise Failure(IO, f"{path}: shrank while it was read, {left} bytes are missing; run again")
-                yield chunk.decode("latin-1").encode(codec)
+                yield chunk.translate(number).decode("latin-1").encode(codec)
                 left -= len(chunk)
                 advance(len(chunk))
         if ends:
-            yield chr(TOKENIZER["end_of_text"]).encode(codec)
+            yield chr(tokenizer["end_of_text"]).encode(codec)
 
 
 def write_temporary(out: str, file: str, pieces: Iterable[bytes]) -> dict:
@@ -227,20 +250,20 @@ def write_temporary(out: str, file: str, pieces: Iterable[bytes]) -> dict:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def write_shards(shards: list[Shard], args: argparse.Namespace) -> dict[str, dict]:
+def write_shards(shards: list[Shard], tokenizer: dict, args: argparse.Namespace) -> dict[str, dict]:
     """All shards under their temporary names; what the manifest says of each, by name."""
     advance = progress("writing", sum(s.tokens for s in shards))
 
     def write(s: Shard) -> tuple[str, dict]:
-        written = write_temporary(args.out, s.file, encode(s, args.format, advance))
+        written = write_temporary(args.out, s.file, encode(s, args.format, tokenizer, advance))
         return s.file, {"file": s.file, "tokens": s.tokens, **written}
 
     return dict(parallel(write, shards, args.jobs))
 
 
-def publish(out: str, folder: int, shards: list[str], manifest: dict) -> None:
+def publish(out: str, folder: int, shards: list[str], tokenizer: dict, manifest: dict) -> None:
     """Gives the finished files their names.  While the set is neither the old nor the new, it has no manifest."""
-    for file, value in (("tokenizer.json", TOKENIZER), ("manifest.json", manifest)):
+    for file, value in (("tokenizer.json", tokenizer), ("manifest.json", manifest)):
         write_temporary(out, file, [(json.dumps(value, indent=2) + "\n").encode()])
     files = [*shards, "tokenizer.json"]
     with naming(out, "the set there is incomplete; run again with --overwrite"):
@@ -282,21 +305,24 @@ def prepare(args: argparse.Namespace, folder: int) -> str:
     note = "; skipped " + ", ".join(f"{n} {why}" for why, n in sorted(skipped.items())) if skipped else ""
     if not docs:
         raise Failure(DATA, f"no text in the inputs{note}; check --include and --exclude, and --binary for NUL bytes")
+    tokenizer = characters(docs, args) if args.chars else BYTES
+    ends = tokenizer["end_of_text"] is not None
     limit = min(args.shard_tokens, 2**31 - 1)  # the header counts in 31 bits
     parts = split(docs, args.val_fraction, args.seed)
-    shards = {name: lay_out(name, part, limit) for name, part in parts.items()}
-    written = write_shards([s for some in shards.values() for s in some], args)
+    shards = {name: lay_out(name, part, limit, ends) for name, part in parts.items()}
+    written = write_shards([s for some in shards.values() for s in some], tokenizer, args)
     splits = {name: {"documents": len(part), "tokens": sum(s.tokens for s in shards[name]),
                      "shards": [written[s.file] for s in shards[name]]} for name, part in parts.items()}
     source = {"documents": len(docs), "bytes": sum(d.size for d in docs), "skipped": dict(sorted(skipped.items())),
               "python": sysconfig.get_python_version(),
               **{k: v for k, v in vars(args).items() if k not in ("out", "jobs", "overwrite", "format")}}
-    manifest = {"format_version": 1, "tokenizer": TOKENIZER, "vocab_size": TOKENIZER["vocab_size"],
+    manifest = {"format_version": 1, "tokenizer": tokenizer, "vocab_size": tokenizer["vocab_size"],
                 "token_format": args.format, "tokens": sum(part["tokens"] for part in splits.values()),
                 "splits": splits, "source": source}
-    publish(args.out, folder, list(written), manifest)
+    publish(args.out, folder, list(written), tokenizer, manifest)
+    kinds = f" of {tokenizer['vocab_size']} characters" if args.chars else ""
     tokens = " + ".join(f"{part['tokens']:,} {name}" for name, part in splits.items())
-    return f"{args.out}: {len(docs):,} documents, {tokens} tokens in {len(written):,} shards{note}"
+    return f"{args.out}: {len(docs):,} documents, {tokens} tokens in {len(written):,} shards{kinds}{note}"
 
 
 def count(text: str) -> int:
@@ -309,10 +335,11 @@ def count(text: str) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Turn text files into token shards for ./train (bytes; vocab_size 257).")
+    p = argparse.ArgumentParser(description="Turn text files into token shards for ./train (bytes, vocab_size 257; or --chars).")
     p.add_argument("inputs", nargs="*", metavar="PATH", help="text file, or folder that is searched to the bottom")
     p.add_argument("--python-stdlib", action="store_true", help="the Python library's sources on this machine")
     p.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest, made if absent")
+    p.add_argument("--chars", action="store_true", help="a token for each different character; ASCII text only")
     p.add_argument("--val-fraction", type=float, default=0.1, metavar="F", help="part of the documents (default 0.1)")
     p.add_argument("--seed", type=int, default=1337, help="picks the val documents (default 1337)")
     p.add_argument("--include", action="append", default=[], metavar="GLOB", help="in folders, only these: '*.txt'")

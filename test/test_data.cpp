@@ -236,6 +236,18 @@ TEST_CASE("tokenizer: bytes to tokens and back") {
         -1);
 }
 
+TEST_CASE("tokenizer: characters to their places and back") {
+    const Scratch dir;
+    const Tokenizer t = Tokenizer::load(
+        dir.write("t", R"({"type": "chars", "vocab_size": 5, "end_of_text": null, "characters": "\n Aab"})"));
+    CHECK(t.vocab_size() == 5);
+    CHECK(t.end_of_text() == -1);
+    CHECK(t.encode("b A\n") == std::vector<int32_t>{4, 1, 2, 0});
+    CHECK(t.decode({3, 4, 5, -1, 97, 2}) == "abA");
+    CHECK(refusal([&] { t.encode("a\tb"); }, Exit::usage) ==
+          R"(the text "a\x09b" holds a character that the data did not; the tokens are "\x0a Aab")");
+}
+
 TEST_CASE("tokenizer: a bad file is refused with what is wrong") {
     const Scratch dir;
     const auto load = [&](const char* json) {
@@ -243,8 +255,8 @@ TEST_CASE("tokenizer: a bad file is refused with what is wrong") {
         return m.starts_with(path + ": ") ? m.substr(path.size() + 2) : m;
     };
     CHECK(load("[]") == R"(expected an object {"type": "bytes", "vocab_size": 257, "end_of_text": 256})");
-    CHECK(load("{}") == R"(type is missing; available in this build: "bytes")");
-    CHECK(load(R"({"type": "bpe"})") == R"(type is "bpe"; available in this build: "bytes")");
+    CHECK(load("{}") == R"(type is missing; available in this build: "bytes", "chars")");
+    CHECK(load(R"({"type": "bpe"})") == R"(type is "bpe"; available in this build: "bytes", "chars")");
     CHECK(load(R"({"type": "bytes"})") == "vocab_size is missing; expected an integer in [256, 2147483647]");
     CHECK(load(R"({"type": "bytes", "vocab_size": 18446744073709551615})") ==
           "vocab_size is 18446744073709551615; expected an integer in [256, 2147483647]");
@@ -255,6 +267,18 @@ TEST_CASE("tokenizer: a bad file is refused with what is wrong") {
     CHECK(load(R"({"type": "bytes", "vocab_size": 257, "end_of_text": 257})") ==
           "end_of_text is 257; expected an integer in [256, 256]");
     CHECK(has(load(R"({"type": "bytes", "vocab_size": 256})"), "end_of_text is missing; expected null"));
+    const auto chars = [&](const char* characters) {
+        return load(
+            fmt::format(R"({{"type": "chars", "vocab_size": 2, "end_of_text": null, "characters": {}}})", characters)
+                .c_str());
+    };
+    for (const char* bad : {R"("a")", R"("abc")", R"("ba")", R"("aa")", R"("aé")", R"("\u0080b")", "7", "null"}) {
+        CAPTURE(bad);
+        CHECK(has(chars(bad), "expected vocab_size = 2 different ASCII characters in ascending order"));
+    }
+    CHECK(has(load(R"({"type": "chars", "vocab_size": 129})"), "expected an integer in [1, 128]"));
+    CHECK(has(load(R"({"type": "chars", "vocab_size": 1, "end_of_text": 0, "characters": "a"})"),
+              "end_of_text is 0; expected null, as chars have none"));
     CHECK(has(load("{"), "not valid JSON"));
     CHECK(has(refusal([&] { Tokenizer::load(dir.path("none")); }), "cannot open: No such file"));
 }

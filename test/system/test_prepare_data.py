@@ -52,6 +52,24 @@ def test_headers_counts_and_checksums(tmp_path, token_format, magic, version, wi
     assert set(files(out)) == named
 
 
+def test_characters_are_their_places_in_the_sorted_list(tmp_path):
+    """Over several documents, shards and jobs: nothing between documents, and the end of one file is the val text."""
+    texts = {"a": b"Zoo!\n" * 50, "b": b"a zoo?\n" * 30}
+    run(make(tmp_path / "in", texts), "--chars", "--out", tmp_path / "two", "--val-fraction", 0, "--shard-tokens", 99)
+    letters = "\n !?Zaoz"
+    assert "".join(letters[t] for t in tokens_of(tmp_path / "two", "train")).encode() == texts["a"] + texts["b"]
+    tokenizer = {"type": "chars", "vocab_size": 8, "end_of_text": None, "characters": letters}
+    assert json.loads((tmp_path / "two" / "tokenizer.json").read_text()) == tokenizer
+    manifest = manifest_of(tmp_path / "two")
+    assert manifest["tokenizer"] == tokenizer and manifest["vocab_size"] == 8 and manifest["tokens"] == 460
+    said = run(tmp_path / "in" / "a", "--chars", "--out", tmp_path / "one")
+    assert "225 train + 25 val tokens in 2 shards of 4 characters" in said
+    assert tokens_of(tmp_path / "one", "val") == [2, 3, 3, 1, 0] * 5
+    (tmp_path / "in" / "c").write_text("café")
+    said = run(tmp_path / "in", "--chars", "--out", tmp_path / "three", code=3)
+    assert "in/c: byte 195 is no ASCII character; --chars needs ASCII text" in said
+
+
 def test_both_formats_hold_the_same_tokens(tmp_path):
     make(tmp_path / "in", numbered(12))
     for token_format in ("v1", "u32"):

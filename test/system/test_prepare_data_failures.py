@@ -60,7 +60,8 @@ def test_a_file_that_shrinks_is_an_error_that_names_it(tmp_path):
     make(tmp_path, {"a.txt": b"12345"})
     path = str(tmp_path / "a.txt")
     with pytest.raises(script.Failure) as e:
-        list(script.encode(script.Shard("train_000000.bin", 9, [(path, 0, 8, True)]), "v1", lambda n: None))
+        shard = script.Shard("train_000000.bin", 9, [(path, 0, 8, True)])
+        list(script.encode(shard, "v1", script.BYTES, lambda n: None))
     assert e.value.args[0] == IO and f"{path}: shrank" in e.value.args[1] and "3 bytes" in e.value.args[1]
 
 
