@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention_choice.h"
+#include "common/hash.h"
 
 #ifndef KILN_CUDA
 #define KILN_CUDA 0
@@ -48,6 +49,13 @@ std::string this_host() {
     return id.empty() ? name : id;
 }
 
+// No rank before this one has the same value.
+bool first_with(Comm& comm, uint64_t mine) {
+    std::vector<uint64_t> all(size_t(comm.size()));  // (ranks)
+    comm.all_gather(&mine, all.data(), sizeof mine);
+    return std::ranges::find(all, mine) - all.begin() == comm.rank();
+}
+
 // Why these kernels cannot run on every rank's open device: the first such rank's reason.  The same on all ranks, whose
 // GPUs may differ.
 std::string attention_refusal(Comm& comm, AttentionKernel kernel) {
@@ -72,7 +80,10 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
     chosen.attention = attention_name(attention.kernel);
     chosen.note = attention.note;
     chosen.workspace_bytes = device.workspace_bytes;
-    chosen.own = every_rank_has_its_own_device(comm, this_host() + "/" + device.bus_id);
+    chosen.bus_id = device.bus_id;
+    const std::string place = this_host() + "/" + device.bus_id;
+    chosen.own = every_rank_has_its_own_device(comm, place);
+    chosen.counts = first_with(comm, hash64(place));
     if (!chosen.own)
         log.warn(
             "ranks share GPUs (on rank 0's host {} ranks share {} GPU(s)): gradients are reduced through host memory",

@@ -14,7 +14,9 @@ struct RunDevice {
     const Backend& k;
     std::string name;                // "cpu", or the GPU's
     std::string attention;           // the GPU's kernels for it: "portable"; empty on the CPU
+    std::string bus_id;              // the GPU's: "0000:01:00.0"; empty on the CPU
     bool own = false;                // every rank has a GPU of its own
+    bool counts = true;              // false: a rank before this one has the same GPU
     std::shared_ptr<NcclComm> nccl;  // there on several ranks that have
     size_t workspace_bytes = 0;      // of the GPU's memory, for the kernels' scratch
     size_t library_bytes = 0;        // that CUDA's libraries have taken of it

@@ -74,6 +74,16 @@ ordered_json eval_record(int64_t step, const EvalResult& r) {
             {"accuracy", r.accuracy}, {"tokens", r.tokens}};
 }
 
+ordered_json or_null(std::optional<double> number) { return number ? ordered_json(*number) : ordered_json(nullptr); }
+
+ordered_json peak_record(const Peak& p) {
+    return {{"measured_flops", or_null(p.measured_flops)},
+            {"vendor_flops", or_null(p.vendor_flops)},
+            {"used", p.flops() ? ordered_json(p.used()) : ordered_json(nullptr)},
+            {"devices", p.devices},
+            {"formula", "PaLM: 6 N + 12 L C T"}};
+}
+
 void require_same_data(const char* key, const std::vector<DataPart>& before, const std::vector<DataPart>& now) {
     if (before.size() != now.size())
         fail(Exit::data, "{}: {} shards now, {} when the checkpoint was saved", key, now.size(), before.size());
@@ -170,6 +180,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
       train_(open_data(x, "data.train", x.config.data.train)),
       total_steps_(total_steps(x.config, train_)),
       schedule_(schedule_of(x.config, total_steps_)),
+      peak_(measure_run_peak(x.comm, x.device.k, model_options(x).real, x.device.name, x.device.counts)),
       trainer_(x.device.k, x.comm, training_options(x)) {
     const Config& c = x.config;
     if (!c.data.val.empty()) val_.emplace(open_data(x, "data.val", c.data.val));
@@ -318,6 +329,7 @@ void TrainingRun::announce() {
         x_.log.info("and of the GPU's {}: {} workspace, {} CUDA's libraries, {} context and other processes",
                     human_bytes(d.memory.n_total), human_bytes(d.workspace_bytes), human_bytes(d.library_bytes),
                     human_bytes(d.memory.n_total - d.memory.n_free));
+    announce_peak();
     ordered_json record = {{"type", "run"},
                            {"step", state_.step},
                            {"time", utc_now()},
@@ -337,9 +349,18 @@ void TrainingRun::announce() {
                      {"libraries", x_.device.library_bytes}}},
                    {"parameters", count_params(c)},
                    {"flops_per_token", flops_per_token(c)},
+                   {"peak", peak_record(peak_)},
                    {"total_steps", total_steps_}});
     dir_->record(record);
     write_status(x_.run_dir, "running", state_.step, 0, "");
+}
+
+void TrainingRun::announce_peak() {
+    const auto text = [](std::optional<double> flops) {
+        return flops ? fmt::format("{:.4g} TFLOP/s", *flops / 1e12) : "unknown";
+    };
+    x_.log.info("peak in {} of {} {}(s), for MFU: measured {}, by the vendor {}", x_.config.device.dtype, peak_.devices,
+                x_.device.bus_id.empty() ? "rank" : "GPU", text(peak_.measured_flops), text(peak_.vendor_flops));
 }
 
 uint64_t TrainingRun::tokens_per_step() const {
@@ -356,34 +377,40 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
     state_.sequences += uint64_t(c.train.global_batch_size);
     state_.updates = trainer_.updates();
     x_.place.step = state_.step;
-    const double ms = clock.ms(), rate = double(tokens_per_step()) / ms * 1e3;
+    const double ms = clock.ms();
     const bool last = state_.step == total_steps_;
-    if (x_.comm.rank() == 0 && (last || state_.step % c.log.interval == 0)) {
-        dir_->record({{"type", "step"},
-                      {"step", state_.step},
-                      {"tokens", state_.tokens},
-                      {"loss", r.loss},
-                      {"grad_norm", r.grad_norm},
-                      {"learning_rate", lr},
-                      {"step_ms", ms},
-                      {"tokens_per_s", rate},
-                      {"mfu", nullptr},
-                      {"phase_ms",
-                       {{"data", r.ms.data},
-                        {"forward", r.ms.forward},
-                        {"backward", r.ms.backward},
-                        {"reduce", r.ms.reduce},
-                        {"optimizer", r.ms.optimizer}}}});
-        const double seconds_left =
-            (run_clock_.ms() / 1e3) / double(state_.step - first_step_) * double(total_steps_ - state_.step);
-        x_.log.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {:.0f} tok/s  {:.0f}%  ETA {}",
-                                    state_.step, total_steps_, r.loss, lr, r.grad_norm, rate,
-                                    100.0 * double(state_.step) / double(total_steps_), human_duration(seconds_left)),
-                        last);
-    }
+    if (x_.comm.rank() == 0 && (last || state_.step % c.log.interval == 0)) record_step(r, lr, ms, last);
     if (state_.step == first_step_ + kMemorySteps || (last && state_.step < first_step_ + kMemorySteps)) check_memory();
     bad_steps_ = r.updated ? 0 : bad_steps_ + 1;
     if (!r.updated) bad_step(r);
+}
+
+void TrainingRun::record_step(const StepResult& r, double learning_rate, double ms, bool last) {
+    const double rate = double(tokens_per_step()) / ms * 1e3;
+    std::optional<double> mfu;
+    if (peak_.flops()) mfu = flops_per_token(trainer_.config()) * rate / *peak_.flops();
+    dir_->record({{"type", "step"},
+                  {"step", state_.step},
+                  {"tokens", state_.tokens},
+                  {"loss", r.loss},
+                  {"grad_norm", r.grad_norm},
+                  {"learning_rate", learning_rate},
+                  {"step_ms", ms},
+                  {"tokens_per_s", rate},
+                  {"mfu", or_null(mfu)},
+                  {"phase_ms",
+                   {{"data", r.ms.data},
+                    {"forward", r.ms.forward},
+                    {"backward", r.ms.backward},
+                    {"reduce", r.ms.reduce},
+                    {"optimizer", r.ms.optimizer}}}});
+    const double seconds_left =
+        (run_clock_.ms() / 1e3) / double(state_.step - first_step_) * double(total_steps_ - state_.step);
+    x_.log.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {:.0f} tok/s{}  {:.0f}%  ETA {}",
+                                state_.step, total_steps_, r.loss, learning_rate, r.grad_norm, rate,
+                                mfu ? fmt::format("  {:.1f}% MFU", 100 * *mfu) : "",
+                                100.0 * double(state_.step) / double(total_steps_), human_duration(seconds_left)),
+                    last);
 }
 
 // What has been taken of the GPU since its context was there, against what start() said.  Only for a GPU of our own.

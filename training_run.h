@@ -12,6 +12,7 @@
 #include "data/loader.h"
 #include "data/tokenizer.h"
 #include "model/checkpoint.h"
+#include "model/peak.h"
 #include "model/schedule.h"
 #include "model/trainer.h"
 #include "run_device.h"
@@ -59,6 +60,8 @@ class TrainingRun {
     void initialize();
     void resume_from(const fs::path& checkpoint);
     void announce();
+    void announce_peak();
+    void record_step(const StepResult& r, double learning_rate, double ms, bool last);
     void step(const Trainer::NextMicroBatch& next);
     void check_memory();
     void bad_step(const StepResult& r);
@@ -75,6 +78,7 @@ class TrainingRun {
     std::optional<Tokenizer> tokenizer_;
     const int64_t total_steps_;
     const Schedule schedule_;
+    const Peak peak_;  // measured before the trainer takes its memory
     Trainer trainer_;
     std::unique_ptr<RunDirectory> dir_;  // rank 0
     RunState state_;
