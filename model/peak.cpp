@@ -8,22 +8,20 @@
 #include <utility>
 #include <vector>
 
+#include "common/clock.h"
 #include "kernels/owners.h"
 #include "model/gpt2.h"
 
 namespace {
-// Device memory that goes back at the end of its scope.
-class DeviceBuffer {
+// A tensor that is given back at the end of its scope.
+class Tensor {
   public:
-    DeviceBuffer(const Backend& k, size_t count, DType t)
-        : k_(k), buf_(k.memory.alloc(count * dtype_bytes(t)), count, t) {}
-    DeviceBuffer(const DeviceBuffer&) = delete;
-    DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-    ~DeviceBuffer() { k_.memory.free(buf_.data); }
+    Tensor(const Backend& k, size_t count, DType t)
+        : memory_(k, count * dtype_bytes(t)), buf_(memory_.get(), count, t) {}
     const Buf& get() const { return buf_; }
 
   private:
-    const Backend& k_;
+    const DeviceBuffer memory_;
     const Buf buf_;
 };
 
@@ -40,15 +38,13 @@ class Timer {
         k_.wait_mark(to_.get());
         return k_.ms_between(from_.get(), to_.get());
     }
-    // The shortest of as many calls as take `budget_ms`, at least one.  What else runs on a machine only makes calls longer.
+    // The shortest of as many calls as the host waits budget_ms for, at least one.  What else runs on a machine only makes
+    // calls longer.
     template <class Work>
     double best_ms(const Work& work, double budget_ms, int most) const {
-        double best = ms(work), spent = best;
-        for (int i = 1; i < most && spent < budget_ms; i++) {
-            const double again = ms(work);
-            best = std::min(best, again);
-            spent += again;
-        }
+        const Stopwatch clock;
+        double best = ms(work);
+        for (int i = 1; i < most && clock.ms() < budget_ms; i++) best = std::min(best, ms(work));
         return best;
     }
 
@@ -75,7 +71,7 @@ class Normal {
   private:
     static constexpr size_t kBlock = (size_t(1) << 16) + 24;  // no power of two: rows of a matrix differ
     const Backend& k_;
-    const DeviceBuffer block_;  // (kBlock) f32
+    const Tensor block_;  // (kBlock) f32
 };
 
 struct Product {  // y = x w
@@ -90,7 +86,7 @@ struct Product {  // y = x w
     }
     const Backend& k;
     const int n;
-    const DeviceBuffer y, x, w;  // (n, n) real
+    const Tensor y, x, w;  // (n, n) real
 };
 
 struct Pass {  // y += x
@@ -101,20 +97,22 @@ struct Pass {  // y += x
     double amount() const { return 3 * double(x.get().n_bytes()); }  // bytes: two reads, one write
     void operator()(Stream s) const { k.add({.y = y.get(), .x = x.get()}, s); }
     const Backend& k;
-    const DeviceBuffer y, x;  // (n) f32
+    const Tensor y, x;  // (n) f32
 };
 
 // Amount per second of make(n, normal, stream)'s work, for the n that is doubled until the work takes enough_ms.
 template <class Make>
 double rate(const Backend& k, size_t smallest, size_t largest, double enough_ms, const Make& make) {
+    constexpr double kLongestMs = 200;  // for the search, whatever the device's clock says
     const Timer timer(k);
+    const Stopwatch clock;
     decltype(make(smallest, std::declval<const Normal&>(), timer.stream())) work;
     try {
         const Normal normal(k, timer.stream());
         for (size_t n = smallest; n <= largest; n *= 2) {
             work = make(n, normal, timer.stream());
             timer.ms(*work);  // the first of a size also makes plans
-            if (timer.best_ms(*work, 20 * enough_ms, 10) >= enough_ms) break;
+            if (timer.best_ms(*work, 20 * enough_ms, 10) >= enough_ms || clock.ms() > kLongestMs) break;
         }
     } catch (const Error& e) {  // the largest that has found memory is still there
         if (e.code != Exit::memory) throw;

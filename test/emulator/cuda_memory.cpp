@@ -114,6 +114,8 @@ cudaError_t release_call(void* p, bool pinned) {
     return e;
 }
 
+constexpr double kMoveUs = 5;  // a copy or a filling, on the clock of a machine that has one
+
 cudaError_t copy(State& s, void* to, const void* from, size_t n_bytes, cudaMemcpyKind kind, CUstream_st& stream) {
     if (kind == cudaMemcpyDefault) {
         const auto on_device = [&](const void* p) { return owner(s, p) && !owner(s, p)->second.pinned; };
@@ -131,9 +133,9 @@ cudaError_t copy(State& s, void* to, const void* from, size_t n_bytes, cudaMemcp
     if (!from_device && to_device && !stream.capture && !is_pinned(s, from)) {
         const auto* const bytes = static_cast<const char*>(from);
         const auto staged = std::make_shared<std::vector<char>>(bytes, bytes + n_bytes);
-        return enqueue(s, stream, [=] { return std::memcpy(to, staged->data(), n_bytes), true; });
+        return enqueue(s, stream, [=] { return pass_us(kMoveUs), std::memcpy(to, staged->data(), n_bytes), true; });
     }
-    e = enqueue(s, stream, [=] { return std::memcpy(to, from, n_bytes), true; });
+    e = enqueue(s, stream, [=] { return pass_us(kMoveUs), std::memcpy(to, from, n_bytes), true; });
     if (e != cudaSuccess || stream.capture) return e;
     if (!to_device && (!from_device || !is_pinned(s, to))) run_until(s, OpPtr(stream.last));
     return s.sticky;
@@ -141,7 +143,7 @@ cudaError_t copy(State& s, void* to, const void* from, size_t n_bytes, cudaMemcp
 cudaError_t fill(State& s, void* to, int value, size_t n_bytes, CUstream_st& stream) {
     if (n_bytes == 0) return cudaSuccess;
     if (const cudaError_t e = check_range(s, "the destination", to, n_bytes, true); e != cudaSuccess) return e;
-    return enqueue(s, stream, [=] { return std::memset(to, value, n_bytes), true; });
+    return enqueue(s, stream, [=] { return pass_us(kMoveUs), std::memset(to, value, n_bytes), true; });
 }
 }  // namespace
 

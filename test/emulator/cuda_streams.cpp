@@ -285,7 +285,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_han
             const bool there = std::ranges::any_of(s.events, [&](const auto& e) { return e.get() == event; });
             if (!there) throw std::runtime_error("a graph records an event that has been destroyed");
             event->capture = nullptr;
-            event->at = std::make_shared<std::chrono::steady_clock::time_point>(std::chrono::steady_clock::now());
+            event->at = std::make_shared<std::chrono::steady_clock::time_point>(s.now());
             event->op = std::make_shared<Op>();
             event->op->done = true;
             return true;
