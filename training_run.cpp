@@ -84,6 +84,20 @@ ordered_json peak_record(const Peak& p) {
             {"formula", "PaLM: 6 N + 12 L C T"}};
 }
 
+ordered_json gpu_record(const GpuSample& s) {
+    ordered_json record;
+    const auto put = [&](const char* name, const auto& value) {
+        if (value) record[name] = *value;
+    };
+    put("power_w", s.power_w);
+    put("sm_mhz", s.sm_mhz);
+    put("memory_mhz", s.memory_mhz);
+    put("temperature_c", s.temperature_c);
+    put("memory_bytes", s.memory_bytes);
+    put("utilization", s.utilization);
+    return record;
+}
+
 void require_same_data(const char* key, const std::vector<DataPart>& before, const std::vector<DataPart>& now) {
     if (before.size() != now.size())
         fail(Exit::data, "{}: {} shards now, {} when the checkpoint was saved", key, now.size(), before.size());
@@ -268,6 +282,8 @@ void TrainingRun::start(OpenMode mode) {
     dir_->write_config(state_.config);
     dir_->start_metrics(state_.step);
     announce();
+    if (!x_.device.bus_id.empty())
+        gpu_.emplace(x_.device.bus_id, [this](const std::string& why) { x_.log.info("{}", why); });
     if (state_.step > total_steps_)
         x_.log.warn("the checkpoint is at step {}, beyond train.max_steps = {}: nothing to do", state_.step,
                     total_steps_);
@@ -389,21 +405,23 @@ void TrainingRun::record_step(const StepResult& r, double learning_rate, double 
     const double rate = double(tokens_per_step()) / ms * 1e3;
     std::optional<double> mfu;
     if (peak_.flops()) mfu = flops_per_token(trainer_.config()) * rate / *peak_.flops();
-    dir_->record({{"type", "step"},
-                  {"step", state_.step},
-                  {"tokens", state_.tokens},
-                  {"loss", r.loss},
-                  {"grad_norm", r.grad_norm},
-                  {"learning_rate", learning_rate},
-                  {"step_ms", ms},
-                  {"tokens_per_s", rate},
-                  {"mfu", or_null(mfu)},
-                  {"phase_ms",
-                   {{"data", r.ms.data},
-                    {"forward", r.ms.forward},
-                    {"backward", r.ms.backward},
-                    {"reduce", r.ms.reduce},
-                    {"optimizer", r.ms.optimizer}}}});
+    ordered_json record = {{"type", "step"},
+                           {"step", state_.step},
+                           {"tokens", state_.tokens},
+                           {"loss", r.loss},
+                           {"grad_norm", r.grad_norm},
+                           {"learning_rate", learning_rate},
+                           {"step_ms", ms},
+                           {"tokens_per_s", rate},
+                           {"mfu", or_null(mfu)},
+                           {"phase_ms",
+                            {{"data", r.ms.data},
+                             {"forward", r.ms.forward},
+                             {"backward", r.ms.backward},
+                             {"reduce", r.ms.reduce},
+                             {"optimizer", r.ms.optimizer}}}};
+    if (const std::optional<GpuSample> s = gpu_ ? gpu_->latest() : std::nullopt) record["gpu"] = gpu_record(*s);
+    dir_->record(record);
     const double seconds_left =
         (run_clock_.ms() / 1e3) / double(state_.step - first_step_) * double(total_steps_ - state_.step);
     x_.log.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {:.0f} tok/s{}  {:.0f}%  ETA {}",

@@ -11,6 +11,7 @@
 #include "common/run_dir.h"
 #include "data/loader.h"
 #include "data/tokenizer.h"
+#include "kernels/nvml.h"
 #include "model/checkpoint.h"
 #include "model/peak.h"
 #include "model/schedule.h"
@@ -81,6 +82,7 @@ class TrainingRun {
     const Peak peak_;  // measured before the trainer takes its memory
     Trainer trainer_;
     std::unique_ptr<RunDirectory> dir_;  // rank 0
+    std::optional<GpuMonitor> gpu_;      // rank 0, where it computes on a GPU
     RunState state_;
     Stopwatch run_clock_;
     int64_t first_step_ = 0;  // where this process began
