@@ -211,35 +211,35 @@ void destroy(const GemmPlan& p) {
     cublasLtMatmulDescDestroy(p.product);
 }
 
-std::vector<cublasLtMatmulAlgo_t> guesses(const GemmPlan& p, const GemmKey& k, int n, cublasStatus_t* status) {
+std::vector<GemmAlgorithm> guesses(const GemmPlan& p, const GemmKey& k, int n, cublasStatus_t* status) {
     const cublasLtMatmulPreference_t wanted = preference(k);
-    std::vector<cublasLtMatmulHeuristicResult_t> found(size_t(n), cublasLtMatmulHeuristicResult_t{});
+    cublasLtMatmulHeuristicResult_t found[kMaxCandidates] = {};
     int n_found = 0;
-    *status =
-        cublasLtMatmulAlgoGetHeuristic(handle(), p.product, p.a, p.b, p.d, p.d, wanted, n, found.data(), &n_found);
+    *status = cublasLtMatmulAlgoGetHeuristic(handle(), p.product, p.a, p.b, p.d, p.d, wanted, n, found, &n_found);
     LT_CHECK(cublasLtMatmulPreferenceDestroy(wanted));
-    std::vector<cublasLtMatmulAlgo_t> all;
+    std::vector<GemmAlgorithm> all;
     for (int i = 0; i < n_found && *status == CUBLAS_STATUS_SUCCESS; i++)
-        if (found[size_t(i)].state == CUBLAS_STATUS_SUCCESS && found[size_t(i)].workspaceSize <= gemm_workspace().count)
-            all.push_back(found[size_t(i)].algo);
+        if (found[i].state == CUBLAS_STATUS_SUCCESS && found[i].workspaceSize <= gemm_workspace().count)
+            all.push_back({found[i].algo});
     if (*status == CUBLAS_STATUS_SUCCESS && all.empty()) *status = CUBLAS_STATUS_NOT_SUPPORTED;
     return all;
 }
 
-cublasStatus_t check_algorithm(const GemmPlan& p, const cublasLtMatmulAlgo_t& algorithm) {
+cublasStatus_t check_algorithm(const GemmPlan& p, const GemmAlgorithm& algorithm) {
     cublasLtMatmulHeuristicResult_t r = {};
-    const cublasStatus_t status = cublasLtMatmulAlgoCheck(handle(), p.product, p.a, p.b, p.d, p.d, &algorithm, &r);
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoCheck(handle(), p.product, p.a, p.b, p.d, p.d, &algorithm.opaque, &r);
     if (status == CUBLAS_STATUS_SUCCESS && r.workspaceSize > gemm_workspace().count) return CUBLAS_STATUS_NOT_SUPPORTED;
     return status;
 }
 
-cublasStatus_t multiply(const Gemm& g, const GemmPlan& p, const cublasLtMatmulAlgo_t& algorithm, bool adds, Stream s) {
+cublasStatus_t multiply(const Gemm& g, const GemmPlan& p, const GemmAlgorithm& algorithm, bool adds, Stream s) {
     set_pointers(p.product, g);
     const Buf workspace = gemm_workspace();
     const float one = 1, beta = adds && g.c ? 1 : 0;
     const void* c = adds ? added_to(g).data : g.d.data;
     const cublasStatus_t status = cublasLtMatmul(handle(), p.product, &one, g.b.data, p.a, g.a.data, p.b, &beta, c, p.d,
-                                                 g.d.data, p.d, &algorithm, workspace.data, workspace.count, s);
+                                                 g.d.data, p.d, &algorithm.opaque, workspace.data, workspace.count, s);
     if (status == CUBLAS_STATUS_SUCCESS)
         check_cuda(cudaSuccess, "simt::launch(cublasLtMatmul, ...)");  // among the kernels that a later fault may name
     return status;

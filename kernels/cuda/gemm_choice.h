@@ -10,6 +10,8 @@
 #pragma once
 #include <cublasLt.h>
 
+#include <vector>
+
 #include "kernels/cuda/gemm.h"
 
 namespace cuda {
@@ -31,23 +33,26 @@ struct GemmKey {  // a kind; the leading dimensions follow from the shape
 };
 std::string text_of(const GemmKey&);
 
+struct GemmAlgorithm {  // a name of our own: nvcc fails on a vector of the library's type, which has none
+    cublasLtMatmulAlgo_t opaque = {};
+};
 struct GemmPlan {
     cublasLtMatmulDesc_t product = nullptr;
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;  // of the library's A, B and D; C is laid out as D
     cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;           // success: `algorithm` can compute it
-    cublasLtMatmulAlgo_t algorithm = {};
+    GemmAlgorithm algorithm;
     bool apart = false;   // the other way is taken
     bool chosen = false;  // by timing, or given
     bool used = false;    // asked for otherwise than in trying a way out: choices() tells what is chosen and used
 };
 GemmPlan describe(const Gemm&, const GemmKey&);
 void destroy(const GemmPlan&);
-// The library's best guesses that fit into the workspace, best first.
-std::vector<cublasLtMatmulAlgo_t> guesses(const GemmPlan&, const GemmKey&, int n, cublasStatus_t* status);
+// The library's n (up to kMaxCandidates) best guesses that fit into the workspace, best first.
+std::vector<GemmAlgorithm> guesses(const GemmPlan&, const GemmKey&, int n, cublasStatus_t* status);
 // Can this algorithm compute it, here, in the workspace?
-cublasStatus_t check_algorithm(const GemmPlan&, const cublasLtMatmulAlgo_t&);
+cublasStatus_t check_algorithm(const GemmPlan&, const GemmAlgorithm&);
 // Gives the stream one product.  `adds` false: c is left out.
-cublasStatus_t multiply(const Gemm&, const GemmPlan&, const cublasLtMatmulAlgo_t&, bool adds, Stream);
+cublasStatus_t multiply(const Gemm&, const GemmPlan&, const GemmAlgorithm&, bool adds, Stream);
 
 // The plan of a kind, made or tuned now if need be.  `apart`: the other way, or null where there is none.
 const GemmPlan& plan_of(const Gemm&, const GemmKey&, Stream, const std::function<void()>* apart);

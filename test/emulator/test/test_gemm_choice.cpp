@@ -1,7 +1,7 @@
 // Choosing algorithms and ways of matrix products, where a test says how long each takes.  Made to fail by: the first
 // guess kept, the slowest kept, every candidate timed to the end, the run that compares bits left out, a choice not
 // looked up again, choices() without the ways, set_choices() that keeps old plans or takes another version's, tuning in
-// a capture, the way that is slower taken, db or pre_gelu left out of what is hashed.
+// a capture, the way that is slower taken.
 #include <algorithm>
 #include <utility>
 
