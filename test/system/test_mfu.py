@@ -62,10 +62,10 @@ def test_a_run_without_memory_for_the_measurement_goes_on(lab: Lab) -> None:
     """The smallest product and its numbers take 1 MiB in fp32; the run fits into less, beside its workspace."""
     lab.program = EMULATED
     lab.defaults |= SHORT | {"device.kind": "cuda", "model.n_layer": 1, "model.n_embd": 16}
-    out = lab.train("roomy").out
-    found = re.search(r"and ([\d.]+) MiB of the GPU's memory as workspace", out)
-    assert found and lab.run("roomy").records("run")[0]["peak"]["measured_flops"]
-    lab.train("tight", env={"KILN_EMULATOR_MEMORY": int(float(found[1]) * 2**20) + 1000 * 2**10})
+    lab.train("roomy")
+    roomy = lab.run("roomy").records("run")[0]
+    assert roomy["peak"]["measured_flops"]
+    lab.train("tight", env={"KILN_EMULATOR_MEMORY": roomy["memory"]["workspace"] + 1000 * 2**10})
     tight = lab.run("tight")
     peak = tight.records("run")[0]["peak"]
     assert peak["measured_flops"] is None and peak["used"] is None
