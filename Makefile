@@ -29,7 +29,7 @@ CXXFLAGS   += -std=c++20 -I. -Wall -Wextra -Werror -Wno-missing-field-initialize
 LIBS       := -ldnnl -lyaml-cpp -lfmt -lxxhash
 LIB_SRC    := $(filter-out comm/nccl.cpp,$(wildcard common/*.cpp kernels/*.cpp kernels/cpu/*.cpp model/*.cpp data/*.cpp comm/*.cpp)) attention_choice.cpp
 LIB_OBJ    := $(LIB_SRC:%.cpp=$(O)/%.o)
-MAIN       := train training_run run_device
+MAIN       := train training_run run_records run_device
 TRAIN      := $(B)/train$(if $(filter 1,$(CUDA)),,-cpu)
 TEST_OBJ   := $(patsubst %.cpp,$(O)/%.o,$(wildcard test/*.cpp))
 MPI_TESTS  := $(patsubst %.cpp,$(O)/%.o,$(wildcard test/mpi/*.cpp))

@@ -91,9 +91,7 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
     const std::string& how = config.parallel.allreduce;
     if (training && chosen.own && comm.size() > 1 && (how == "auto" || how == "nccl" || how == "ordered"))
         chosen.nccl = std::make_shared<NcclComm>(comm);
-    const size_t taken = device.memory.n_free - std::min(device.memory.n_free, chosen.k.memory_state().n_free);
     chosen.memory = device.memory;
-    chosen.library_bytes = taken - std::min(taken, device.workspace_bytes);
     return chosen;
 }
 #endif

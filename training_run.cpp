@@ -8,9 +8,9 @@
 #include "common/json.h"
 #include "model/choices.h"
 #include "model/generate.h"
+#include "run_records.h"
 
 namespace {
-using nlohmann::ordered_json;
 constexpr int kMaxBadSteps = 10;  // in a row: the run is dead, not unlucky
 constexpr int kMemorySteps = 3;   // after so many, all that is made at a first use is there, graphs too
 
@@ -69,35 +69,6 @@ uint64_t eval_sequences(const Config& c, const TokenStream& val) {
     return c.eval.tokens == 0 ? val.n_sequences() : std::clamp<uint64_t>(wanted, 1, val.n_sequences());
 }
 
-ordered_json eval_record(int64_t step, const EvalResult& r) {
-    return {{"type", "eval"},         {"step", step},      {"val_loss", r.loss}, {"perplexity", std::exp(r.loss)},
-            {"accuracy", r.accuracy}, {"tokens", r.tokens}};
-}
-
-ordered_json or_null(std::optional<double> number) { return number ? ordered_json(*number) : ordered_json(nullptr); }
-
-ordered_json peak_record(const Peak& p) {
-    return {{"measured_flops", or_null(p.measured_flops)},
-            {"vendor_flops", or_null(p.vendor_flops)},
-            {"used", p.flops() ? ordered_json(p.used()) : ordered_json(nullptr)},
-            {"devices", p.devices},
-            {"formula", "PaLM: 6 N + 12 L C T"}};
-}
-
-ordered_json gpu_record(const GpuSample& s) {
-    ordered_json record;
-    const auto put = [&](const char* name, const auto& value) {
-        if (value) record[name] = *value;
-    };
-    put("power_w", s.power_w);
-    put("sm_mhz", s.sm_mhz);
-    put("memory_mhz", s.memory_mhz);
-    put("temperature_c", s.temperature_c);
-    put("memory_bytes", s.memory_bytes);
-    put("utilization", s.utilization);
-    return record;
-}
-
 void require_same_data(const char* key, const std::vector<DataPart>& before, const std::vector<DataPart>& now) {
     if (before.size() != now.size())
         fail(Exit::data, "{}: {} shards now, {} when the checkpoint was saved", key, now.size(), before.size());
@@ -117,6 +88,11 @@ void check_schedule(Config c, int64_t steps) {
     c.train.max_epochs = 0;
     c.train.max_steps = steps;
     parse_config(to_yaml(c), name, {});
+}
+
+// Of the GPU's memory, since its context was there, by this process and others.
+size_t memory_taken(const RunDevice& d) {
+    return d.memory.n_free - std::min(d.memory.n_free, d.k.memory_state().n_free);
 }
 
 // KILN_RECORD_SEQUENCES=PREFIX: each rank appends the indices of the sequences it read to PREFIX.<rank>, a line per
@@ -278,6 +254,9 @@ void TrainingRun::start(OpenMode mode) {
     x_.place.step = first_step_ = state_.step;
     state_.choices = agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
     if (!root) return;
+    // Every product has run by now: what is taken beyond our own are the libraries' handles and loaded kernels.
+    const size_t ours = trainer_.memory().n_bytes() + x_.device.workspace_bytes, taken = memory_taken(x_.device);
+    library_bytes_ = taken - std::min(taken, ours);
     x_.log.open((x_.run_dir / "train.log").string());
     dir_->write_config(state_.config);
     dir_->start_metrics(state_.step);
@@ -330,7 +309,6 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
 
 void TrainingRun::announce() {
     const GPT2Config& c = trainer_.config();
-    const char* reduction = reduction_name(training_options(x_).reduction);
     const std::string& attention = x_.device.attention;
     x_.log.info("kiln {}: {} x {} in {}{}{} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(),
                 x_.device.name, x_.config.device.dtype, attention.empty() ? "" : " with attention ", attention,
@@ -343,31 +321,10 @@ void TrainingRun::announce() {
     const RunDevice& d = x_.device;
     if (d.memory.n_total)
         x_.log.info("and of the GPU's {}: {} workspace, {} CUDA's libraries, {} context and other processes",
-                    human_bytes(d.memory.n_total), human_bytes(d.workspace_bytes), human_bytes(d.library_bytes),
+                    human_bytes(d.memory.n_total), human_bytes(d.workspace_bytes), human_bytes(library_bytes_),
                     human_bytes(d.memory.n_total - d.memory.n_free));
     announce_peak();
-    ordered_json record = {{"type", "run"},
-                           {"step", state_.step},
-                           {"time", utc_now()},
-                           {"commit", x_.commit},
-                           {"config_hash", hash_text(hash64(state_.config))},
-                           {"device", x_.device.name},
-                           {"dtype", x_.config.device.dtype}};
-    if (!attention.empty()) record["attention"] = attention;
-    if (!state_.choices.empty()) record["gemm_choices"] = hash_text(hash64(state_.choices));
-    record.update({{"world", x_.comm.size()},
-                   {"threads", x_.threads},
-                   {"allreduce", reduction},
-                   {"graph", trainer_.uses_graphs()},
-                   {"memory",
-                    {{"planned", trainer_.memory().n_bytes()},
-                     {"workspace", x_.device.workspace_bytes},
-                     {"libraries", x_.device.library_bytes}}},
-                   {"parameters", count_params(c)},
-                   {"flops_per_token", flops_per_token(c)},
-                   {"peak", peak_record(peak_)},
-                   {"total_steps", total_steps_}});
-    dir_->record(record);
+    dir_->record(run_record(x_, trainer_, state_, peak_, library_bytes_, total_steps_));
     write_status(x_.run_dir, "running", state_.step, 0, "");
 }
 
@@ -405,23 +362,8 @@ void TrainingRun::record_step(const StepResult& r, double learning_rate, double 
     const double rate = double(tokens_per_step()) / ms * 1e3;
     std::optional<double> mfu;
     if (peak_.flops()) mfu = flops_per_token(trainer_.config()) * rate / *peak_.flops();
-    ordered_json record = {{"type", "step"},
-                           {"step", state_.step},
-                           {"tokens", state_.tokens},
-                           {"loss", r.loss},
-                           {"grad_norm", r.grad_norm},
-                           {"learning_rate", learning_rate},
-                           {"step_ms", ms},
-                           {"tokens_per_s", rate},
-                           {"mfu", or_null(mfu)},
-                           {"phase_ms",
-                            {{"data", r.ms.data},
-                             {"forward", r.ms.forward},
-                             {"backward", r.ms.backward},
-                             {"reduce", r.ms.reduce},
-                             {"optimizer", r.ms.optimizer}}}};
-    if (const std::optional<GpuSample> s = gpu_ ? gpu_->latest() : std::nullopt) record["gpu"] = gpu_record(*s);
-    dir_->record(record);
+    const std::optional<GpuSample> gpu = gpu_ ? gpu_->latest() : std::nullopt;
+    dir_->record(step_record(state_, r, learning_rate, {.ms = ms, .tokens_per_s = rate, .mfu = mfu}, gpu));
     const double seconds_left =
         (run_clock_.ms() / 1e3) / double(state_.step - first_step_) * double(total_steps_ - state_.step);
     x_.log.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {:.0f} tok/s{}  {:.0f}%  ETA {}",
@@ -431,13 +373,12 @@ void TrainingRun::record_step(const StepResult& r, double learning_rate, double 
                     last);
 }
 
-// What has been taken of the GPU since its context was there, against what start() said.  Only for a GPU of our own.
+// What has been taken of the GPU since its context was there, against what announce() said.  Only for a GPU of our own.
 void TrainingRun::check_memory() {
     const RunDevice& d = x_.device;
     if (x_.comm.rank() == 0 && !trainer_.graph_note().empty()) x_.log.info("{}", trainer_.graph_note());
     if (x_.comm.rank() != 0 || d.memory.n_total == 0 || !d.own) return;
-    const size_t n_free = d.k.memory_state().n_free, taken = d.memory.n_free - std::min(d.memory.n_free, n_free);
-    const size_t named = trainer_.memory().n_bytes() + d.workspace_bytes + d.library_bytes;
+    const size_t taken = memory_taken(d), named = trainer_.memory().n_bytes() + d.workspace_bytes + library_bytes_;
     dir_->record({{"type", "event"}, {"step", state_.step}, {"event", "memory"}, {"taken", taken}, {"named", named}});
     x_.log.info("GPU memory: {} taken, {} of it named above", human_bytes(taken), human_bytes(named));
     if (double(taken) > 1.02 * double(named) || double(named) > 1.02 * double(taken))

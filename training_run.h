@@ -81,6 +81,7 @@ class TrainingRun {
     const Schedule schedule_;
     const Peak peak_;  // measured before the trainer takes its memory
     Trainer trainer_;
+    size_t library_bytes_ = 0;           // rank 0: of the GPU's memory, taken by CUDA's libraries before the first step
     std::unique_ptr<RunDirectory> dir_;  // rank 0
     std::optional<GpuMonitor> gpu_;      // rank 0, where it computes on a GPU
     RunState state_;
