@@ -258,6 +258,39 @@ TEST_CASE("traffic: embedding") {
     }
 }
 
+TEST_CASE("traffic: optimizer") {
+    const Target t = target_of(kReals[0]);
+    const size_t n = 256 * 70 + 24;
+    for (OptimizerKind kind : {OptimizerKind::adamw, OptimizerKind::adam, OptimizerKind::sgd})
+        for (bool with_copy : {true, false}) {
+            const bool sgd = kind == OptimizerKind::sgd;
+            CAPTURE(int(kind));
+            CAPTURE(with_copy);
+            Dev param(t, DType::f32, normal(n, 1)), m(t, DType::f32, normal(n, 2)), v(t, DType::f32, Doubles(n, 1));
+            Dev grad(t, DType::f32, normal(n, 3)), decay(t, DType::u8, Doubles((n + 63) / 64, 1));
+            Dev copy(t, DType::bf16, poison(n)), rate(t, DType::f32, {1e-3, 0.5, 0.5}), clip(t, DType::f32, {1});
+            const double each = 4.0 * double(n), settings = double(n) / 256 * (4 + 2) * kSector;
+            check_traffic(
+                [&] {
+                    t.k->optimizer_update({.param = param,
+                                           .copy = with_copy ? Buf(copy) : Buf(),
+                                           .m = m,
+                                           .v = sgd ? Buf() : Buf(v),
+                                           .grad = grad,
+                                           .decay = decay,
+                                           .rate = rate,
+                                           .clip = clip,
+                                           .kind = kind},
+                                          nullptr);
+                },
+                // 30 bytes per parameter with the copy, and the few numbers that each warp reads
+                {{.kernel = "optimizer_update_kernel<(OptimizerKind)" + std::to_string(int(kind)) + ">",
+                  .read = (sgd ? 3 : 4) * each,
+                  .written = (sgd ? 2 : 3) * each + (with_copy ? 2.0 * double(n) : 0),
+                  .cached = settings}});
+        }
+}
+
 TEST_CASE("traffic: grad_norm") {
     const Target t = target_of(kReals[0]);
     const size_t n = 2 * kGradNormChunk + 1000;

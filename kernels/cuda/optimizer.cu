@@ -7,7 +7,8 @@
 //   copy    p rounded to bf16, where given
 //
 //   shapes     param, m, v, grad, copy (n)    decay (ceil(n/64))    rate = lr, c1 = 1-b1^t, c2 = 1-b2^t
-//   traffic    adam 4 reads and 3 writes of 4 bytes per element, sgd 3 and 2, the copy one write of 2.   bound: memory
+//   traffic    adam 4 reads and 3 writes of 4 bytes per element, sgd 3 and 2, the copy one write of 2: 30 bytes for
+//              adamw with a copy, all by 16-byte accesses (a thread has eight elements).   bound: memory
 //   limits     any n >= 1; the last block of decay may be partly filled; clip not finite: nothing is written
 //   order      none: element by element, the operations of the CPU in their order.  Which products are fused into the
 //              sums behind them is each compiler's choice, so the last bits may differ from the CPU's
@@ -17,7 +18,7 @@
 #include <cmath>
 
 namespace {
-constexpr size_t kDecayBlock = 64;  // elements under one decay flag; a multiple of a thread's 4
+constexpr size_t kDecayBlock = 64;  // elements under one decay flag; a multiple of a quad
 
 struct Tensors {
     float *p, *m, *v;      // (n); v null for sgd
@@ -34,45 +35,50 @@ struct Constants {
 template <OptimizerKind kind>
 __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constants f, size_t n, bool vectors) {
     constexpr bool sgd = kind == OptimizerKind::sgd, adamw = kind == OptimizerKind::adamw;
-    const device::Share at = device::share_of<4>(n);
-    if (at.count == 0) return;
-    float p[4], m[4], v[4], g[4];
-    device::load_some(p, a.p + at.first, at.count, vectors);
-    device::load_some(m, a.m + at.first, at.count, vectors);
-    if constexpr (!sgd) device::load_some(v, a.v + at.first, at.count, vectors);
-    device::load_some(g, a.grad + at.first, at.count, vectors);
-    const float lr = a.rate[0], clip = a.clip[0], d = a.decay[at.first / kDecayBlock] ? f.weight_decay : 0.0f;
+    const device::Quads at = device::quads_of(n);
+    if (at.warp_first >= n) return;
+    float p[2][4], m[2][4], v[2][4], g[2][4], d[2];
+    device::load_quads(p, a.p, at, vectors);
+    device::load_quads(m, a.m, at, vectors);
+    if constexpr (!sgd) device::load_quads(v, a.v, at, vectors);
+    device::load_quads(g, a.grad, at, vectors);
+    SIMT_UNROLL
+    for (int q = 0; q < 2; q++) d[q] = at.count(q) && a.decay[at.at(q) / kDecayBlock] ? f.weight_decay : 0.0f;
+    const float lr = a.rate[0], clip = a.clip[0];
     if (!std::isfinite(clip)) return;  // after the loads: they need not wait for it
 
-    const float pull = adamw ? 0.0f : d;
     SIMT_UNROLL
-    for (int i = 0; i < 4; i++) g[i] = g[i] * clip + pull * p[i];
-    if constexpr (sgd) {
+    for (int q = 0; q < 2; q++) {
+        const float pull = adamw ? 0.0f : d[q];
         SIMT_UNROLL
-        for (int i = 0; i < 4; i++) {
-            m[i] = f.momentum * m[i] + g[i];
-            p[i] -= lr * m[i];
+        for (int i = 0; i < 4; i++) g[q][i] = g[q][i] * clip + pull * p[q][i];
+        if constexpr (sgd) {
+            SIMT_UNROLL
+            for (int i = 0; i < 4; i++) {
+                m[q][i] = f.momentum * m[q][i] + g[q][i];
+                p[q][i] -= lr * m[q][i];
+            }
+        } else {
+            const float keep1 = 1 - f.beta1, keep2 = 1 - f.beta2, rate = lr / a.rate[1], unbias = 1 / a.rate[2];
+            const float shrink = adamw ? lr * d[q] : 0.0f;
+            SIMT_UNROLL
+            for (int i = 0; i < 4; i++) {
+                m[q][i] = f.beta1 * m[q][i] + keep1 * g[q][i];
+                v[q][i] = f.beta2 * v[q][i] + keep2 * (g[q][i] * g[q][i]);
+                p[q][i] -= shrink * p[q][i] + rate * m[q][i] / (sqrtf(v[q][i] * unbias) + f.eps);
+            }
         }
-    } else {
-        const float keep1 = 1 - f.beta1, keep2 = 1 - f.beta2, rate = lr / a.rate[1], unbias = 1 / a.rate[2];
-        const float shrink = adamw ? lr * d : 0.0f;
-        SIMT_UNROLL
-        for (int i = 0; i < 4; i++) {
-            m[i] = f.beta1 * m[i] + keep1 * g[i];
-            v[i] = f.beta2 * v[i] + keep2 * (g[i] * g[i]);
-            p[i] -= shrink * p[i] + rate * m[i] / (sqrtf(v[i] * unbias) + f.eps);
-        }
-        device::store_some(a.v + at.first, v, at.count, vectors);
     }
-    device::store_some(a.m + at.first, m, at.count, vectors);
-    device::store_some(a.p + at.first, p, at.count, vectors);
-    if (a.copy) device::store_some(a.copy + at.first, p, at.count, vectors);
+    if constexpr (!sgd) device::store_quads(a.v, v, at, vectors);
+    device::store_quads(a.m, m, at, vectors);
+    device::store_quads(a.p, p, at, vectors);
+    if (a.copy) device::store_quads(a.copy, p, at, vectors);
 }
 
 template <OptimizerKind kind>
 void launch(const Tensors& t, const Constants& f, size_t n, Stream s) {
     const bool vectors = device::aligned16(t.p, t.m, t.v, t.copy, t.grad);
-    CUDA_CHECK(simt::launch(optimizer_update_kernel<kind>, dim3(device::element_blocks<4>(n)),
+    CUDA_CHECK(simt::launch(optimizer_update_kernel<kind>, dim3(device::element_blocks<8>(n)),
                             dim3(device::kElementThreads), 0, s, t, f, n, vectors));
 }
 }  // namespace
