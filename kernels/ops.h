@@ -63,14 +63,17 @@ struct LayerNorm {   // y = (x - mean) * rstd * w + b, over the last axis
     float eps = 1e-5f;
 };
 struct LayerNormGrad {
-    Buf dx;          // (BT, C)  out  +=  the gradient of the residual stream that x belongs to
-    Buf dw;          // (C)      out  =, or += when accumulate
-    Buf db;          // (C)      likewise, or absent
-    Buf dy;          // (BT, C)
-    Buf x;           // (BT, C)
-    Buf w;           // (C)
+    Buf dx;      // (BT, C)  out  +=, or = when overwrite_dx: the gradient of the residual stream that x belongs to
+    Buf dw;      // (C)      out  =, or += when accumulate
+    Buf db;      // (C)      likewise, or absent
+    Buf dx_sum;  // (C)      likewise, or absent: column sums of dx as it was stored, which are the gradient of the bias
+                 //          of the Linear whose output was added to the stream before x
+    Buf dy;      // (BT, C)
+    Buf x;       // (BT, C)
+    Buf w;       // (C)
     Buf mean, rstd;  // (BT) stat
     int BT = 0, C = 0;
+    bool overwrite_dx = false;
     bool accumulate = false;
 };
 

@@ -1,6 +1,7 @@
 // Broken on purpose and seen to fail: variance divided by C - 1; dw of the last chunk of rows left out.
 // On CUDA: the columns past a row's end counted in the variance; a group of warps left out of dw; rows past a chunk's
-// end added; each barrier left out, and one buffer instead of two for the sums of a row's warps (a race).
+// end added; dx_sum of dx before it is rounded, or of what dx held before; each barrier left out, and one buffer instead
+// of two for the sums of a row's warps (a race).
 #include "test/slice.h"
 
 namespace {
@@ -35,18 +36,25 @@ Forward forward(const Target& t, const Case& c, const Input& in, bool bias, size
     return {y.host(), mean.host(), rstd.host()};
 }
 struct Backward {
-    Doubles dx, dw, db;
+    Doubles dx, dw, db, dx_sum;
 };
+struct Variant {
+    bool bias, accumulate, sum, overwrite;  // sum: of dx's columns
+};
+const Variant variants[] = {
+    {false, false, false, false}, {true, false, true, false}, {false, true, true, true}, {true, true, false, true}};
 // The outputs start from 0.5, which stays under what is added and disappears under what is overwritten.
-Backward backward(const Target& t, const Case& c, const Input& in, const Forward& f, bool bias, bool accumulate,
+Backward backward(const Target& t, const Case& c, const Input& in, const Forward& f, const Variant& v,
                   size_t offset = 0) {
-    Slice dx(t, t.real, Doubles(in.x.size(), 0.5), offset);
-    Dev dw(t, t.stat(), Doubles(in.w.size(), 0.5)), db(t, t.stat(), Doubles(in.w.size(), 0.5));
+    Slice dx(t, t.real, v.overwrite ? poison(in.x.size()) : Doubles(in.x.size(), 0.5), offset);
+    const Doubles start(in.w.size(), 0.5);
+    Dev dw(t, t.stat(), start), db(t, t.stat(), start), dx_sum(t, t.stat(), start);
     Slice dy(t, t.real, in.dy, offset), x(t, t.real, in.x, offset), w(t, t.real, in.w, offset);
     Dev mean(t, t.stat(), f.mean), rstd(t, t.stat(), f.rstd);
     t.k->layernorm_backward({.dx = dx,
                              .dw = dw,
-                             .db = bias ? Buf(db) : Buf(),
+                             .db = v.bias ? Buf(db) : Buf(),
+                             .dx_sum = v.sum ? Buf(dx_sum) : Buf(),
                              .dy = dy,
                              .x = x,
                              .w = w,
@@ -54,9 +62,10 @@ Backward backward(const Target& t, const Case& c, const Input& in, const Forward
                              .rstd = rstd,
                              .BT = c.BT,
                              .C = c.C,
-                             .accumulate = accumulate},
+                             .overwrite_dx = v.overwrite,
+                             .accumulate = v.accumulate},
                             nullptr);
-    return {dx.host(), dw.host(), db.host()};
+    return {dx.host(), dw.host(), db.host(), dx_sum.host()};
 }
 }  // namespace
 
@@ -76,18 +85,26 @@ void check_forward(const Target& t, const Case& c, bool bias, size_t offset) {
     const double size = biggest(in.x) * biggest(want.rstd) * biggest(in.w) + biggest(in.b);
     CHECK(worst(got.y, want.y, 2 * sum * size, store_error(t)) <= 1);
 }
-void check_backward(const Target& t, const Case& c, bool bias, bool accumulate, size_t offset) {
+// Start plus the sums of dx's columns, in double: what dx_sum must be whatever dx is.
+Doubles column_sums(const Doubles& dx, int C, double start) {
+    Doubles sum(size_t(C), start);
+    for (size_t i = 0; i < dx.size(); i++) sum[i % size_t(C)] += dx[i];
+    return sum;
+}
+void check_backward(const Target& t, const Case& c, const Variant& v, size_t offset) {
     CAPTURE(t.name);
     CAPTURE(c.BT);
     CAPTURE(c.C);
-    CAPTURE(bias);
-    CAPTURE(accumulate);
+    CAPTURE(v.bias);
+    CAPTURE(v.accumulate);
+    CAPTURE(v.sum);
+    CAPTURE(v.overwrite);
     CAPTURE(offset);
     const Input in(c, t.real);
-    Forward f = forward(reference(), c, in, bias);
+    Forward f = forward(reference(), c, in, v.bias);
     f.mean = rounded(f.mean, t.stat()), f.rstd = rounded(f.rstd, t.stat());
-    const Backward got = backward(t, c, in, f, bias, accumulate, offset);
-    const Backward want = backward(reference(), c, in, f, bias, accumulate);
+    const Backward got = backward(t, c, in, f, v, offset);
+    const Backward want = backward(reference(), c, in, f, v);
     // every term of dx is at most rstd |g| (1 + |n|^2), n = (x - mean) rstd as computed
     Doubles n(in.x.size());
     for (size_t i = 0; i < n.size(); i++) n[i] = (in.x[i] - f.mean[i / c.C]) * f.rstd[i / c.C];
@@ -101,6 +118,10 @@ void check_backward(const Target& t, const Case& c, bool bias, bool accumulate, 
     }
     CHECK(worst_each(got.dw, want.dw, column * dw_size) <= 1);  // BT terms
     CHECK(worst_each(got.db, want.db, column * db_size) <= 1);
+    Doubles magnitude = got.dx;
+    for (double& x : magnitude) x = std::abs(x);
+    const Doubles sum = v.sum ? column_sums(got.dx, c.C, v.accumulate ? 0.5 : 0) : Doubles(in.w.size(), 0.5);
+    CHECK(worst_each(got.dx_sum, sum, column * column_sums(magnitude, c.C, 0.5)) <= 1);
 }
 }  // namespace
 
@@ -130,11 +151,11 @@ TEST_CASE("layernorm forward: the reference against the formula") {
 TEST_CASE("layernorm backward: every backend agrees with the double reference") {
     for (const Target& t : targets()) {
         for (const Case& c : cases)
-            for (int variant = 0; variant < 4; variant++) check_backward(t, c, variant & 1, variant & 2, 0);
-        check_backward(t, {67, 64}, true, false, 1);
+            for (const Variant& v : variants) check_backward(t, c, v, 0);
+        check_backward(t, {67, 64}, variants[1], 1);
         // more than 64 rows to a chunk, no multiple of a block's warps; once is enough, it takes a second
-        if (t.k != &cpu_backend() && t.real == DType::f32) check_backward(t, {65537, 4}, true, false, 0);
-        check_backward(t, {2, 2048}, true, true, 4);
+        if (t.k != &cpu_backend() && t.real == DType::f32) check_backward(t, {65537, 4}, variants[1], 0);
+        check_backward(t, {2, 2048}, variants[2], 4);
     }
 }
 
@@ -142,7 +163,7 @@ TEST_CASE("layernorm backward: directional finite difference in double") {
     const Target t = reference();
     for (const Case& c : {Case{5, 12}, Case{37, 7}}) {
         const Input in(c, t.real);
-        const Backward b = backward(t, c, in, forward(t, c, in, true), true, false);
+        const Backward b = backward(t, c, in, forward(t, c, in, true), variants[1]);
         const auto check = [&](Doubles Input::*member, Doubles gradient, double start) {
             for (double& g : gradient) g -= start;
             const Doubles u = normal(gradient.size(), 9);
@@ -156,6 +177,18 @@ TEST_CASE("layernorm backward: directional finite difference in double") {
         check(&Input::x, b.dx, 0.5);  // dx was added to 0.5
         check(&Input::w, b.dw, 0);
         check(&Input::b, b.db, 0);
+
+        // dx_sum is the derivative along a vector (C) that is added to every row
+        const Backward fresh = backward(t, c, in, forward(t, c, in, true), {true, false, true, true});
+        const Doubles u = normal(size_t(c.C), 10);
+        Doubles every_row(in.x.size());
+        for (size_t i = 0; i < every_row.size(); i++) every_row[i] = u[i % size_t(c.C)];
+        const auto J = [&](const Doubles& x) {
+            Input moved = in;
+            moved.x = x;
+            return dot(forward(t, c, moved, true).y, in.dy);
+        };
+        CHECK(dot(fresh.dx_sum, u) == doctest::Approx(directional(J, in.x, every_row)).epsilon(1e-6));
     }
 }
 
@@ -165,8 +198,8 @@ TEST_CASE("layernorm: the same bits on 1 to 4 threads") {
         const Input in(c, t.real);
         check_thread_counts([&] {
             const Forward f = forward(t, c, in, true);
-            const Backward b = backward(t, c, in, f, true, true);
-            return join({f.y, f.mean, f.rstd, b.dx, b.dw, b.db});
+            const Backward b = backward(t, c, in, f, {true, true, true, true});
+            return join({f.y, f.mean, f.rstd, b.dx, b.dw, b.db, b.dx_sum});
         });
     }
 }
@@ -192,5 +225,17 @@ TEST_CASE("layernorm rejects a short buffer") {
                                                       .C = 9},
                                                      nullptr),
                              doctest::Contains("layernorm.dy holds 35 elements, expected BT*C = 36"), Error);
+        CHECK_THROWS_WITH_AS(t.k->layernorm_backward({.dx = full,
+                                                      .dw = dw,
+                                                      .dx_sum = stat,
+                                                      .dy = full,
+                                                      .x = full,
+                                                      .w = w,
+                                                      .mean = stat,
+                                                      .rstd = stat,
+                                                      .BT = 4,
+                                                      .C = 9},
+                                                     nullptr),
+                             doctest::Contains("layernorm.dx_sum holds 4 elements, expected C = 9"), Error);
     }
 }

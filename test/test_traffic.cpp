@@ -95,28 +95,33 @@ TEST_CASE("traffic: layernorm") {
                 {{.kernel = forward, .read = all, .written = all + stats, .cached = 2 * all}});  // w and b for each row
 
             Dev dx(t, s.t, normal(n, 4)), dy(t, s.t, normal(n, 5));
-            Dev dw(t, DType::f32, poison(C)), db(t, DType::f32, poison(C));
-            const double partial = double((BT + 63) / 64) * 2 * double(C) * 4;  // of chunks of 64 rows
-            check_traffic(
-                [&] {
-                    t.k->layernorm_backward({.dx = dx,
-                                             .dw = dw,
-                                             .db = db,
-                                             .dy = dy,
-                                             .x = x,
-                                             .w = w,
-                                             .mean = mean,
-                                             .rstd = rstd,
-                                             .BT = shape.BT,
-                                             .C = shape.C},
-                                            nullptr);
-                },
-                {{.kernel = "layernorm_backward_kernel<" + s.name + ", " + std::to_string(shape.columns) + ", " +
-                            std::to_string(shape.warps) + ">",
-                  .read = 3 * all,
-                  .written = all + partial,
-                  .cached = 2 * all + shape.warps * stats},  // w twice
-                 {.kernel = "layernorm_combine_kernel", .read = partial, .written = 2 * double(C) * 4}});
+            Dev dw(t, DType::f32, poison(C)), db(t, DType::f32, poison(C)), dx_sum(t, DType::f32, poison(C));
+            for (bool more : {false, true}) {  // true: dx overwritten, its columns summed
+                CAPTURE(more);
+                const double sums = (more ? 3.0 : 2.0) * double(C) * 4, partial = double((BT + 63) / 64) * sums;
+                check_traffic(
+                    [&] {
+                        t.k->layernorm_backward({.dx = dx,
+                                                 .dw = dw,
+                                                 .db = db,
+                                                 .dx_sum = more ? Buf(dx_sum) : Buf(),
+                                                 .dy = dy,
+                                                 .x = x,
+                                                 .w = w,
+                                                 .mean = mean,
+                                                 .rstd = rstd,
+                                                 .BT = shape.BT,
+                                                 .C = shape.C,
+                                                 .overwrite_dx = more},
+                                                nullptr);
+                    },
+                    {{.kernel = "layernorm_backward_kernel<" + s.name + ", " + std::to_string(shape.columns) + ", " +
+                                std::to_string(shape.warps) + (more ? ", true>" : ", false>"),
+                      .read = (more ? 2 : 3) * all,
+                      .written = all + partial,
+                      .cached = 2 * all + shape.warps * stats},  // w twice
+                     {.kernel = "layernorm_combine_kernel", .read = partial, .written = sums}});
+            }
         }
 }
 

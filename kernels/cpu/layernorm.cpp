@@ -1,14 +1,14 @@
 // LayerNorm over the last axis.
 //
 //   forward    mu = mean_c x[c]      r = (mean_c (x[c]-mu)^2 + eps)^-1/2      y[c] = (x[c]-mu) r w[c] + b[c]
-//   backward   n = (x-mu) r,  g = dy*w      dx += r (g - mean_c g - n mean_c(g n))
-//              dw (+)= sum_bt dy n      db (+)= sum_bt dy
+//   backward   n = (x-mu) r,  g = dy*w      dx (+)= r (g - mean_c g - n mean_c(g n))
+//              dw (+)= sum_bt dy n      db (+)= sum_bt dy      dx_sum (+)= sum_bt dx
 //
 //   shapes     x, y, dx, dy (BT, C)    w, b, dw, db (C)    mean, rstd (BT)
 //   traffic    forward one read and one write, backward two reads and one read-write: later passes over a row hit L1.
 //   limits     any BT, C >= 1.   bound: memory
-//   order      a row's sums: SIMD lanes, then these in order.  dw, db: rows of a chunk ascending, then chunks;
-//              the number of chunks follows from BT alone.
+//   order      a row's sums: SIMD lanes, then these in order.  dw, db, dx_sum: rows of a chunk ascending, then
+//              chunks; the number of chunks follows from BT alone.
 #include "kernels/cpu/cpu.h"
 
 #include <algorithm>
@@ -43,9 +43,9 @@ void forward_row(const LayerNorm& a, size_t bt) {
     a.rstd.as<T>()[bt] = rstd;
 }
 
-// One row of the backward; adds to the chunk's dw and db (C).
+// One row of the backward; adds to the chunk's dw, db and dx_sum (C).
 template <class T>
-void backward_row(const LayerNormGrad& a, size_t bt, T* dw, T* db) {
+void backward_row(const LayerNormGrad& a, size_t bt, T* dw, T* db, T* dx_sum) {
     const size_t C = size_t(a.C);
     T* dx = a.dx.as<T>() + bt * C;        // (C)
     const T* dy = a.dy.as<T>() + bt * C;  // (C)
@@ -62,10 +62,12 @@ void backward_row(const LayerNormGrad& a, size_t bt, T* dw, T* db) {
         db[c] += dy[c];
     }
     const T mean_g = sum_g / T(C), mean_gn = sum_gn / T(C);
+    if (a.overwrite_dx) std::fill(dx, dx + C, T(0));  // of a row that is in L1 for what follows
 #pragma omp simd
     for (size_t c = 0; c < C; c++) {
         const T n = (x[c] - mean) * rstd;
         dx[c] += rstd * (dy[c] * w[c] - mean_g - n * mean_gn);
+        dx_sum[c] += dx[c];
     }
 }
 
@@ -84,16 +86,17 @@ void backward(const LayerNormGrad& a) {
     const size_t BT = size_t(a.BT), C = size_t(a.C);
     const size_t rows = std::max(kMinRows, (BT + kMaxChunks - 1) / kMaxChunks), chunks = (BT + rows - 1) / rows;
     static thread_local std::vector<T> kept;  // of the calling thread
-    if (kept.size() < chunks * 2 * C) kept.resize(chunks * 2 * C);
-    T* partial = kept.data();  // (chunks, 2, C): dw, db
+    if (kept.size() < chunks * 3 * C) kept.resize(chunks * 3 * C);
+    T* partial = kept.data();  // (chunks, 3, C): dw, db, dx_sum
 #pragma omp parallel for schedule(static) if (BT * C >= cpu::kParallelFrom)
     for (size_t i = 0; i < chunks; i++) {
-        T *dw = partial + i * 2 * C, *db = dw + C;  // (C)
-        std::fill(dw, db + C, T(0));
-        for (size_t bt = i * rows; bt < std::min(BT, (i + 1) * rows); bt++) backward_row(a, bt, dw, db);
+        T *dw = partial + i * 3 * C, *db = dw + C, *dx_sum = db + C;  // (C)
+        std::fill(dw, dx_sum + C, T(0));
+        for (size_t bt = i * rows; bt < std::min(BT, (i + 1) * rows); bt++) backward_row(a, bt, dw, db, dx_sum);
     }
-    combine(a.dw.as<T>(), partial, chunks, 2 * C, C, a.accumulate);
-    if (a.db) combine(a.db.as<T>(), partial + C, chunks, 2 * C, C, a.accumulate);
+    combine(a.dw.as<T>(), partial, chunks, 3 * C, C, a.accumulate);
+    if (a.db) combine(a.db.as<T>(), partial + C, chunks, 3 * C, C, a.accumulate);
+    if (a.dx_sum) combine(a.dx_sum.as<T>(), partial + 2 * C, chunks, 3 * C, C, a.accumulate);
 }
 }  // namespace
 
@@ -118,13 +121,14 @@ void layernorm_backward(const LayerNormGrad& a, Stream) {
     expect_size("layernorm.dx", a.dx, BT * C, "BT*C");
     expect_size("layernorm.dw", a.dw, C, "C");
     if (a.db) expect_size("layernorm.db", a.db, C, "C");
+    if (a.dx_sum) expect_size("layernorm.dx_sum", a.dx_sum, C, "C");
     expect_size("layernorm.dy", a.dy, BT * C, "BT*C");
     expect_size("layernorm.x", a.x, BT * C, "BT*C");
     expect_size("layernorm.w", a.w, C, "C");
     expect_size("layernorm.mean", a.mean, BT, "BT");
     expect_size("layernorm.rstd", a.rstd, BT, "BT");
     with_real(a.x.dtype, [&]<class T>() {
-        expect_dtype<T>({a.dx, a.dw, a.db, a.dy, a.x, a.w, a.mean, a.rstd});
+        expect_dtype<T>({a.dx, a.dw, a.db, a.dx_sum, a.dy, a.x, a.w, a.mean, a.rstd});
         backward<T>(a);
     });
 }

@@ -1,19 +1,20 @@
 // LayerNorm over the last axis.
 //
 //   forward    mu = mean_c x[c]      r = (mean_c (x[c]-mu)^2 + eps)^-1/2      y[c] = (x[c]-mu) r w[c] + b[c]
-//   backward   n = (x-mu) r,  g = dy*w      dx += r (g - mean_c g - n mean_c(g n))
-//              dw (+)= sum_bt dy n      db (+)= sum_bt dy
+//   backward   n = (x-mu) r,  g = dy*w      dx (+)= r (g - mean_c g - n mean_c(g n))
+//              dw (+)= sum_bt dy n      db (+)= sum_bt dy      dx_sum (+)= sum_bt dx, as stored
 //
-//   shapes     x, y, dx, dy (BT, C) real    w, b (C) real    mean, rstd (BT) f32    dw, db (C) f32
-//   traffic    forward one read and one write of BT C; backward three reads and one write, and 16 C bytes per chunk of
-//              64 or more rows.  That is where rows live in registers: where every tensor allows 16-byte accesses (it
-//              starts on such a boundary, C is a multiple of the vector), up to C = 2048, in the backward 8192.  Other
-//              rows are read again from cache, and x and dy once more for dw.   bound: memory
+//   shapes     x, y, dx, dy (BT, C) real    w, b (C) real    mean, rstd (BT) f32    dw, db, dx_sum (C) f32
+//   traffic    forward one read and one write of BT C; backward three reads (two when dx is overwritten) and one
+//              write, and 16 C bytes per chunk of 64 or more rows, 24 C with dx_sum.  That is where rows live in
+//              registers: where every tensor allows 16-byte accesses (it starts on such a boundary, C is a multiple of
+//              the vector), up to C = 2048, in the backward 8192.  Other rows are read again from cache, and x and dy
+//              once more for dw.   bound: memory
 //   limits     any BT >= 1, C from 1 to 2^23
-//   order      a row's sums: a lane's columns ascending, then a tree over the lanes, then over the warps.  dw, db: the
-//              rows of a chunk by turns over 8 groups of warps (4 above C = 1024, 1 above 2048), a group's ascending,
-//              then groups ascending; chunks i, i+32, ..., then these 32 sums ascending.  All of it follows from BT, C
-//              and whether 16-byte accesses are allowed
+//   order      a row's sums: a lane's columns ascending, then a tree over the lanes, then over the warps.  dw, db,
+//              dx_sum: the rows of a chunk by turns over 8 groups of warps (4 above C = 1024, 1 above 2048), a group's
+//              ascending, then groups ascending; chunks i, i+32, ..., then these 32 sums ascending.  All of it follows
+//              from BT, C and whether 16-byte accesses are allowed
 #include "kernels/cuda/cuda.h"
 #include "kernels/elementwise.cuh"
 
@@ -122,8 +123,8 @@ __global__ void __launch_bounds__(kThreads) layernorm_forward_wide_kernel(SIMT_P
 
 template <class T>
 struct Backward {
-    T* dx;              // (BT, C)         +=
-    float* partial;     // (chunks, 2, C)  =   dw, db of each chunk's rows
+    T* dx;              // (BT, C)         +=, or = when overwrite
+    float* partial;     // (chunks, sums, C)  =   dw, db, dx_sum of each chunk's rows
     const T* dy;        // (BT, C)
     const T* x;         // (BT, C)
     const T* w;         // (C)
@@ -131,7 +132,8 @@ struct Backward {
     const float* rstd;  // (BT)
     int BT, C;
     int rows;  // of a chunk
-    bool vectors;
+    int sums;  // 3, or 2 without dx_sum
+    bool overwrite, vectors;
 };
 
 // 16 bytes of a tensor as they are stored: in bf16 half the registers of floats.
@@ -143,7 +145,7 @@ __device__ __forceinline__ void unpack(float (&out)[kVec<T>], const uint4& packe
     for (int i = 0; i < kVec<T>; i++) out[i] = float(v[i]);
 }
 
-// The first `count` of N columns of dx at c; dx, dy and x hold what is there.
+// The first `count` of N columns of dx at c; dx, dy and x hold what is there.  Leaves what was stored in dx.
 template <class T>
 __device__ __forceinline__ void write_dx(const Backward<T>& a, size_t bt, int c, int count, bool vectors,
                                          float (&dx)[kVec<T>], const float (&dy)[kVec<T>], const float (&x)[kVec<T>],
@@ -157,23 +159,25 @@ __device__ __forceinline__ void write_dx(const Backward<T>& a, size_t bt, int c,
         dx[i] += rstd * (g - mean_g - n * mean_gn);
     }
     device::store_some(a.dx + bt * size_t(a.C) + c, dx, count, vectors);
+    SIMT_UNROLL
+    for (int i = 0; i < N; i++) dx[i] = float(T(dx[i]));
 }
 
 // One block per chunk of rows, W warps per row, `Columns` of them in the registers of a lane.  Lanes keep their columns
-// of dw and db over all rows of the chunk; the groups of W warps add theirs at the end.
-template <class T, int Columns, int W>
+// of dw, db and (Sum) dx_sum over all rows of the chunk; the groups of W warps add theirs at the end.
+template <class T, int Columns, int W, bool Sum>
 __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
     layernorm_backward_kernel(SIMT_PARAM Backward<T> a) {
     constexpr int N = kVec<T>, K = Columns / N, kGroups = kWarps / W;
     constexpr int kNext = W * 32 * N;  // columns from a lane's vector to its next: those of one slice of the row
     const int warp = int(threadIdx.x) / 32, group = warp / W, c0 = int(threadIdx.x) % (W * 32) * N;
-    const size_t C = size_t(a.C), first = size_t(blockIdx.x) * a.rows;
-    const size_t end = min(first + a.rows, size_t(a.BT));
-    float dw[K][N] = {}, db[K][N] = {};
+    const size_t C = size_t(a.C);
+    const unsigned first = blockIdx.x * unsigned(a.rows), end = min(first + unsigned(a.rows), unsigned(a.BT));
+    float dw[K][N] = {}, db[K][N] = {}, dx_sum[Sum ? K : 1][N] = {};
 
     int turn = 0;
-    for (size_t row = first; row < end; row += kGroups, turn ^= 1) {
-        const size_t bt = row + group;
+    for (unsigned row = first; row < end; row += kGroups, turn ^= 1) {
+        const unsigned bt = row + unsigned(group);
         const bool mine = bt < end;  // groups without a row go along to the barriers
         if (W == 1 && !mine) break;
         const float mean = mine ? a.mean[bt] : 0.0f, rstd = mine ? a.rstd[bt] : 0.0f;
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
             if (!mine || c >= a.C) continue;
             x[k] = simt::ld_vec<uint4>(a.x + bt * C + c);
             dy[k] = simt::ld_vec<uint4>(a.dy + bt * C + c);
-            dx[k] = simt::ld_vec<uint4>(a.dx + bt * C + c);
+            if (!a.overwrite) dx[k] = simt::ld_vec<uint4>(a.dx + bt * C + c);
         }
         float sum_g = 0, sum_gn = 0;
         SIMT_UNROLL
@@ -224,12 +228,17 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
             unpack<T>(dys, dy[k]);
             unpack<T>(xs, x[k]);
             write_dx(a, bt, c, N, true, dxs, dys, xs, mean, rstd, mean_g, mean_gn);
+            if constexpr (Sum) {
+                SIMT_UNROLL
+                for (int i = 0; i < N; i++) dx_sum[k][i] += dxs[i];
+            }
         }
     }
 
     using Four = Vec<float, 4>;
-    SIMT_SHARED(Four, sums, [2][kThreads * N / 4]);     // dw and db: (groups, kNext)
-    float* partial = a.partial + blockIdx.x * (2 * C);  // (2, C)
+    constexpr int kSums = Sum ? 3 : 2;
+    SIMT_SHARED(Four, sums, [kSums][kThreads * N / 4]);     // each: (groups, kNext)
+    float* partial = a.partial + blockIdx.x * (kSums * C);  // (sums, C)
     SIMT_UNROLL
     for (int k = 0; k < K; k++) {
         if (k > 0) __syncthreads();  // the slice before has been read
@@ -238,9 +247,11 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
             const int at = device::spread((int(threadIdx.x) * N + i) / 4);
             simt::st_vec(&sums[0][at], Four{dw[k][i], dw[k][i + 1], dw[k][i + 2], dw[k][i + 3]});
             simt::st_vec(&sums[1][at], Four{db[k][i], db[k][i + 1], db[k][i + 2], db[k][i + 3]});
+            if constexpr (Sum)
+                simt::st_vec(&sums[2][at], Four{dx_sum[k][i], dx_sum[k][i + 1], dx_sum[k][i + 2], dx_sum[k][i + 3]});
         }
         __syncthreads();
-        for (int j = int(threadIdx.x); j < 2 * kNext; j += kThreads) {
+        for (int j = int(threadIdx.x); j < kSums * kNext; j += kThreads) {
             const int which = j / kNext, c = j % kNext;
             if (k * kNext + c >= a.C) continue;
             float sum = 0;
@@ -275,22 +286,22 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_kernel(SIMT_
     const float mean_gn = device::block_sum(sum_gn, part) / float(a.C);
     for (int c = int(threadIdx.x) * N; c < a.C; c += kStep) {
         const int count = min(a.C - c, N);
-        float dx[N], dy[N], x[N];
-        device::load_some(dx, a.dx + row + c, count, a.vectors);
+        float dx[N] = {}, dy[N], x[N];
+        if (!a.overwrite) device::load_some(dx, a.dx + row + c, count, a.vectors);
         device::load_some(dy, a.dy + row + c, count, a.vectors);
         device::load_some(x, a.x + row + c, count, a.vectors);
         write_dx(a, bt, c, count, a.vectors, dx, dy, x, mean, rstd, mean_g, mean_gn);
     }
 }
 
-// dw and db of chunk blockIdx.y for such rows: a thread has four columns (so that the sums leave in full sectors) and walks
-// over the rows.
+// dw, db and dx_sum of chunk blockIdx.y for such rows: a thread has four columns (so that the sums leave in full sectors)
+// and walks over the rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_columns_kernel(SIMT_PARAM Backward<T> a) {
     constexpr int N = kWideColumns;
     const int c = (int(blockIdx.x) * kThreads + int(threadIdx.x)) * N, count = min(a.C - c, N);
     const size_t C = size_t(a.C), first = size_t(blockIdx.y) * a.rows;
-    float dw[N] = {}, db[N] = {};
+    float dw[N] = {}, db[N] = {}, dx_sum[N] = {};
     for (size_t bt = first; bt < first + a.rows && bt < size_t(a.BT); bt++) {
         const float mean = a.mean[bt], rstd = a.rstd[bt];
         float dy[N], x[N];
@@ -301,26 +312,35 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_columns_kern
             dw[i] += dy[i] * ((x[i] - mean) * rstd);
             db[i] += dy[i];
         }
+        if (a.sums < 3) continue;
+        device::load_some(x, a.dx + bt * C + c, count, a.vectors);
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) dx_sum[i] += x[i];
     }
-    float* partial = a.partial + blockIdx.y * (2 * C);  // (2, C)
+    float* partial = a.partial + blockIdx.y * (a.sums * C);  // (sums, C)
     device::store_some(partial + c, dw, count, a.vectors);
     device::store_some(partial + C + c, db, count, a.vectors);
+    if (a.sums == 3) device::store_some(partial + 2 * C + c, dx_sum, count, a.vectors);
 }
 
-// dw, db (+)= the sums over chunks: a lane per column of (2, C), the warps of a block take turns with the chunks.
+// dw, db, dx_sum (+)= the sums over chunks: a lane per column of (sums, C), a block's warps take turns with the chunks.
 __global__ void layernorm_combine_kernel(float* dw,             // (C)
                                          float* db,             // (C) or null
-                                         const float* partial,  // (chunks, 2, C)
-                                         int chunks, int C, bool accumulate) {
+                                         float* dx_sum,         // (C) or null
+                                         const float* partial,  // (chunks, sums, C)
+                                         int chunks, int sums, int C, bool accumulate) {
     SIMT_SHARED(float, part, [32][32]);
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, n_warps = int(blockDim.x) / 32;
-    const size_t column = size_t(blockIdx.x) * 32 + lane, width = 2 * size_t(C);
+    const size_t column = size_t(blockIdx.x) * 32 + lane, width = size_t(sums) * C;
     float sum = 0;
     for (int i = warp; i < chunks && column < width; i += n_warps) sum += partial[i * width + column];
     part[warp][lane] = sum;
     __syncthreads();
-    float* out = column < size_t(C) ? dw + column : column < width && db ? db + (column - C) : nullptr;
-    if (warp > 0 || !out) return;
+    if (warp > 0 || column >= width) return;
+    const size_t which = column / size_t(C);
+    float* out = which == 0 ? dw : which == 1 ? db : dx_sum;  // (C)
+    if (!out) return;
+    out += column - which * size_t(C);
     sum = 0;
     for (int i = 0; i < n_warps; i++) sum += part[i][lane];
     *out = accumulate ? *out + sum : sum;
@@ -349,22 +369,29 @@ void launch_backward(const Backward<T>& a, size_t chunks, Stream s) {
     const auto run = [&](auto* kernel, dim3 blocks) {
         CUDA_CHECK(simt::launch(kernel, blocks, dim3(kThreads), 0, s, a));
     };
-    const dim3 blocks{unsigned(chunks)};
     if (!a.vectors || a.C > 32 * 32 * 8) {
         run(layernorm_backward_wide_kernel<T>, dim3(unsigned(a.BT)));
         run(layernorm_backward_wide_columns_kernel<T>,
             dim3(cuda::blocks_for(size_t(a.C), size_t(kThreads) * kWideColumns), unsigned(chunks)));
-    } else if (a.C <= 32 * 8) {
-        run(layernorm_backward_kernel<T, 8, 1>, blocks);
-    } else if (a.C <= 32 * 24) {
-        run(layernorm_backward_kernel<T, 24, 1>, blocks);
-    } else if (a.C <= 32 * 32) {
-        run(layernorm_backward_kernel<T, 32, 1>, blocks);
-    } else if (a.C <= 32 * 32 * 2) {
-        run(layernorm_backward_kernel<T, 32, 2>, blocks);
-    } else {
-        run(layernorm_backward_kernel<T, 32, 8>, blocks);
+        return;
     }
+    const auto in_registers = [&]<int Columns, int W>() {
+        const dim3 blocks{unsigned(chunks)};
+        if (a.sums == 3)
+            run(layernorm_backward_kernel<T, Columns, W, true>, blocks);
+        else
+            run(layernorm_backward_kernel<T, Columns, W, false>, blocks);
+    };
+    if (a.C <= 32 * 8)
+        in_registers.template operator()<8, 1>();
+    else if (a.C <= 32 * 24)
+        in_registers.template operator()<24, 1>();
+    else if (a.C <= 32 * 32)
+        in_registers.template operator()<32, 1>();
+    else if (a.C <= 32 * 32 * 2)
+        in_registers.template operator()<32, 2>();
+    else
+        in_registers.template operator()<32, 8>();
 }
 }  // namespace
 
@@ -398,16 +425,18 @@ void layernorm_backward(const LayerNormGrad& a, Stream s) {
     expect_size("layernorm.dx", a.dx, BT * C, "BT*C");
     expect_size("layernorm.dw", a.dw, C, "C");
     if (a.db) expect_size("layernorm.db", a.db, C, "C");
+    if (a.dx_sum) expect_size("layernorm.dx_sum", a.dx_sum, C, "C");
     expect_size("layernorm.dy", a.dy, BT * C, "BT*C");
     expect_size("layernorm.x", a.x, BT * C, "BT*C");
     expect_size("layernorm.w", a.w, C, "C");
     expect_size("layernorm.mean", a.mean, BT, "BT");
     expect_size("layernorm.rstd", a.rstd, BT, "BT");
     const size_t room =
-        std::max<size_t>(1, kWorkspaceBytes / (2 * C * sizeof(float)));  // chunks that the workspace holds
+        std::max<size_t>(1, kWorkspaceBytes / (3 * C * sizeof(float)));  // chunks that the workspace holds
     const size_t most = std::min(kMaxChunks, room), rows = std::max(kMinRows, (BT + most - 1) / most);
     const size_t chunks = (BT + rows - 1) / rows;
-    float* partial = workspace<float>(chunks * 2 * C, "layernorm_backward");  // (chunks, 2, C)
+    const int sums = a.dx_sum ? 3 : 2;
+    float* partial = workspace<float>(chunks * sums * C, "layernorm_backward");  // (chunks, sums, C)
     with_real(a.x.dtype, [&]<class T>() {
         Backward<T> b = {.dx = a.dx.as<T>(),
                          .partial = partial,
@@ -419,12 +448,15 @@ void layernorm_backward(const LayerNormGrad& a, Stream s) {
                          .BT = a.BT,
                          .C = a.C,
                          .rows = int(rows),
+                         .sums = sums,
+                         .overwrite = a.overwrite_dx,
                          .vectors = false};
         b.vectors = C % kVec<T> == 0 && device::aligned16(b.dx, b.dy, b.x, b.w);
         launch_backward(b, chunks, s);
     });
     const unsigned warps = unsigned(std::min<size_t>(chunks, 32));
-    CUDA_CHECK(simt::launch(layernorm_combine_kernel, dim3(blocks_for(2 * C, 32)), dim3(32 * warps), 0, s,
-                            a.dw.as<float>(), a.db.as<float>(), partial, int(chunks), a.C, a.accumulate));
+    CUDA_CHECK(simt::launch(layernorm_combine_kernel, dim3(blocks_for(sums * C, 32)), dim3(32 * warps), 0, s,
+                            a.dw.as<float>(), a.db.as<float>(), a.dx_sum.as<float>(), partial, int(chunks), sums, a.C,
+                            a.accumulate));
 }
 }  // namespace cuda
