@@ -159,10 +159,14 @@ void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, G
     const bool acc = accumulate;
     k.linear_backward({.dx = a.d_ln, .dw = g.wte, .dy = a.logits, .x = a.lnf, .w = p.wte,
                        .BT = BT, .C = C, .OC = c.Vp(), .w_transposed = true, .accumulate = acc}, s);
-    k.zero(a.d_res.data, a.d_res.n_bytes(), s);
-    k.layernorm_backward({.dx = a.d_res, .dw = g.lnfw, .db = g.lnfb, .dy = a.d_ln,
-                          .x = input_of(a, c.L), .w = p.lnfw, .mean = a.lnf_mean, .rstd = a.lnf_rstd,
-                          .BT = BT, .C = C, .accumulate = acc}, s);
+    // Without dropout a projection's output gradient is the residual stream's, and its bias gradient the column sums that
+    // the LayerNorm's backward takes along as it writes it.
+    const bool dropout = c.dropout > 0;
+    const auto sums = [&](Buf bias) { return dropout ? Buf() : bias; };  // (C) of the LayerNorm
+    const auto own = [&](Buf bias) { return dropout ? bias : Buf(); };   // (C) of the projection
+    k.layernorm_backward({.dx = a.d_res, .dw = g.lnfw, .db = g.lnfb, .dx_sum = sums(g.block.back().fcprojb),
+                          .dy = a.d_ln, .x = input_of(a, c.L), .w = p.lnfw, .mean = a.lnf_mean, .rstd = a.lnf_rstd,
+                          .BT = BT, .C = C, .overwrite_dx = true, .accumulate = acc}, s);
     for (int l = c.L - 1; l >= 0; l--) {
         const BlockParams& w = p.block[size_t(l)];
         BlockParams& dw = g.block[size_t(l)];
@@ -170,17 +174,17 @@ void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, G
         recompute(k, c, w, a, l, batch, s);
 
         Buf dy = branch_gradient(k, a, mask(c, batch, l, DropoutKind::mlp_residual, true), batch, C, s);
-        k.linear_backward({.dx = a.d_gelu, .dw = dw.fcprojw, .db = dw.fcprojb,
+        k.linear_backward({.dx = a.d_gelu, .dw = dw.fcprojw, .db = own(dw.fcprojb),
                            .dy = dy, .x = h.gelu, .w = w.fcprojw, .pre_gelu = h.pre_gelu,
                            .BT = BT, .C = 4 * C, .OC = C, .accumulate = acc}, s);
         k.linear_backward({.dx = a.d_ln, .dw = dw.fcw, .db = dw.fcb, .dy = a.d_gelu, .x = h.ln2, .w = w.fcw,
                            .BT = BT, .C = C, .OC = 4 * C, .accumulate = acc}, s);
-        k.layernorm_backward({.dx = a.d_res, .dw = dw.ln2w, .db = dw.ln2b, .dy = a.d_ln,
+        k.layernorm_backward({.dx = a.d_res, .dw = dw.ln2w, .db = dw.ln2b, .dx_sum = sums(dw.projb), .dy = a.d_ln,
                               .x = h.res_att, .w = w.ln2w, .mean = h.ln2_mean, .rstd = h.ln2_rstd,
                               .BT = BT, .C = C, .accumulate = acc}, s);
 
         dy = branch_gradient(k, a, mask(c, batch, l, DropoutKind::attention_residual, true), batch, C, s);
-        k.linear_backward({.dx = a.d_att, .dw = dw.projw, .db = dw.projb, .dy = dy, .x = h.att, .w = w.projw,
+        k.linear_backward({.dx = a.d_att, .dw = dw.projw, .db = own(dw.projb), .dy = dy, .x = h.att, .w = w.projw,
                            .BT = BT, .C = C, .OC = C, .accumulate = acc}, s);
         k.attention_backward({.dqkv = a.d_qkv, .dy = a.d_att, .qkv = h.qkv, .y = h.att, .lse = h.lse,
                               .scratch = a.att_scratch,
@@ -188,7 +192,8 @@ void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, G
                               .B = B, .T = T, .NH = NH, .HS = HS}, s);
         k.linear_backward({.dx = a.d_ln, .dw = dw.qkvw, .db = dw.qkvb, .dy = a.d_qkv, .x = h.ln1, .w = w.qkvw,
                            .BT = BT, .C = C, .OC = 3 * C, .accumulate = acc}, s);
-        k.layernorm_backward({.dx = a.d_res, .dw = dw.ln1w, .db = dw.ln1b, .dy = a.d_ln,
+        const Buf below = l > 0 ? g.block[size_t(l - 1)].fcprojb : Buf();  // (C) bias of what made this block's input
+        k.layernorm_backward({.dx = a.d_res, .dw = dw.ln1w, .db = dw.ln1b, .dx_sum = sums(below), .dy = a.d_ln,
                               .x = input_of(a, l), .w = w.ln1w, .mean = h.ln1_mean, .rstd = h.ln1_rstd,
                               .BT = BT, .C = C, .accumulate = acc}, s);
     }
