@@ -204,13 +204,14 @@ Exit TrainingRun::run() {
                    .micro_batch_size = c.train.micro_batch_size,
                    .n_micro = trainer_.share().n_micro,
                    .first_micro = trainer_.share().first_micro,
+                   .vocab_size = c.model.vocab_size,
                    .shuffle = c.data.shuffle,
                    .seed = c.run.seed},
                   state_.sequences / uint64_t(c.train.global_batch_size));
     const auto next = [&]() -> Trainer::Tokens {
         const Loader::MicroBatch& m = loader.next();
         record_sequences(m, x_.comm.rank());
-        return {m.inputs, m.targets};
+        return {m.inputs, m.targets, m.order};
     };
     while (state_.step < total_steps_) {
         step(next);

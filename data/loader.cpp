@@ -1,8 +1,10 @@
 #include "data/loader.h"
 
+#include <algorithm>
 #include <bit>
 
 #include "common/rng.h"
+#include "common/token_order.h"
 
 // A permutation of [0, N) as a function, so that an epoch's order costs no memory and any position can be computed
 // alone.
@@ -35,7 +37,11 @@ uint64_t sequence_at(uint64_t position, uint64_t n_sequences, bool shuffle, uint
 }
 
 Loader::Loader(const TokenStream& data, int context_length, Plan plan, uint64_t first_step)
-    : data_(data), context_length_(context_length), plan_(plan), step_(first_step) {
+    : data_(data),
+      context_length_(context_length),
+      plan_(plan),
+      step_(first_step),
+      slot_(size_t(std::max(plan.n_micro, 0)) + 2) {
     CHECK_THAT(plan.micro_batch_size > 0 && plan.n_micro > 0 && plan.first_micro >= 0 &&
                    (int64_t(plan.first_micro) + plan.n_micro) * plan.micro_batch_size <= plan.global_batch_size,
                "micro-batches [{}, {}+{}) of {} in a global batch of {}", plan.first_micro, plan.first_micro,
@@ -58,20 +64,20 @@ const Loader::MicroBatch& Loader::next() {
     if (filled_ == taken_) std::rethrow_exception(error_);  // what was read before the error is delivered first
     taken_++;
     changed_.notify_all();
-    return slot_[(taken_ - 1) % kSlots];
+    return slot_[(taken_ - 1) % slot_.size()];
 }
 
-// Slot k % kSlots holds micro-batch k of this loader.  The caller's hands hold taken_ - 1, so [taken_ - 1, filled_) are
+// Slot k % slot_.size() holds micro-batch k of this loader.  The caller's hands hold taken_ - 1, so [taken_ - 1, filled_) are
 // in use; only this thread writes the slot at filled_, without the lock.
 void Loader::run() {
     try {
         while (true) {
             {
                 std::unique_lock lock(mutex_);
-                changed_.wait(lock, [&] { return stop_ || filled_ + 1 < taken_ + kSlots; });
+                changed_.wait(lock, [&] { return stop_ || filled_ + 1 < taken_ + slot_.size(); });
                 if (stop_) return;
             }
-            fill(slot_[filled_ % kSlots], step_ + filled_ / uint64_t(plan_.n_micro),
+            fill(slot_[filled_ % slot_.size()], step_ + filled_ / uint64_t(plan_.n_micro),
                  int(filled_ % uint64_t(plan_.n_micro)));
             {
                 const std::lock_guard lock(mutex_);
@@ -90,6 +96,7 @@ void Loader::fill(MicroBatch& batch, uint64_t step, int micro) const {
     const size_t T = size_t(context_length_), B = size_t(plan_.micro_batch_size);
     batch.inputs.resize(B * T);
     batch.targets.resize(B * T);
+    batch.order.resize(B * T);
     batch.sequences.resize(B);
     const uint64_t first =
         step * uint64_t(plan_.global_batch_size) + (uint64_t(plan_.first_micro) + uint64_t(micro)) * B;
@@ -98,4 +105,5 @@ void Loader::fill(MicroBatch& batch, uint64_t step, int micro) const {
         data_.read(batch.sequences[b], std::span(batch.inputs).subspan(b * T, T),
                    std::span(batch.targets).subspan(b * T, T));
     }
+    sort_rows_by_token(batch.inputs.data(), batch.order.data(), B * T, plan_.vocab_size);
 }

@@ -12,17 +12,19 @@
 // number.
 uint64_t sequence_at(uint64_t position, uint64_t n_sequences, bool shuffle, uint64_t seed);
 
-// Micro-batches of this rank in order, fetched by a thread one step of the pipeline ahead.
+// Micro-batches of this rank in order, fetched and sorted by a thread that is a step ahead.
 class Loader {
   public:
     struct Plan {
         int global_batch_size, micro_batch_size;  // sequences
         int n_micro, first_micro;                 // this rank's share of each global batch
+        int vocab_size;
         bool shuffle;
         uint64_t seed;
     };
     struct MicroBatch {
         std::vector<int32_t> inputs, targets;  // (B, T) each
+        std::vector<int32_t> order;            // (B*T) rows of inputs sorted by token (common/token_order.h)
         std::vector<uint64_t> sequences;       // (B) indices in the data set: what this rank really read
     };
     // Starts at the first micro-batch of global batch `first_step` (counted from 0).
@@ -43,8 +45,7 @@ class Loader {
     const int context_length_;
     const Plan plan_;
     uint64_t step_;
-    static constexpr int kSlots = 3;  // one in the caller's hands, one ready, one being filled
-    MicroBatch slot_[kSlots];
+    std::vector<MicroBatch> slot_;  // one in the caller's hands, a step ready, one being filled
     uint64_t filled_ = 0, taken_ = 0;
     bool stop_ = false;
     std::exception_ptr error_;

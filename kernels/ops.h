@@ -46,12 +46,10 @@ struct EmbeddingGrad {
     Buf dwpe;    // (>= T, C)  out  =, or += when accumulate; with =, rows from T on become zero
     Buf dy;      // (B, T, C)
     Buf tokens;  // (B, T) i32
-    Buf order;   // (B*T)  i32: rows sorted by token, equal tokens in row order (sort_rows_by_token); CPU: may be absent
+    Buf order;   // (B*T)  i32: rows sorted by token, equal tokens in row order (common/token_order.h); CPU: may be absent
     int B = 0, T = 0, C = 0, V = 0;
     bool accumulate = false;
 };
-// order (n) of EmbeddingGrad, on the host.  Tokens outside [0, V) are an Error(Exit::data).
-void sort_rows_by_token(const int32_t* tokens, int32_t* order, size_t n, int V);
 
 struct LayerNorm {   // y = (x - mean) * rstd * w + b, over the last axis
     Buf y;           // (BT, C)  out  =

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <random>
 
+#include "common/token_order.h"
+
 using bench::Bench;
 using bench::shape_of;
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/hash.h"
+#include "common/token_order.h"
 
 std::vector<double> as_doubles(const Buf& host) {
     std::vector<double> out(host.count);
@@ -197,13 +198,16 @@ void Trainer::fetch(int64_t step, const NextMicroBatch& next) {
     k_.wait_mark(sent_.get());  // the device has what host_batch_ held before
     for (int i = 0; i < share_.n_micro; i++) {
         const Tokens tokens = next();
-        CHECK_THAT(tokens.inputs.size() == BT && tokens.targets.size() == BT,
-                   "a micro-batch of {} and {} tokens, expected B*T = {}", tokens.inputs.size(), tokens.targets.size(),
-                   BT);
+        const auto& order = tokens.order;
+        CHECK_THAT(tokens.inputs.size() == BT && tokens.targets.size() == BT && (order.empty() || order.size() == BT),
+                   "a micro-batch of {} and {} tokens in an order of {}, expected B*T = {}", tokens.inputs.size(),
+                   tokens.targets.size(), order.size(), BT);
         const size_t at = size_t(i) * BT;
+        int32_t* host_order = host_batch_.order.as<int32_t>() + at;  // (BT)
         std::ranges::copy(tokens.inputs, host_batch_.inputs.as<int32_t>() + at);
         std::ranges::copy(tokens.targets, host_batch_.targets.as<int32_t>() + at);
-        sort_rows_by_token(tokens.inputs.data(), host_batch_.order.as<int32_t>() + at, BT, o_.model.V);
+        std::ranges::copy(order, host_order);
+        if (order.empty()) sort_rows_by_token(tokens.inputs.data(), host_order, BT, o_.model.V);
         uint32_t* where = host_batch_.where.as<uint32_t>() + 2 * size_t(i);
         where[0] = uint32_t(step);
         where[1] = uint32_t((share_.first_micro + i) * o_.micro_batch_size);

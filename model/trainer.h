@@ -44,6 +44,7 @@ class Trainer {
     // One micro-batch; valid until the next call.
     struct Tokens {
         std::span<const int32_t> inputs, targets;  // (B, T) each
+        std::span<const int32_t> order;            // (B*T) of inputs (common/token_order.h); empty: sorted here
     };
     using NextMicroBatch = std::function<Tokens()>;
     using ReadSequence = std::function<void(uint64_t index, std::span<int32_t> inputs, std::span<int32_t> targets)>;

@@ -23,10 +23,12 @@ struct Fixture {
     Scratch dir;
     Log log;
     std::string path;
+    const int V;
     TokenStream data;
     explicit Fixture(size_t n)
         : path(dir.write("a.bin", shard_bytes(counting<uint32_t>(n * T + 1)))),
-          data("data.train", {path}, ShardFormat::automatic, T, 1 << 30, log) {}
+          V(int(n * T + 1)),
+          data("data.train", {path}, ShardFormat::automatic, T, V, log) {}
 };
 
 // The sequences that the loader delivers in n_micro_batches, each checked to come with its own tokens.
@@ -42,6 +44,10 @@ std::vector<uint64_t> take(Loader& loader, int n_micro_batches) {
             own_tokens = own_tokens && batch.inputs[k] == want && batch.targets[k] == want + 1;
         }
         CHECK(own_tokens);
+        std::vector<int32_t> order(batch.inputs.size());
+        std::iota(order.begin(), order.end(), 0);
+        std::ranges::stable_sort(order, {}, [&](int32_t i) { return batch.inputs[size_t(i)]; });
+        CHECK(batch.order == order);
         all.insert(all.end(), batch.sequences.begin(), batch.sequences.end());
     }
     return all;
@@ -100,7 +106,7 @@ TEST_CASE("no shuffle: in order, and an epoch's end skips nothing") {
 TEST_CASE("loader: one rank gets exactly the sequences, in order, over the end of an epoch") {
     const Fixture f(10);
     for (const bool shuffle : {false, true}) {
-        Loader loader(f.data, T, {4, 2, 2, 0, shuffle, 7}, 0);
+        Loader loader(f.data, T, {4, 2, 2, 0, f.V, shuffle, 7}, 0);
         const std::vector<uint64_t> got = take(loader, 12);  // 24 sequences: 2.4 epochs
         REQUIRE(got.size() == 24);
         for (uint64_t p = 0; p < 24; p++) CHECK(got[p] == sequence_at(p, 10, shuffle, 7));
@@ -109,7 +115,7 @@ TEST_CASE("loader: one rank gets exactly the sequences, in order, over the end o
 
 TEST_CASE("loader: starting at step k equals going on from step k") {
     const Fixture f(17);
-    const Loader::Plan plan{6, 2, 3, 0, true, 3};
+    const Loader::Plan plan{6, 2, 3, 0, f.V, true, 3};
     Loader whole(f.data, T, plan, 0);
     const std::vector<uint64_t> all = take(whole, 30);
     for (const int k : {0, 1, 2, 5, 9}) {
@@ -124,7 +130,7 @@ TEST_CASE("loader: the ranks' sequences are disjoint, and their union is the bat
     for (const int ranks : {1, 2, 3, 6}) {
         std::vector<std::vector<uint64_t>> share;
         for (int r = 0; r < ranks; r++) {
-            Loader loader(f.data, T, {12, 2, 6 / ranks, r * 6 / ranks, true, 3}, 5);
+            Loader loader(f.data, T, {12, 2, 6 / ranks, r * 6 / ranks, f.V, true, 3}, 5);
             share.push_back(take(loader, 2 * 6 / ranks));
         }
         for (const size_t step : {0, 1}) {
@@ -141,7 +147,7 @@ TEST_CASE("loader: the ranks' sequences are disjoint, and their union is the bat
 
 TEST_CASE("loader: a reference stays good until the next call") {
     const Fixture f(1000);
-    Loader loader(f.data, T, {1, 1, 1, 0, false, 0}, 0);
+    Loader loader(f.data, T, {1, 1, 1, 0, f.V, false, 0}, 0);
     for (uint64_t i = 0; i < 50; i++) {
         const Loader::MicroBatch& batch = loader.next();
         if (i % 10 == 0)
@@ -153,7 +159,7 @@ TEST_CASE("loader: a reference stays good until the next call") {
 
 TEST_CASE("loader: what the thread meets is thrown by next(), after what was read before it") {
     const Fixture f(40000);
-    Loader loader(f.data, T, {1, 1, 1, 0, false, 0}, 0);
+    Loader loader(f.data, T, {1, 1, 1, 0, f.V, false, 0}, 0);
     CHECK(loader.next().sequences[0] == 0);
     fs::resize_file(f.path, 4096);  // row 20: tokens from 768 on are gone
     std::string message;
@@ -176,7 +182,7 @@ TEST_CASE("loader: every micro-batch before a bad token is delivered") {
     Log log;
     const TokenStream data("data.train", {dir.write("a.bin", shard_bytes(tokens))}, ShardFormat::automatic, T, 1000,
                            log);
-    Loader loader(data, T, {1, 1, 1, 0, false, 0}, 0);
+    Loader loader(data, T, {1, 1, 1, 0, 1000, false, 0}, 0);
     for (int i = 0; i < 99; i++) loader.next();
     std::this_thread::sleep_for(std::chrono::milliseconds(50));  // by now the thread has met it, two ahead
     CHECK(loader.next().sequences[0] == 99);
@@ -186,7 +192,7 @@ TEST_CASE("loader: every micro-batch before a bad token is delivered") {
 TEST_CASE("loader: stops cleanly at any moment") {
     const Fixture f(100);
     for (int i = 0; i < 200; i++) {
-        Loader loader(f.data, T, {4, 2, 2, 0, true, 0}, 0);
+        Loader loader(f.data, T, {4, 2, 2, 0, f.V, true, 0}, 0);
         for (int k = 0; k < i % 7; k++) loader.next();
         if (i % 50 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));  // all slots full: the thread waits
     }

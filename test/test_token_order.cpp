@@ -6,7 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "kernels/ops.h"
+#include "common/error.h"
+#include "common/token_order.h"
 
 TEST_CASE("sort_rows_by_token: sorted by token, equal tokens in row order") {
     std::mt19937 gen(1);

@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 
+#include "common/token_order.h"
 #include "emulator.h"
 #include "test/op_test.h"
 

@@ -14,6 +14,7 @@
 
 #include <unistd.h>
 
+#include "common/token_order.h"
 #include "cuda_emulator_host.h"
 #include "emulator.h"
 #include "kernels/simt.h"

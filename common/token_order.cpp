@@ -1,6 +1,8 @@
+#include "common/token_order.h"
+
 #include <vector>
 
-#include "kernels/ops.h"
+#include "common/error.h"
 
 void sort_rows_by_token(const int32_t* tokens, int32_t* order, size_t n, int V) {
     std::vector<int32_t> place(size_t(V) + 1);  // (V + 1) where the next row of a token goes: counting sort, stable
