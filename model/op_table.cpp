@@ -68,25 +68,28 @@ void add_embedding(Ops& all, const StepShape& z) {
 
 void add_layernorm(Ops& all, const StepShape& z) {
     const size_t BT = size_t(z.BT()), C = size_t(z.model.C), A = BT * C;
-    const int BTi = z.BT(), Ci = z.model.C, per_micro_batch = 2 * z.model.L + 1;
-    const bool bias = z.model.bias;
-    all.push_back({"layernorm forward", "layernorm", per_micro_batch * z.n_micro, [=](Bench& b) {
+    const int BTi = z.BT(), Ci = z.model.C, per_block = 2 * z.model.L;
+    const bool bias = z.model.bias, sums = bias && z.model.dropout == 0;  // the gradient of the projection before it
+    all.push_back({"layernorm forward", "layernorm", (per_block + 1) * z.n_micro, [=](Bench& b) {
         LayerNorm n{.y = b.real(A), .mean = b.stat(BT), .rstd = b.stat(BT), .x = b.real(A), .w = b.real(C),
                     .BT = BTi, .C = Ci};
         if (bias) n.b = b.real(C);
         return OpRow{shape_of({BT, C}), b.real_bytes(double(2 * A)) + 8.0 * double(BT), 0,
                      [=, &b] { b.k().layernorm_forward(n, b.stream()); }};
     }});
-    for_both_gradients(z, per_micro_batch, [&](const char* suffix, bool accumulate, int calls) {
-        all.push_back({fmt::format("layernorm backward{}", suffix), "layernorm", calls, [=](Bench& b) {
-            LayerNormGrad n{.dx = b.real(A, 0.01), .dw = b.stat(C), .dy = b.real(A, 0.01), .x = b.real(A),
-                            .w = b.real(C), .mean = b.stat(BT, 0.01), .rstd = b.stat(BT), .BT = BTi, .C = Ci,
-                            .accumulate = accumulate};
-            if (bias) n.db = b.stat(C);
-            return OpRow{shape_of({BT, C}), b.real_bytes(double(4 * A)) + 8.0 * double(BT), 0,
-                         [=, &b] { b.k().layernorm_backward(n, b.stream()); }};
-        }});
-    });
+    for (const bool last : {false, true})  // the last one's gradient begins the residual stream's
+        for_both_gradients(z, last ? 1 : per_block, [&](const char* suffix, bool accumulate, int calls) {
+            const std::string name = fmt::format("{}layernorm backward{}", last ? "last " : "", suffix);
+            all.push_back({name, "layernorm", calls, [=](Bench& b) {
+                LayerNormGrad n{.dx = b.real(A, 0.01), .dw = b.stat(C), .dy = b.real(A, 0.01), .x = b.real(A),
+                                .w = b.real(C), .mean = b.stat(BT, 0.01), .rstd = b.stat(BT), .BT = BTi, .C = Ci,
+                                .overwrite_dx = last, .accumulate = accumulate};
+                if (bias) n.db = b.stat(C);
+                if (sums) n.dx_sum = b.stat(C);
+                return OpRow{shape_of({BT, C}), b.real_bytes(double((last ? 3 : 4) * A)) + 8.0 * double(BT), 0,
+                             [=, &b] { b.k().layernorm_backward(n, b.stream()); }};
+            }});
+        });
 }
 
 struct Layer {
@@ -114,7 +117,7 @@ void add_linear(Ops& all, const StepShape& z, const Layer& l) {
         all.push_back({name, part, calls, [=](Bench& b) {
             LinearGrad o{.dw = b.stat(W), .dy = b.real(Y, 0.01), .x = b.real(X), .w = b.real(W, 0.02), .BT = BTi,
                          .C = l.C, .OC = l.OC, .w_transposed = l.head, .accumulate = accumulate};
-            if (bias) o.db = b.stat(OC);
+            if (bias && !l.residual) o.db = b.stat(OC);  // with it the LayerNorm's backward takes the sums along
             if (whole) o.dx = b.real(X);
             if (whole && l.gelu_before) o.pre_gelu = b.real(X);
             const double weights = b.real_bytes(double(X + Y)) + gradient_bytes(double(W), accumulate);
@@ -198,11 +201,6 @@ void add_dropout(Ops& all, const StepShape& z) {
                          [=, &b] { b.k().dropout(d, b.stream()); }};
         }});
     }
-    all.push_back({"zero", "other", z.n_micro, [=](Bench& b) {
-        const Buf d = b.real(A);
-        return OpRow{shape_of({BT, size_t(C)}), b.real_bytes(double(A)), 0,
-                     [=, &b] { b.k().zero(d.data, d.n_bytes(), b.stream()); }};
-    }});
 }
 
 // Over all parameters as one buffer.
