@@ -31,6 +31,9 @@ NATIVE     := $(addprefix $(B)/,train test_native test_mpi_native test_isa_nativ
 gpu-check: $(NATIVE) ## on a machine with a GPU: tests, op times, speed beside PyTorch; STAGE=... chooses
 	KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh
 
+bench-gpu: $(NATIVE) ## on a machine with a GPU: the whole step beside PyTorch, and the goals; writes benchmarks/results/
+	KILN_BUILD=$(abspath $(B)) KILN_CUDA_LIBRARIES=$$(scripts/cuda_libraries.sh) $(PYTHON) scripts/bench_gpu.py
+
 bundle: ## build/kiln-bundle.tar.zst: all that another machine with a GPU needs
 	@$(MAKE) --no-print-directory -j$$(nproc) CPU=x86-64-v3 native
 	scripts/bundle.sh build/release-x86-64-v3
@@ -120,4 +123,4 @@ build/mutants/obj/%.o: build/mutants/src/%.cu
 cudnn-found:
 	@echo "cudnn.h=$(call has_header,cudnn.h,$(CUDNN)) cudnn_frontend.h=$(call has_header,cudnn_frontend.h,$(CUDNN_FRONTEND)) "
 
-.PHONY: emulated gpu-check bundle native kernel-table kernel-table-check sass-check cudnn-found
+.PHONY: emulated gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found

@@ -4,12 +4,14 @@
     python3 scripts/bench_pytorch.py --size 124m --batch 16             tokens/s; the last line is one JSON object
     python3 scripts/bench_pytorch.py --size 1558m --batch 8 --sdpa cudnn
     python3 scripts/bench_pytorch.py --attention 64x12x1024x64          attention alone (BxNHxTxHS)
+    python3 scripts/bench_pytorch.py --ops --size 124m --batch 64       each op alone, as ./train bench names them
     python3 scripts/bench_pytorch.py --tiny --device cpu                what the tests run
 
 The model is scripts/gpt2_torch.py's under torch.compile, with bf16 autocast, fused AdamW, gradient clipping at 1, a
 vocabulary of 50304 and random tokens that already lie on the GPU.  A window is ten steps between two waits for the GPU;
 the figure is the median window, compilation and warm-up left out.  --sdpa forces scaled_dot_product_attention to one
-implementation; by default PyTorch chooses.  Needs PyTorch 2.3 or later for --sdpa and nothing else; downloads nothing.
+implementation; by default PyTorch chooses.  Ops alone: scripts/torch_ops.py.  Needs PyTorch 2.3 or later for --sdpa and
+nothing else; downloads nothing.
 
 Exit codes: 0 done, 2 no PyTorch or no such device, 7 out of memory.
 """
@@ -21,7 +23,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -33,9 +34,9 @@ except ImportError as e:
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpt2_torch  # noqa: E402
 from gpu_stages import SIZES  # noqa: E402
+from torch_ops import Clock, Shape, op_times  # noqa: E402
 
 VOCABULARY = 50304
-FLUSH_BYTES = 256 << 20                                         # more than an L2 cache holds
 
 
 def sdpa_choice(name: str):
@@ -101,6 +102,24 @@ def train(a: argparse.Namespace, config: gpt2_torch.GPT2Config) -> dict:
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if a.device == "cuda" else None}
 
 
+def ops(a: argparse.Namespace, c: gpt2_torch.GPT2Config) -> dict:
+    """Every op of a step that PyTorch has as one; attention by cuDNN and as PyTorch chooses, the faster counts."""
+    rows = op_times(Shape(a.batch, c.context_length, c.n_layer, c.n_embd, c.vocab_size), Clock(a.device, a.samples),
+                    a.compile)
+    shape = f"{a.batch}x{c.n_head}x{c.context_length}x{c.n_embd // c.n_head}"
+    found: dict[str, dict] = {}
+    for choice in ("default", "cudnn") if a.device == "cuda" else ("default",):
+        try:
+            found[choice] = attention(shape, argparse.Namespace(**{**vars(a), "sdpa": choice}))
+        except RuntimeError as e:                               # no kernel of that kind for this device or shape
+            print(f"attention by {choice}: {e}", file=sys.stderr)
+    for way in ("forward", "backward"):
+        times = {choice: t[f"{way}_us"] for choice, t in found.items()}
+        fastest = min(times, key=times.__getitem__, default=None)
+        rows.append({"op": f"attention {way}", "us": times.get(fastest), "by": fastest, **times})
+    return {"size": a.size, "B": a.batch, "compile": a.compile, "samples": a.samples, "ops": rows}
+
+
 def attention(shape: str, a: argparse.Namespace) -> dict:
     """Forward and backward of causal attention alone; q, k and v are views of one packed (B, T, 3, NH, HS) tensor."""
     B, NH, T, HS = (int(x) for x in shape.split("x"))
@@ -108,34 +127,15 @@ def attention(shape: str, a: argparse.Namespace) -> dict:
     qkv = torch.randn(B, T, 3, NH, HS, device=a.device, dtype=dtype, requires_grad=True)
     hidden = gpt2_torch.future(T).to(a.device)
     dy = torch.randn(B, NH, T, HS, device=a.device, dtype=dtype)
-    flush = torch.empty(FLUSH_BYTES if a.device == "cuda" else 1, device=a.device, dtype=torch.int8)
+    clock = Clock(a.device, a.samples)
 
     def forward() -> torch.Tensor:
         return gpt2_torch.causal_attention(*qkv.permute(2, 0, 3, 1, 4), hidden)
 
-    def us(run: Callable[[], object]) -> float:
-        for _ in range(2):
-            run()
-        times = []
-        for _ in range(a.samples):
-            flush.zero_()
-            if a.device == "cuda":
-                marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                marks[0].record()
-                run()
-                marks[1].record()
-                marks[1].synchronize()
-                times.append(1e3 * marks[0].elapsed_time(marks[1]))
-            else:
-                start = time.perf_counter()
-                run()
-                times.append(1e6 * (time.perf_counter() - start))
-        return median(times)
-
     with sdpa_choice(a.sdpa):
-        forward_us = us(forward)
+        forward_us = clock.us(forward)
         y = forward()
-        backward_us = us(lambda: torch.autograd.grad(y, qkv, dy, retain_graph=True))
+        backward_us = clock.us(lambda: torch.autograd.grad(y, qkv, dy, retain_graph=True))
     flop = 2.0 * B * T * T * NH * HS                            # the causal half of two products
     return {"shape": shape, "sdpa": a.sdpa, "forward_us": forward_us, "forward_tflop_per_s": flop / forward_us / 1e6,
             "backward_us": backward_us, "backward_tflop_per_s": 2.5 * flop / backward_us / 1e6}
@@ -157,7 +157,8 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=10, help="steps between two waits")
     parser.add_argument("--sdpa", choices=("default", "cudnn", "flash"), default="default")
     parser.add_argument("--attention", action="append", metavar="BxNHxTxHS", default=[])
-    parser.add_argument("--samples", type=int, default=21, help="of attention alone")
+    parser.add_argument("--ops", action="store_true", help="each op alone instead of training")
+    parser.add_argument("--samples", type=int, default=21, help="of what is measured alone")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--tiny", action="store_true", help="two small layers, a few steps, not compiled")
@@ -172,7 +173,8 @@ def main() -> int:
         a.size, a.batch, a.steps, a.warmup, a.window, a.samples, a.compile = "tiny", 2, 4, 1, 2, 3, False
         config = gpt2_torch.GPT2Config(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=128)
     try:
-        result = {"attention": [attention(shape, a) for shape in a.attention]} if a.attention else train(a, config)
+        result = ({"attention": [attention(shape, a) for shape in a.attention]} if a.attention
+                  else ops(a, config) if a.ops else train(a, config))
     except RuntimeError as e:                                   # OutOfMemoryError is one, and has not always existed
         if "out of memory" not in str(e):
             raise

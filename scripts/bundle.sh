@@ -108,7 +108,8 @@ END
 chmod +x "$top/bin/run"
 for name in "${programs[@]}" mpirun; do ln -s run "$top/bin/$name"; done
 ln -s bin/train bin/mpirun "$top/"
-cp scripts/{gpu_check.sh,gpu_check.py,gpu_stages.py,cuda_libraries.sh,bench_pytorch.py,gpt2_torch.py,prepare_data.py} "$top/scripts/"
+cp scripts/{gpu_check.sh,gpu_check.py,gpu_stages.py,gpu_speed.py,goals.py,bench_gpu.py,cuda_libraries.sh} "$top/scripts/"
+cp scripts/{bench_pytorch.py,torch_ops.py,train_pytorch.py,gpt2_torch.py,prepare_data.py} "$top/scripts/"
 cp configs/*.yaml "$top/configs/"
 cp LICENSE "$top/"
 { cat build/commit 2>/dev/null || echo unknown; } >"$top/commit"
@@ -128,7 +129,8 @@ the NVIDIA driver for CUDA 13, and CUDA 13's libcublasLt.so.13 and libnccl.so.2:
 LD_LIBRARY_PATH, /usr/local/cuda or python3's nvidia-* packages. libcudnn.so.9 is looked for likewise; without it there is
 only no comparison with cuDNN's attention. Everything else is in lib/.
 
-    scripts/gpu_check.sh        tests, op times, speed beside PyTorch; needs python3 (its head lists stages)
+    scripts/gpu_check.sh                tests, op times, speed beside PyTorch; needs python3 (its head lists stages)
+    python3 scripts/bench_gpu.py        all that is measured beside PyTorch, stage by stage, into benchmarks/results/
 
 The demo, on two ranks, which may share one GPU; the first line makes its data, and python3 is needed for that:
 

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 """GPT-2 in PyTorch: the twin that kiln is checked against (scripts/parity.py) and timed against
-(scripts/bench_cpu.py, on a GPU scripts/bench_pytorch.py).
+(scripts/bench_cpu.py, on a GPU scripts/bench_pytorch.py), and that must learn as well (scripts/train_pytorch.py).
 
 It states the mathematics a second time, in a framework that many people trust: same tensor names and layout as Hugging
 Face's GPT-2, same data order, schedule, clipping and AdamW as kiln. Written to be read; it trains nothing on its own.
@@ -36,6 +36,7 @@ class GPT2Config:
     context_length: int
     vocab_size: int
     bias: bool = True
+    dropout: float = 0.0
 
 
 class Table(nn.Module):
@@ -77,18 +78,18 @@ def future(T: int) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool).triu(1)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, dropout: float = 0.0) -> Tensor:
     """q, k, v and the result: (B, NH, T, HS); hidden: future(T), for versions that cannot mask by themselves."""
     if hasattr(F, "scaled_dot_product_attention"):              # PyTorch 2
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     score = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.size(-1)))
-    return score.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    return F.dropout(score.masked_fill(hidden, float("-inf")).softmax(-1), dropout) @ v
 
 
 class Attention(nn.Module):
     def __init__(self, c: GPT2Config) -> None:
         super().__init__()
-        self.n_head = c.n_head
+        self.n_head, self.dropout = c.n_head, c.dropout
         self.c_attn = Linear(c.n_embd, 3 * c.n_embd, c.bias)
         self.c_proj = Linear(c.n_embd, c.n_embd, c.bias, std=0.02 / math.sqrt(2 * c.n_layer))
         self.register_buffer("hidden", future(c.context_length), persistent=False)  # (T, T)
@@ -97,18 +98,19 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, NH, T, HS)
-        y = causal_attention(q, k, v, self.hidden[:T, :T])
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = causal_attention(q, k, v, self.hidden[:T, :T], self.dropout if self.training else 0.0)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, c: GPT2Config) -> None:
         super().__init__()
+        self.dropout = c.dropout
         self.c_fc = Linear(c.n_embd, 4 * c.n_embd, c.bias)
         self.c_proj = Linear(4 * c.n_embd, c.n_embd, c.bias, std=0.02 / math.sqrt(2 * c.n_layer))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -137,6 +139,7 @@ class GPT2(nn.Module):
         """Mean cross-entropy in nats over all B*T targets. tokens, targets: (B, T) int64."""
         T = tokens.size(1)
         x = F.embedding(tokens, self.wte.weight) + self.wpe.weight[:T]      # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             x = block(x)
         logits = F.linear(self.ln_f(x), self.wte.weight)                    # (B, T, V)
@@ -236,11 +239,11 @@ def learning_rate(step: int, lr: float, schedule: str, warmup: int, max_steps: i
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
 
 
-def make_optimizer(model: GPT2, weight_decay: float = 0.1) -> torch.optim.AdamW:
+def make_optimizer(model: GPT2, weight_decay: float = 0.1, beta2: float = 0.95, **options) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]  # biases and LayerNorm weights are not decayed
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), eps=1e-8, **options)
 
 
 def train_step(model: GPT2, optimizer: torch.optim.AdamW, micro_batches: list[tuple[Tensor, Tensor]], lr: float,

@@ -1,4 +1,5 @@
-"""Runs the stages of scripts/gpu_check.sh and keeps their results; scripts/gpu_stages.py has the stages themselves.
+"""Runs the stages of scripts/gpu_check.sh and keeps their results; gpu_stages.py and gpu_speed.py have the stages
+themselves, goals.py what is judged.
 
 A stage writes OUT/<stage>.json and OUT/<stage>.log; after every stage all results in OUT are merged into
 OUT/<gpu>-<date>.json.
@@ -18,15 +19,23 @@ import time
 from pathlib import Path
 from typing import Optional
 
+import goals
+import gpu_speed
 import gpu_stages
-from gpu_stages import (BUNDLE, LIBRARIES, ROOT, SDPA, SIZES, STAGE_SECONDS, TOOLS, Data, Failed, Gpu, Skipped, Stage,
-                        TimedOut, kiln_env, option, options_of, pytorch_stage, quietly, stages, torch_python)
+from gpu_speed import SDPA, pytorch_stage
+from gpu_stages import (BUNDLE, LIBRARIES, ROOT, SIZES, STAGE_SECONDS, TOOLS, Data, Failed, Gpu, Skipped, Stage,
+                        TimedOut, kiln_env, option, quietly, torch_python)
 
 OUT = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results-in-progress").resolve()
 FORCE = os.environ.get("FORCE", "") not in ("", "0")
 DEFAULT = ("tests", "attention", "ops-124m", "pytorch-124m")
 SAME = ("commit", "gpu", "driver", "cublaslt", "nccl", "torch")  # of the environment, for a result to be kept
-SCRIPTS = ("gpu_check.py", "gpu_stages.py", "bench_pytorch.py", "gpt2_torch.py", "prepare_data.py")
+SCRIPTS = ("gpu_check.py", "gpu_stages.py", "gpu_speed.py", "bench_pytorch.py", "torch_ops.py", "train_pytorch.py",
+           "gpt2_torch.py", "prepare_data.py")
+
+
+def stages() -> dict:
+    return gpu_stages.stages() | gpu_speed.stages()
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
@@ -124,7 +133,9 @@ def code_hash() -> str:
 
 
 def options(stage: str) -> Data:
-    return {name: option(name) for name in options_of(stage)}
+    """The options that change what a stage does and are not in its name."""
+    names = {"train": ("DEMO_STEPS",), "pytorch": ("BATCH", "ROUNDS")}.get(stage.split("-")[0], ())
+    return {name: option(name) for name in names}
 
 
 def keep(result: Optional[Data], here: Data) -> bool:
@@ -173,18 +184,21 @@ def merge() -> Path:
     return path
 
 
-def asked_for(names: list[str]) -> dict[str, list[str]]:
-    """What STAGE says, each with the stages that it stands for."""
+def asked_for(names: list[str]) -> list[list[str]]:
+    """What STAGE says, as groups of stages: those of one group share the time of one stage."""
     sdpa = os.environ.get("SDPA") or "default"
     if sdpa not in SDPA:
         raise ValueError(f"SDPA={sdpa}; known are {', '.join(SDPA)}")
-    known = {"tests": ["tests"], "sanitize": [f"sanitize-{tool}" for tool in TOOLS]}
-    known |= {name: [name] for name in stages()}
-    known |= {f"pytorch-{size}": [pytorch_stage(size, sdpa)] for size in SIZES} | {"merge": []}
+    known = {"tests": [["tests"]], "sanitize": [[f"sanitize-{tool}" for tool in TOOLS]]}
+    known |= {name: [[name]] for name in stages()}
+    known |= {f"pytorch-{size}": [[pytorch_stage(size, sdpa)]] for size in SIZES} | {"merge": []}
+    known |= {"ops": [[f"ops-{size}"] for size in gpu_speed.OPS], "bench": [[name] for name in gpu_speed.BENCH],
+              "quality": [[name] for name in gpu_speed.QUALITY]}
     for name in names:
         if name not in known:
             raise ValueError(f"STAGE={name}; known are {', '.join(known)}")
-    return {name: known[name] for name in names}
+    groups = [group for name in names for group in known[name]]
+    return [group for i, group in enumerate(groups) if group not in groups[:i]]
 
 
 def main() -> int:
@@ -197,14 +211,14 @@ def main() -> int:
         return 2
     OUT.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that what is running is ended too
-    wanted = [stage for group in asked.values() for stage in group]
+    wanted = [stage for group in asked for stage in group]
     if wanted:
         gpu = find_gpu()
         if not gpu.why and not LIBRARIES:
             gpu = gpu._replace(why="libcublasLt.so.13 and libnccl.so.2 are nowhere; set CUDA_HOME or LD_LIBRARY_PATH")
         here = environment(gpu) | {"code": code_hash()}
         print(f"{gpu.name or 'no GPU'}; results in {OUT}", flush=True)
-        for group in asked.values():
+        for group in asked:
             left = [name for name in group if not keep(read_result(name), here)]
             for name in group:
                 if name not in left:
@@ -220,6 +234,7 @@ def main() -> int:
     print(f"\n{'stage':20} {'result':9} {'seconds':>8}  headline")
     for r in results:
         print(f"{r['stage']:20} {r['result']:9} {r['seconds']:8.1f}  {r['headline']}")
+    print(goals.table(json.loads(path.read_text())))
     print(path)
     return 0 if all(r["result"] in ("passed", "skipped") for r in results) else 1
 

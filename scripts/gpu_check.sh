@@ -10,16 +10,24 @@
 #                    of the time; one that does not get done ("timed out") has all of it as sanitize-racecheck
 #   train            loss of the demo on the GPU, fp32 and bf16, against the CPU
 #   attention        attention kernels side by side, ours, cuDNN's and PyTorch's; what of their goals is met
-#   ops-SIZE         ./train bench: time of every op, and of what the device can do; 124m, 1558m
+#   ops              ./train bench: time of every op beside PyTorch's, and of what the device can do (ops-124m, ops-1558m)
 #   pytorch-SIZE     tokens/s beside PyTorch, in turn; 124m, 350m, 774m, 1558m
+#   modes            deterministic kernels against the fastest; two runs, the same weights
+#   gaps             launches: B64 and B4, as a CUDA graph and without; idle time where nsys is installed
+#   start            seconds from the command to the first step
+#   quality          configs/shakespeare-char.yaml beside PyTorch, three seeds (quality-1 ...), and in fp32
+#   bench            all of these that make bench-gpu runs
 #   merge            only puts the results in OUT together
 #
 #   OUT=DIR          where results go; a stage that has passed there, with the same programs, options and GPU and not
 #                    from a dirty tree, is not run again
 #   FORCE=1          run it again
-#   BATCH=16 ROUNDS=2     of pytorch-SIZE       SDPA=default|cudnn|flash   the same; cudnn is stage pytorch-SIZE-cudnn
+#   BATCH=0 ROUNDS=5      of pytorch-SIZE; 0: 64, 32, 32, 16 by size. As many rounds as the stage's time allows
+#   SDPA=default|cudnn|flash   of pytorch-SIZE; cudnn is also stage pytorch-SIZE-cudnn
+#   TEXT=FILE        tiny Shakespeare, for quality (default data/tinyshakespeare.txt)
 #   DEMO_STEPS=1500       of train              STAGE_SECONDS=470          limit of one stage
 #
+# The last lines say which goals are met, not met or not measured (scripts/goals.py).
 # Exit code: 0 all passed (or skipped, in words), 1 something did not, 2 usage.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2

@@ -1,4 +1,5 @@
-"""The stages of scripts/gpu_check.sh, which says what they are; scripts/gpu_check.py runs them and keeps their results.
+"""The stages of scripts/gpu_check.sh that are right or wrong, and what all stages work with; gpu_speed.py has those
+that measure speed, gpu_check.sh says what each is, gpu_check.py runs them and keeps their results.
 
 Programs come from bin/ in a bundle and from build/release/ (KILN_BUILD) in a checkout. A stage returns its headline and
 its data; where a check does not hold it raises Failed, with what it has measured until then.
@@ -28,8 +29,8 @@ LIBRARIES = os.environ.get("KILN_CUDA_LIBRARIES", "")
 STAGE_SECONDS = float(os.environ.get("STAGE_SECONDS", 470))
 # GPT-2's layers, heads, width; scripts/bench_pytorch.py takes them from here.
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}
-SDPA = ("default", "cudnn", "flash")
-OPTIONS = {"BATCH": 16, "ROUNDS": 2, "DEMO_STEPS": 1500}        # numbers from the environment, and their defaults
+BATCHES = {"124m": 64, "350m": 32, "774m": 32, "1558m": 16}    # sequences of a step where speed is measured
+OPTIONS = {"BATCH": 0, "ROUNDS": 5, "DEMO_STEPS": 1500}         # numbers from the environment, and their defaults
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZERS = ("/usr/local/cuda/bin/compute-sanitizer",)         # where it is when neither PATH nor CUDA_HOME has it
 # What the sanitizers run: the tests of ops on a device, which are small; whole models are not.
@@ -44,7 +45,6 @@ PRODUCTS = ("linear forward: every backend*", "linear backward: every backend*")
 DOCTEST = re.compile(r"test cases:\s*\d+ \|\s*(\d+) passed \|\s*(\d+) failed")
 FAILING = re.compile(r"TEST CASE:\s*(.*)")
 OUT_OF_MEMORY = 7
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}      # dense FLOP/s by the vendor
 Data = dict[str, Any]
 
 
@@ -247,6 +247,36 @@ def flat(sections: dict) -> Data:
     return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Data:
+    """A config of kiln's configs/ as {"section.key": value}: sections of keys, each with one value on its line."""
+
+    def value(text: str) -> Any:
+        text = text.strip()
+        if text.startswith("["):
+            return [value(part) for part in text[1:-1].split(",")]
+        words = {"true": True, "false": False}
+        for kind in (words.__getitem__, int, float):
+            try:
+                return kind(text)
+            except (KeyError, ValueError):
+                continue
+        return text.strip("'\"")
+
+    found, section = {}, ""
+    for line in path.read_text().splitlines():
+        line = re.sub(r"(^|\s)#.*", "", line).rstrip()
+        if match := re.fullmatch(r"(\w+):", line):
+            section = match[1]
+        elif match := re.fullmatch(r"  (\w+): *(.+)", line):
+            found[f"{section}.{match[1]}"] = value(match[2])
+        elif line:
+            raise ValueError(f"{path}: not understood: {line}")
+    for override in overrides:
+        key, _, text = override.partition("=")
+        found[key] = value(text)
+    return found
+
+
 def write_tokens(path: Path, n: int, vocabulary: int) -> str:
     """A shard of random tokens: speed does not depend on the text."""
     r = random.Random(vocabulary)
@@ -328,152 +358,7 @@ def train(s: Stage) -> tuple[str, Data]:
     return "val loss " + ", ".join(f"{n} {val[n]:.4f}" for n in list(runs)[:3]) + "; repeated run identical", data
 
 
-def attention(s: Stage) -> tuple[str, Data]:
-    """All attention kernels of ours and the library's in one process, then PyTorch's at the same shapes."""
-    path = s.work / "attention.jsonl"
-    code, text = s.run([s.program("bench_attention"), "--json", path], 240)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    data: Data = {"run": rows[:1]} | {key: [r for r in rows if r["type"] == kind] for key, kind in
-                                      (("kernels", "kernel"), ("attention", "attention"), ("goals", "goal"))}
-    if code != 0:
-        raise Failed(f"bench_attention: {reason(code, text)}", data)
-    ours = [r for r in data["attention"] if not r["kernel"].startswith("cudnn")]
-    shapes = list(dict.fromkeys(r["shape"] for r in ours))
-    data |= {"pytorch": [], "beside_pytorch": [], "pytorch_failed": {}}
-    for sdpa in SDPA if shapes else ():
-        command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--sdpa", sdpa]
-        code, text = s.run([*command, *(word for shape in shapes for word in ("--attention", shape))], 70,
-                           dict(os.environ))
-        if code != 0:
-            data["pytorch_failed"][sdpa] = reason(code, text)
-            continue
-        data["pytorch"] += json.loads(text.splitlines()[-1])["attention"]
-    data["beside_pytorch"] = [
-        {"shape": r["shape"], "way": r["way"], "kernel": r["kernel"], "sdpa": t["sdpa"],
-         "ratio": t[f"{r['way']}_us"] / r["us"]}
-        for r in ours for t in data["pytorch"] if t["shape"] == r["shape"]]
-    return attention_headline(data, ours), data
-
-
-def attention_headline(data: Data, ours: list[Data]) -> str:
-    """The first shape, by the kernels that `device.attention: auto` takes."""
-    goals = [g for g in data["goals"] if not g["stretch"]]
-    met = f"{sum(g['result'] == 'met' for g in goals)} of {len(goals)} goals met"
-    if missing := sum(g["result"] == "not measured" for g in goals):
-        met += f", {missing} not measured"
-    if not ours:
-        return f"nothing measured; {met}"
-    kernel = "sm90" if any(r["kernel"] == "sm90" for r in ours) else "portable"
-    shape = ours[0]["shape"]
-    parts = []
-    for r in ours:
-        if (r["kernel"], r["shape"]) == (kernel, shape):
-            beside = [f"{b['ratio']:.2f}x {b['sdpa']}" for b in data["beside_pytorch"]
-                      if all(b[key] == r[key] for key in ("shape", "way", "kernel"))]
-            parts.append(f"{r['way']} {r['tflop_per_s']:.0f} TFLOP/s"
-                         + (f" ({', '.join(beside)} of PyTorch)" if beside else ""))
-    torch = "" if data["beside_pytorch"] else "; no PyTorch"
-    return f"{kernel} at {shape}: {', '.join(parts)}{torch}; {met}"
-
-
-OPS = {"124m": 64, "1558m": 16}                                 # sequences of a step whose ops are timed
-
-
-def ops(s: Stage, size: str) -> tuple[str, Data]:
-    """Every op of a step of one micro-batch, by `./train bench`."""
-    path = s.work / "ops.jsonl"
-    batch = [f"train.{key}={OPS[size]}" for key in ("global_batch_size", "micro_batch_size")]
-    code, text = s.run([s.program("train"), "bench", "--config", ROOT / "configs" / f"gpt2-{size}.yaml", "--json", path,
-                        *(word for setting in batch for word in ("--set", setting))], 240)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    of = {kind: [r for r in rows if r["type"] == kind] for kind in ("run", "peak", "op", "step")}
-    data: Data = {"size": size, "run": of["run"], "peak": of["peak"], "ops": of["op"], "step": of["step"]}
-    if code != 0:
-        raise Failed(f"train bench: {reason(code, text)}", data)
-    steps = ", ".join(f"{r['step_ms']:.1f} ms, at the device's peaks {r['bound_ms']:.1f} ms" for r in of["step"])
-    return f"{size} B{OPS[size]}: a step's ops in a row {steps or 'not complete'}", data
-
-
-def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
-    """kiln and PyTorch in turn, so that a change of clocks hits both; the figures are medians."""
-    layers, heads, width = SIZES[size]
-    shard = write_tokens(s.work / "random.bin", 1 << 21, 50257)
-    data: Data = {"size": size, "T": 1024, "sdpa": sdpa, "kiln": [], "pytorch": []}
-
-    def kiln(batch: int) -> float:
-        records = s.train("speed", flat({
-            "device": {"kind": "cuda", "dtype": "bf16"},
-            "model": {"n_layer": layers, "n_head": heads, "n_embd": width, "context_length": 1024, "vocab_size": 50257},
-            "data": {"train": [shard]}, "optimizer": {"learning_rate": 1e-4},
-            "train": {"max_steps": 60, "global_batch_size": batch, "micro_batch_size": batch}}), limit_s=s.left() - 5)
-        steps = [r for r in records if r["type"] == "step"][20:]
-        ms = median(r["step_ms"] for r in steps)
-        run = next(r for r in records if r["type"] == "run")
-        data["flops_per_token"] = run["flops_per_token"]
-        data["kiln"].append({"step_ms": ms, "tokens_per_s": 1e3 * batch * 1024 / ms,
-                             "step_ms_all": [round(r["step_ms"], 4) for r in steps],
-                             "phase_ms": {p: median(r["phase_ms"][p] for r in steps) for p in steps[0]["phase_ms"]}})
-        return ms
-
-    def torch(batch: int) -> bool:
-        # What is compiled in the first round need not be in the second.
-        cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(s.work / "inductor")}
-        command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--size", size, "--batch", str(batch)]
-        code, text = s.run([*command, "--sdpa", sdpa], s.left() - 5, cache)
-        if code != 0:
-            data["pytorch_failed"] = reason(code, text)
-            return False
-        data["pytorch"].append(json.loads(text.splitlines()[-1]))
-        return True
-
-    batch = option("BATCH")
-    while True:
-        try:
-            kiln(batch)
-            break
-        except MemoryError as e:
-            if batch == 1:
-                raise Failed(str(e), data) from e
-            batch //= 2
-    data["B"] = batch
-    there = torch(batch)
-    for _ in range(option("ROUNDS") - 1):
-        if s.left() < 90:                                       # a round more would be cut off
-            break
-        kiln(batch)
-        there = there and torch(batch)
-    ours = median(r["tokens_per_s"] for r in data["kiln"])
-    data["kiln_tokens_per_s"] = ours
-    headline = f"{size} B{batch} T1024 bf16: kiln {ours:,.0f} tokens/s"
-    for chip, peak in PEAK_BF16.items():
-        if chip in s.gpu.name:
-            data["kiln_mfu_palm"] = ours * data["flops_per_token"] / peak
-            headline += f" ({data['kiln_mfu_palm']:.1%} of {peak / 1e12:.0f} TFLOP/s)"
-    if not data["pytorch"]:
-        return f"{headline}; PyTorch: {data.get('pytorch_failed', 'not run')}", data
-    theirs = median(r["tokens_per_s"] for r in data["pytorch"])
-    data |= {"pytorch_tokens_per_s": theirs, "ratio": ours / theirs}
-    return f"{headline}, PyTorch ({sdpa} SDPA) {theirs:,.0f}: {ours / theirs:.2f}x", data
-
-
 def stages() -> dict[str, Callable[[Stage], tuple[str, Data]]]:
     """By the name of the result's file."""
-    all_of: dict[str, Callable[[Stage], tuple[str, Data]]] = {
-        "tests": tests, "train": train, "attention": attention}
-    for tool in TOOLS:
-        all_of[f"sanitize-{tool}"] = lambda s, tool=tool: sanitize(s, tool)
-    for size in OPS:
-        all_of[f"ops-{size}"] = lambda s, size=size: ops(s, size)
-    for size in SIZES:
-        for sdpa in SDPA:
-            all_of[pytorch_stage(size, sdpa)] = lambda s, size=size, sdpa=sdpa: pytorch(s, size, sdpa)
-    return all_of
-
-
-def pytorch_stage(size: str, sdpa: str) -> str:
-    return f"pytorch-{size}" + ("" if sdpa == "default" else f"-{sdpa}")
-
-
-def options_of(stage: str) -> tuple[str, ...]:
-    """The options that change what a stage does and are not in its name."""
-    return {"train": ("DEMO_STEPS",), "pytorch": ("BATCH", "ROUNDS")}.get(stage.split("-")[0], ())
+    return {"tests": tests, "train": train} | {f"sanitize-{tool}": lambda s, tool=tool: sanitize(s, tool)
+                                               for tool in TOOLS}

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from pretended_gpu import check  # noqa: F401  a fixture
 
 REPO = Path(__file__).resolve().parents[2]
 TRAIN = REPO / "train"

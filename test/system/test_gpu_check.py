@@ -1,15 +1,12 @@
 """scripts/gpu_check.sh where there is no GPU: it says so; and what it does with results, with programs that stand in.
 
-Also what it starts: bench_attention and bench_pytorch.py at tiny sizes, cuda_libraries.sh.  Seen to fail: a result kept after
-another commit, build or option, a failed, skipped or dirty result kept, a stage that outlives its limit, one stage's
-crash that ends the others, a sanitizer without time that passes.
+Also cuda_libraries.sh.  Seen to fail: a result kept after another commit, build or option, a failed, skipped or dirty
+result kept, a stage that outlives its limit, one stage's crash that ends the others, a sanitizer without time that passes.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,95 +14,22 @@ import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from conftest import REPO, TRAIN, run
+from pretended_gpu import HERE, Check, beside, bench_writes, executable
 
 SCRIPT = REPO / "scripts" / "gpu_check.sh"
-TORCH = "/usr/bin/python3"
-HERE = {"commit": "abc", "gpu": "NVIDIA Pretended"}
-
-# Stands in for ./train: writes the metrics that the environment asks for.
-FAKE_TRAIN = """#!{python}
-import json, os, pathlib, re, sys
-config = open(sys.argv[sys.argv.index("--config") + 1]).read()
-batch = int(re.search('"micro_batch_size": (\\\\d+)', config).group(1))
-with open("{calls}", "a") as f:
-    f.write(f"kiln {{batch}}\\n")
-if batch > int(os.environ.get("FITS", 99)):
-    print("error: out of memory")
-    sys.exit(7)
-run = pathlib.Path("runs/speed")
-run.mkdir(parents=True, exist_ok=True)
-step = {{"type": "step", "loss": 1.0, "step_ms": 50.0, "phase_ms": {{"forward": 20.0}}}}
-with open(run / "metrics.jsonl", "w") as f:
-    for record in [{{"type": "run", "flops_per_token": 8e8}}] + 60 * [step]:
-        f.write(json.dumps(record) + "\\n")
-"""
-FAKE_TORCH = """#!{python}
-import sys
-if "-c" in sys.argv:
-    print("2.99")
-    sys.exit()
-sdpa = sys.argv[sys.argv.index("--sdpa") + 1]
-with open("{calls}", "a") as f:
-    f.write("torch " + sys.argv[sys.argv.index("--batch") + 1] + (" " + sdpa if sdpa != "default" else "") + "\\n")
-print("compiling")
-print('{{"tokens_per_s": 200000.0}}')
-"""
-
-
-def executable(path: Path, text: str) -> Path:
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-class Check:
-    """The script as a module, on a GPU that is pretended."""
-
-    def __init__(self, module: ModuleType, stages: ModuleType, root: Path, patch: pytest.MonkeyPatch) -> None:
-        self.module, self.stages, self.patch = module, stages, patch
-        self.out, self.programs = root / "out", root / "programs"
-        self.programs.mkdir()
-
-    def run(self, stage: str) -> int:
-        os.environ["STAGE"] = stage
-        return self.module.main()
-
-    def result(self, stage: str) -> dict:
-        return json.loads((self.out / f"{stage}.json").read_text())
-
-    def merged(self) -> dict:
-        return json.loads(next(self.out.glob("nvidia-pretended-*.json")).read_text())
-
-    def shell(self, program: str, text: str) -> None:
-        executable(self.programs / program, f"#!/bin/bash\n{text}\n")
-
-
-@pytest.fixture
-def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))
-    for name in ("gpu_check", "gpu_stages"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    for name in ("STAGE", "FORCE", "BATCH", "ROUNDS", "SDPA", "DEMO_STEPS"):
-        monkeypatch.setenv(name, "")
-    stages, module = importlib.import_module("gpu_stages"), importlib.import_module("gpu_check")
-    monkeypatch.setattr(module, "OUT", tmp_path / "out")
-    monkeypatch.setattr(stages, "BIN", tmp_path / "programs")
-    monkeypatch.setattr(module, "LIBRARIES", "/nowhere")
-    monkeypatch.setattr(module, "find_gpu", lambda: module.Gpu("NVIDIA Pretended", "9.0", 1 << 37, "13.0", ""))
-    monkeypatch.setattr(module, "environment", lambda gpu: dict(HERE))
-    monkeypatch.setattr(module, "clocks", lambda: {})
-    return Check(module, stages, tmp_path, monkeypatch)
 
 
 def test_every_stage_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     stages = ["tests", "sanitize", "train", "attention", "ops-124m", "pytorch-124m"]
     done = run([SCRIPT], {"OUT": tmp_path, "STAGE": " ".join(stages), "CUDA_VISIBLE_DEVICES": ""})
     assert done.code == 1, done.err
-    table = done.out.split("headline\n")[1].splitlines()
+    *table, path = done.out.split("headline\n")[1].splitlines()
+    goals = [line for line in table if line.startswith("not measured ")]
+    assert len(goals) > 20 and table[-len(goals):] == goals  # they come after the stages
+    table[len(table) - len(goals):] = [path]
     stages[1:2] = [f"sanitize-{tool}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")]
     assert sorted(line.split()[0] for line in table[:-1]) == sorted(stages)
     assert all(line.split()[1] == "failed" and "no usable GPU: " in line for line in table[:-1])
@@ -130,14 +54,6 @@ def test_an_unknown_stage_or_option_is_refused(tmp_path: Path) -> None:
         done = run([SCRIPT], {"OUT": tmp_path} | env)
         assert done.code == 2 and error in done.err
     assert not list(tmp_path.iterdir())
-
-
-def bench_writes(text: str) -> str:
-    """Stands in for ./train bench: writes the file that --json names."""
-    return f"""while [ "$1" != --json ]; do shift; done
-cat > "$2" <<'END'
-{text}
-END"""
 
 
 def counted(check: Check, stage: str = "ops-124m") -> Callable[[], bool]:
@@ -197,9 +113,9 @@ def test_other_options_are_run_again(check: Check, monkeypatch: pytest.MonkeyPat
         assert check.run(stage) == 0
         return calls.read_text().replace("\n", " ")
 
-    assert again() == "kiln 16 torch 16 kiln 16 torch 16 " and again() == ""
+    assert again() == 5 * "kiln 64 torch 64 " and again() == ""
     monkeypatch.setenv("BATCH", "8")
-    assert again().startswith("kiln 8 torch 8 ") and again() == ""
+    assert again() == 5 * "kiln 8 torch 8 " and again() == ""
     monkeypatch.setenv("ROUNDS", "1")
     assert again() == "kiln 8 torch 8 " and again() == ""
     assert again("pytorch-350m") == "kiln 8 torch 8 " and again() == ""
@@ -354,109 +270,6 @@ def test_what_the_sanitizers_run(check: Check, tmp_path: Path) -> None:
     assert len(products) == 2 and all(name.startswith("linear ") for name in products)
 
 
-def beside(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    calls = tmp_path / "calls"
-    executable(check.programs / "train", FAKE_TRAIN.format(python=sys.executable, calls=calls))
-    python = executable(tmp_path / "torch_python", FAKE_TORCH.format(python=sys.executable, calls=calls))
-    monkeypatch.setenv("KILN_TORCH_PYTHON", str(python))
-    return calls
-
-
-def test_kiln_and_pytorch_take_turns(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = beside(check, monkeypatch, tmp_path)
-    assert check.run("pytorch-124m") == 0, check.result("pytorch-124m")
-    assert calls.read_text().split("\n")[:-1] == ["kiln 16", "torch 16", "kiln 16", "torch 16"]
-    data = check.result("pytorch-124m")["data"]
-    assert data["kiln_tokens_per_s"] == pytest.approx(16 * 1024 / 0.05)
-    assert data["ratio"] == pytest.approx(16 * 1024 / 0.05 / 200000)
-    assert "kiln 327,680 tokens/s, PyTorch (default SDPA) 200,000: 1.64x" in check.result("pytorch-124m")["headline"]
-
-
-def test_a_batch_that_does_not_fit_is_halved_for_both(check: Check, tmp_path: Path) -> None:
-    calls = beside(check, check.patch, tmp_path)
-    check.patch.setenv("FITS", "4")
-    assert check.run("pytorch-1558m") == 0
-    assert calls.read_text().split("\n")[:4] == ["kiln 16", "kiln 8", "kiln 4", "torch 4"]
-    assert check.result("pytorch-1558m")["data"]["B"] == 4
-    check.patch.setenv("FITS", "0")
-    assert check.run("pytorch-350m") == 1
-    assert "out of memory" in check.result("pytorch-350m")["headline"]
-
-
-def test_without_pytorch_kiln_is_measured_alone(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    beside(check, monkeypatch, tmp_path)
-    none = executable(tmp_path / "none", "#!/bin/bash\necho 'error: PyTorch is missing'; exit 2\n")
-    monkeypatch.setenv("KILN_TORCH_PYTHON", str(none))
-    assert check.run("pytorch-124m") == 0
-    headline = check.result("pytorch-124m")["headline"]
-    assert "kiln 327,680 tokens/s; PyTorch: exit 2: error: PyTorch is missing" in headline
-
-
-def attention_rows(*rows: tuple[str, str, str, float], goals: str = "") -> str:
-    """The lines of bench_attention's file: shape, way, kernel, us; a letter for each goal, upper case for a stretch."""
-    results = {"m": "met", "n": "not met", "x": "not measured"}
-    lines = [{"type": "run", "device": "NVIDIA Pretended"}, {"type": "kernel", "kernel": "sm90", "refusal": ""}]
-    lines += [{"type": "attention", "shape": shape, "way": way, "kernel": kernel, "us": us, "tflop_per_s": 1e5 / us}
-              for shape, way, kernel, us in rows]
-    lines += [{"type": "goal", "stretch": g.isupper(), "result": results[g.lower()]} for g in goals]
-    return "\n".join(map(json.dumps, lines))
-
-
-def attention_bench(check: Check, text: str) -> None:
-    check.shell("bench_attention", f'[ "$1" = --json ] && cat > "$2" <<END\n{text}\nEND')
-
-
-def attention_torch(check: Check, tmp_path: Path) -> Path:
-    """Stands in for python3 with PyTorch, whose flash attention does not run here."""
-    calls = tmp_path / "calls"
-    forward = {"default": 500, "cudnn": 250}
-    answers = {sdpa: [{"shape": "64x12x1024x64", "sdpa": sdpa, "forward_us": us, "backward_us": 2 * us}]
-               for sdpa, us in forward.items()}
-    cases = "\n".join(f"*{sdpa}*) echo '{json.dumps({'attention': rows})}' ;;" for sdpa, rows in answers.items())
-    python = executable(tmp_path / "torch_python", f"""#!/bin/bash
-echo "$*" >> {calls}
-case "$*" in
-{cases}
-*) echo "RuntimeError: no such error: flash"; exit 1 ;;
-esac
-""")
-    check.patch.setenv("KILN_TORCH_PYTHON", str(python))
-    return calls
-
-
-def test_attention_is_set_beside_pytorch(check: Check, tmp_path: Path) -> None:
-    shape = "64x12x1024x64"
-    attention_bench(check, attention_rows((shape, "forward", "portable", 500.0), (shape, "forward", "sm90", 200.0),
-                                          (shape, "forward", "cudnn", 100.0), (shape, "backward", "sm90", 400.0),
-                                          ("4x16x4096x128", "forward", "sm90", 100.0), goals="mmnMxN"))
-    calls = attention_torch(check, tmp_path)
-    assert check.run("attention") == 0, check.result("attention")
-    assert calls.read_text().splitlines() == [
-        f"{check.stages.ROOT}/scripts/bench_pytorch.py --sdpa {sdpa} --attention {shape} --attention 4x16x4096x128"
-        for sdpa in ("default", "cudnn", "flash")]
-    result = check.result("attention")
-    assert result["headline"] == (
-        f"sm90 at {shape}: forward 500 TFLOP/s (2.50x default, 1.25x cudnn of PyTorch), "
-        "backward 250 TFLOP/s (2.50x default, 1.25x cudnn of PyTorch); 2 of 4 goals met, 1 not measured")
-    data = result["data"]
-    assert {(b["way"], b["kernel"], b["sdpa"], b["ratio"]) for b in data["beside_pytorch"]} == {
-        ("forward", "portable", "default", 1.0), ("forward", "portable", "cudnn", 0.5),
-        ("forward", "sm90", "default", 2.5), ("forward", "sm90", "cudnn", 1.25),
-        ("backward", "sm90", "default", 2.5), ("backward", "sm90", "cudnn", 1.25)}
-    assert "no such error: flash" in data["pytorch_failed"]["flash"] and len(data["goals"]) == 6
-
-
-def test_attention_without_pytorch_or_hopper(check: Check, tmp_path: Path) -> None:
-    check.patch.setenv("KILN_TORCH_PYTHON", "false")
-    attention_bench(check, attention_rows(("64x12x1024x64", "forward", "portable", 500.0), goals="xX"))
-    assert check.run("attention") == 0
-    assert check.result("attention")["headline"] == (
-        "portable at 64x12x1024x64: forward 200 TFLOP/s; no PyTorch; 0 of 1 goals met, 1 not measured")
-    check.shell("bench_attention", "echo 'error: 1 measurement(s) failed'; exit 70")
-    assert check.run("attention") == 1
-    assert check.result("attention")["headline"] == "bench_attention: exit 70: error: 1 measurement(s) failed"
-
-
 def test_two_ranks_of_the_emulated_program_are_as_one(check: Check, tmp_path: Path) -> None:
     emulated = TRAIN.resolve().parent / "train-emulated"
     if not emulated.exists():
@@ -517,75 +330,3 @@ def test_where_cuda_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "site/nvidia/cudnn/lib").mkdir(parents=True)
     (tmp_path / "site/nvidia/cudnn/lib/libcudnn.so.9").touch()
     assert found(**site).out == both.out.strip() + f":{tmp_path}/site/nvidia/cudnn/lib\n"
-
-
-def attention_times(tmp_path: Path, *flags: object, **env: object) -> tuple[str, list[dict]]:
-    bench = TRAIN.resolve().parent / "bench_attention-emulated"
-    if not bench.exists():
-        pytest.skip(f"{bench.name} is not built")
-    out = tmp_path / "attention.jsonl"
-    done = run([bench, "--samples", 2, "--flush-mib", 1, "--json", out, *flags], env)
-    assert done.code == 0, done.out + done.err
-    return done.out, [json.loads(line) for line in out.read_text().splitlines()]
-
-
-def test_attention_kernels_are_timed_side_by_side(tmp_path: Path) -> None:
-    text, rows = attention_times(tmp_path)
-    assert rows[0]["type"] == "run" and rows[0]["samples"] == 2
-    refusals = {r["kernel"]: r["refusal"] for r in rows if r["type"] == "kernel"}
-    assert list(refusals) == ["portable", "sm90", "cudnn", "cudnn_fastest"]
-    there = [kernel for kernel, refusal in refusals.items() if not refusal]
-    assert there[:2] == ["portable", "sm90"]
-    assert all(f"without {kernel}: {refusal}" in text for kernel, refusal in refusals.items() if refusal)
-    times = [r for r in rows if r["type"] == "attention"]
-    assert [(r["shape"], r["way"], r["kernel"]) for r in times] == [
-        (shape, way, kernel) for shape in ("1x2x160x64", "1x1x130x128") for way in ("forward", "backward")
-        for kernel in there]
-    for r in times:
-        B, NH, T, HS = map(int, r["shape"].split("x"))
-        assert r["flop"] == {"forward": 2, "backward": 5}[r["way"]] * B * NH * T * T * HS
-        assert 0 < r["us_min"] <= r["us"] <= r["us_max"]
-        assert r["tflop_per_s"] == pytest.approx(r["flop"] / r["us"] / 1e6)
-        assert (r["beside_cudnn"] is None) == ("cudnn" not in there)
-    goals = [r for r in rows if r["type"] == "goal"]
-    assert len(goals) > 10 and all(g["result"] == "not measured" and g["got"] is None for g in goals)  # of no H100
-
-
-def test_attention_without_hopper_is_portable(tmp_path: Path) -> None:
-    text, rows = attention_times(tmp_path, "--shape", "1x1x20x64", KILN_EMULATOR_CAPABILITY=80)
-    assert {r["kernel"] for r in rows if r["type"] == "attention"} == {"portable"}
-    assert "without sm90: the sm90 kernels are for compute capability 9.0 alone, this GPU has 8.0" in text
-
-
-@pytest.mark.parametrize("flags, error", [
-    (["--shape", "64x12x1024"], "--shape 64x12x1024: expected BxNHxTxHS"),
-    (["--shape", "1x1x16x96"], "with HS 64 or 128"),
-    (["--kernel", "sm90"], "--kernel sm90: the sm90 kernels are for compute capability 9.0 alone"),
-])
-def test_what_the_attention_bench_refuses(flags: list[str], error: str) -> None:
-    bench = TRAIN.resolve().parent / "bench_attention-emulated"
-    if not bench.exists():
-        pytest.skip(f"{bench.name} is not built")
-    done = run([bench, *flags], {"KILN_EMULATOR_CAPABILITY": 80})
-    assert done.code == 2 and error in done.err
-
-
-def test_the_pytorch_bench_runs_at_a_tiny_size(tmp_path: Path) -> None:
-    if run([TORCH, "-c", "import torch"]).code != 0:
-        pytest.skip("no PyTorch")
-    bench = [TORCH, REPO / "scripts" / "bench_pytorch.py", "--tiny", "--device", "cpu"]
-    done = run([*bench, "--json", tmp_path / "result.json"])
-    assert done.code == 0, done.err
-    result = json.loads(done.out.splitlines()[-1])
-    assert result == json.loads((tmp_path / "result.json").read_text())
-    assert result["steps"] == 4 and len(result["window_step_ms"]) == 2
-    assert result["tokens_per_s"] == pytest.approx(1e3 * result["B"] * result["T"] / result["step_ms"])
-    assert 4 < result["last_loss"] < 5.5  # ln 128 = 4.85
-    done = run([*bench, "--attention", "2x2x32x16", "--attention", "1x1x8x8"])
-    assert [a["shape"] for a in json.loads(done.out)["attention"]] == ["2x2x32x16", "1x1x8x8"], done.err
-
-
-def test_without_a_gpu_the_pytorch_bench_says_so() -> None:
-    done = run([TORCH, REPO / "scripts" / "bench_pytorch.py"], {"CUDA_VISIBLE_DEVICES": ""})
-    assert done.code == 2 and done.err.startswith("error: PyTorch ")
-    assert shutil.which("python3")

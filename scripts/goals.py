@@ -1,0 +1,176 @@
+"""The goals for one H200, as data: what is to be reached, and how it is read from the results of scripts/gpu_check.py.
+
+A goal whose stage has not run, has run on another GPU, or has left its figure out is "not measured", never met.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any, NamedTuple, Optional
+
+Stages = dict[str, Any]                                         # of a result file: name -> {"result", "data", ...}
+Read = Callable[[Stages], Optional[float]]
+
+
+class Goal(NamedTuple):
+    name: str
+    unit: str
+    sign: str                                                   # ">=", "<=" or "<"
+    limit: float
+    read: Read                                                  # raises KeyError, IndexError where there is no figure
+    stretch: bool = False
+    gpu: str = "H200"                                           # empty: on every GPU
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} {self.sign} {number(self.limit)}{self.unit and ' ' + self.unit}"
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+# ---- how figures are read -------------------------------------------------------------------------------------------
+
+def at(stage: str, *keys: Any) -> Read:
+    def read(stages: Stages) -> Optional[float]:
+        value = stages[stage]["data"]
+        for key in keys:
+            value = value[key]
+        return value
+    return read
+
+
+def end_to_end(size: str, batches: tuple[int, ...], key: str) -> Read:
+    """At the batch that the goal is for; one that was halved for want of memory is another measurement."""
+    def read(stages: Stages) -> Optional[float]:
+        data = stages[f"pytorch-{size}-cudnn"]["data"]
+        return data[key] if data["B"] in batches else None
+    return read
+
+
+def rows(stages: Stages, size: str, wanted: Callable[[dict], bool]) -> list[dict]:
+    found = [r for r in stages[f"ops-{size}"]["data"]["ops"] if wanted(r)]
+    if not found:
+        raise KeyError(size)
+    return found
+
+
+def op(size: str, name: str, key: str, scale: float = 1) -> Read:
+    return lambda stages: scale * rows(stages, size, lambda r: r["op"] == name)[0][key]
+
+
+def rate(size: str, key: str, wanted: Callable[[dict], bool], scale: float, weighted: bool) -> Read:
+    """Work over time of several ops, each as often as a step calls it (weighted), or once."""
+    def read(stages: Stages) -> float:
+        found = rows(stages, size, wanted)
+        times = [r["calls"] if weighted else 1 for r in found]
+        return scale * sum(n * r[key] for n, r in zip(times, found)) / sum(n * r["us"] for n, r in zip(times, found))
+    return read
+
+
+def layer_products(size: str) -> Read:
+    return rate(size, "flop", lambda r: r["part"] == "layer products" and r["calls"] > 0, 1e-6, True)
+
+
+def slowest_weight_gradient(size: str) -> Read:
+    wanted = lambda r: r["part"] in ("layer products", "head") and r["op"].endswith("dw alone")
+    return lambda stages: min(r["tflop_per_s"] for r in rows(stages, size, wanted))
+
+
+def outside(size: str) -> Read:
+    def read(stages: Stages) -> float:
+        share = stages[f"ops-{size}"]["data"]["step"][0]["share"]
+        return 100 * (1 - sum(share[part] for part in ("layer products", "head", "attention")))
+    return read
+
+
+def idle(batch: int) -> Read:
+    """As training runs by default: as a graph where that works."""
+    def read(stages: Stages) -> Optional[float]:
+        runs = [r for r in stages["gaps"]["data"]["runs"] if r["B"] == batch and r["idle"] is not None]
+        return 100 * (next((r for r in runs if r["graph"] == "on"), None) or runs[0])["idle"]
+    return read
+
+
+SEEDS = (1, 2, 3)
+
+
+def best(stages: Stages, side: str, key: str) -> list[float]:
+    return [stages[f"quality-{seed}"]["data"][side][key] for seed in SEEDS]
+
+
+def behind_pytorch(stages: Stages) -> float:
+    return fmean(best(stages, "kiln", "best_val_loss")) - fmean(best(stages, "pytorch", "best_val_loss"))
+
+
+def bf16_beside_fp32(stages: Stages) -> float:
+    bf16, fp32 = (stages[f"quality-{name}"]["data"]["kiln"]["best_val_loss"] for name in (SEEDS[0], "fp32"))
+    return 100 * abs(bf16 / fp32 - 1)
+
+
+def norm_and_adamw(row: dict) -> bool:
+    return row["op"] in ("gradient norm", "adamw")
+
+
+GOALS = [
+    Goal("124M, B64 T1024", "tokens/s", ">=", 600e3, end_to_end("124m", (64,), "kiln_tokens_per_s")),
+    Goal("124M, B64 T1024", "tokens/s", ">=", 700e3, end_to_end("124m", (64,), "kiln_tokens_per_s"), stretch=True),
+    Goal("124M beside PyTorch compiled, cuDNN SDPA", "x", ">=", 1.15, end_to_end("124m", (64,), "ratio")),
+    Goal("1558M, B16-32 T1024", "tokens/s", ">=", 58e3, end_to_end("1558m", (16, 32), "kiln_tokens_per_s")),
+    Goal("1558M, B16-32 T1024", "tokens/s", ">=", 62e3, end_to_end("1558m", (16, 32), "kiln_tokens_per_s"),
+         stretch=True),
+    Goal("1558M beside PyTorch compiled, cuDNN SDPA", "x", ">=", 1.15, end_to_end("1558m", (16, 32), "ratio")),
+    *(goal for size in ("124m", "1558m") for goal in (
+        Goal(f"{size.upper()} layer products with epilogues, time-weighted", "TFLOP/s", ">=", 680,
+             layer_products(size)),
+        Goal(f"{size.upper()} slowest weight gradient", "TFLOP/s", ">=", 550, slowest_weight_gradient(size)),
+        Goal(f"{size.upper()} layernorm forward", "GB/s", ">=", 3900, op(size, "layernorm forward", "gb_per_s")),
+        Goal(f"{size.upper()} layernorm backward", "GB/s", ">=", 3700, op(size, "layernorm backward", "gb_per_s")),
+        Goal(f"{size.upper()} AdamW and norm", "GB/s", ">=", 3900, rate(size, "n_bytes", norm_and_adamw, 1e-3, False)),
+        Goal(f"{size.upper()} outside products and attention", "% of the step", "<=", 10, outside(size)))),
+    Goal("classifier 65536 x 50304", "ms", "<=", 3.5, op("124m", "cross-entropy", "us", 1e-3)),
+    Goal("deterministic beside the fastest mode, longer by", "%", "<=", 3,
+         lambda stages: 100 * stages["modes"]["data"]["cost"]),
+    Goal("two runs with the same weights' hash", "", ">=", 1, at("modes", "same_weights"), gpu=""),
+    Goal("GPU idle at B64", "% of the step", "<", 1, idle(64)),
+    Goal("GPU idle at B4", "% of the step", "<", 5, idle(4)),
+    Goal("124M, start to first step", "s", "<", 5, at("start", "warm_s")),
+    Goal("shakespeare-char: best val loss, mean of 3 seeds, above PyTorch's by", "nats", "<=", 0.01, behind_pytorch,
+         gpu=""),
+    Goal("shakespeare-char: slowest seed", "s", "<", 90, lambda stages: max(best(stages, "kiln", "seconds"))),
+    Goal("shakespeare-char: bf16 from fp32", "%", "<=", 0.5, bf16_beside_fp32, gpu=""),
+]
+
+
+class Verdict(NamedTuple):
+    goal: Goal
+    value: Optional[float]
+    result: str                                                 # "met", "not met", "not measured"
+
+
+def judge(results: dict[str, Any]) -> list[Verdict]:
+    """`results`: a merged file of gpu_check.py; {} where nothing has been measured."""
+    gpu = str((results.get("environment") or {}).get("gpu", ""))
+    # What another GPU has left in the same folder is not this one's.
+    stages = {name: r for name, r in results.get("stages", {}).items() if "gpu" not in r.get("environment_differs", {})}
+    verdicts = []
+    for goal in GOALS:
+        value = None
+        if goal.gpu in gpu:
+            try:
+                value = goal.read(stages)
+            except (KeyError, IndexError, TypeError, ValueError):
+                pass                                            # its stage has not run, or has no such figure
+        holds = value is not None and {">=": value >= goal.limit, "<=": value <= goal.limit,
+                                       "<": value < goal.limit}[goal.sign]
+        verdicts.append(Verdict(goal, value, "not measured" if value is None else "met" if holds else "not met"))
+    return verdicts
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = []
+    for v in judge(results):
+        value = "" if v.value is None else number(v.value)
+        lines.append(f"{v.result:13} {value:>9}  {v.goal.text}{' (stretch)' if v.goal.stretch else ''}")
+    return "\n".join(lines)
