@@ -105,10 +105,15 @@ Doubles layernorm(const Target& t, const NormShape& d) {
     Dev y(t, t.real, poison(BT * C)), mean(t, t.stat(), poison(BT)), rstd(t, t.stat(), poison(BT));
     Dev dx(t, t.real, numbers(BT * C, 4)), dw(t, t.stat(), poison(C)), db(t, t.stat(), poison(C));
     t.k->layernorm_forward({.y = y, .mean = mean, .rstd = rstd, .x = x, .w = w, .b = b, .BT = d.BT, .C = d.C}, nullptr);
-    t.k->layernorm_backward(
-        {.dx = dx, .dw = dw, .db = db, .dy = y, .x = x, .w = w, .mean = mean, .rstd = rstd, .BT = d.BT, .C = d.C},
-        nullptr);
-    return joined({&y, &mean, &rstd, &dx, &dw, &db});
+    LayerNormGrad grad{
+        .dx = dx, .dw = dw, .db = db, .dy = y, .x = x, .w = w, .mean = mean, .rstd = rstd, .BT = d.BT, .C = d.C};
+    t.k->layernorm_backward(grad, nullptr);
+    Dev fresh(t, t.real, poison(BT * C)), dx_sum(t, t.stat(), poison(C));
+    grad.dx = fresh;
+    grad.dx_sum = dx_sum;
+    grad.overwrite_dx = true;
+    t.k->layernorm_backward(grad, nullptr);
+    return joined({&y, &mean, &rstd, &dx, &dw, &db, &fresh, &dx_sum});
 }
 
 struct LinearShape {
