@@ -60,6 +60,9 @@ bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; write
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
 	$(PYTHON) scripts/bench_cpu.py
 
+performance-page: ## docs/performance.md and its pictures from benchmarks/results/
+	$(PYTHON) scripts/performance_page.py
+
 lint: ## formatting, include directions, shell scripts
 	@clang-format --dry-run -Werror $(FORMATTED)
 	scripts/check_includes.sh
@@ -89,5 +92,5 @@ help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "  make %-13s %s\n", $$1, $$2} \
 	                  /^[A-Z_]+ +\?=.*##/ {sub(/ .*/, "", $$1); printf "  %-18s %s\n", $$1 "=", $$2}' Makefile cuda.mk
 
-.PHONY: all demo test parity bench lint format deps clean help
+.PHONY: all demo test parity bench performance-page lint format deps clean help
 -include $(shell find build -name '*.d' 2>/dev/null)
