@@ -56,9 +56,10 @@ parity: all ## losses and gradient norms against PyTorch, made afresh
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
 	$(PYTHON) scripts/parity.py
 
-bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; writes benchmarks/results/
+bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; writes benchmarks/results/, docs/performance.md
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
 	$(PYTHON) scripts/bench_cpu.py
+	$(PYTHON) scripts/performance_page.py
 
 performance-page: ## docs/performance.md and its pictures from benchmarks/results/
 	$(PYTHON) scripts/performance_page.py

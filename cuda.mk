@@ -32,7 +32,8 @@ gpu-check: $(NATIVE) ## on a machine with a GPU: tests, op times, speed beside P
 	KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh
 
 bench-gpu: $(NATIVE) ## on a machine with a GPU: the whole step beside PyTorch, and the goals; writes benchmarks/results/
-	KILN_BUILD=$(abspath $(B)) KILN_CUDA_LIBRARIES=$$(scripts/cuda_libraries.sh) $(PYTHON) scripts/bench_gpu.py
+	KILN_BUILD=$(abspath $(B)) KILN_CUDA_LIBRARIES=$$(scripts/cuda_libraries.sh) $(PYTHON) scripts/bench_gpu.py; \
+	    code=$$?; $(PYTHON) scripts/performance_page.py && exit $$code
 
 bundle: ## build/kiln-bundle.tar.zst: all that another machine with a GPU needs
 	@$(MAKE) --no-print-directory -j$$(nproc) CPU=x86-64-v3 native

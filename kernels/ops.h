@@ -46,7 +46,7 @@ struct EmbeddingGrad {
     Buf dwpe;    // (>= T, C)  out  =, or += when accumulate; with =, rows from T on become zero
     Buf dy;      // (B, T, C)
     Buf tokens;  // (B, T) i32
-    Buf order;   // (B*T)  i32: rows sorted by token, equal tokens in row order (common/token_order.h); CPU: may be absent
+    Buf order;   // (B*T)  i32: rows sorted by token, equal ones in row order (common/token_order.h); CPU: may be absent
     int B = 0, T = 0, C = 0, V = 0;
     bool accumulate = false;
 };
