@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Removes every barrier and asynchronous wait of the CUDA kernels, one at a time: do the tests notice?
 
-    python3 test/emulator/mutate.py             all removals, as in CI
-    python3 test/emulator/mutate.py --every 4   each fourth one: a quick look
+    python3 test/emulator/mutate.py             all removals
+    python3 test/emulator/mutate.py --every 3 --first 7     each third one, beginning with 7 mod 3: CI, by the commit's hash
 
 A copy of the kernels is made in which each removable call asks an environment variable whether to run; it is compiled
 once, with the race check, and its op tests run for each call, in order and then under random schedules. A removal counts
@@ -139,11 +139,12 @@ def detected(site: Site, orders: tuple[str, ...] = ORDERS) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th removal")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="of these, beginning with K mod N")
     parser.add_argument("--only", help="only files whose name contains this")
     args = parser.parse_args()
     sites = make_copy()
     subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "DEPS=0", str(BINARY.relative_to(ROOT))], check=True)
-    chosen = [s for s in sites if not args.only or args.only in s.file][::args.every]
+    chosen = [s for s in sites if not args.only or args.only in s.file][args.first % args.every::args.every]
     for site in {tuple(tests_of(s)): s for s in chosen}.values():       # one for each set of tests
         if (found := detected(replace(site, number=NOTHING), ("",))):
             print(f"{tests_of(site)} fail with nothing left out: {found}")
