@@ -45,7 +45,7 @@ kernel-table: $(KERNEL_OBJ) ## registers, memory and spills of each kernel into 
 	$(PYTHON) scripts/kernel_table.py --logs $(N)
 kernel-table-check: $(KERNEL_OBJ)
 	$(PYTHON) scripts/kernel_table.py --logs $(N) --check
-sass-check: $(filter %_sm90.o,$(KERNEL_OBJ)) ## rules that the Hopper kernels' machine code keeps; needs a disassembler
+sass-check: $(KERNEL_OBJ) ## rules that the machine code of Hopper's and the memory-bound kernels keeps; needs a disassembler
 	$(PYTHON) scripts/sass_check.py --objects $(N)
 
 $(B)/train: $(MAIN:%=$(O)/cuda/%.o) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)

@@ -18,6 +18,11 @@ def is_hopper(source: str) -> bool:
     return source.endswith("_sm90.cu")
 
 
+def is_memory_bound(source: str) -> bool:
+    """By the word of its head."""
+    return "bound: memory" in (ROOT / source).read_text()
+
+
 def architectures(source: str) -> tuple[str, ...]:
     """As cuda.mk compiles it: the Hopper kernels' instructions exist nowhere else."""
     return ("90a",) if is_hopper(source) else ARCHITECTURES

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """The machine code (SASS) of the Hopper kernels, kernels/cuda/*_sm90.cu: what it consists of, and rules that it keeps.
+And of the memory-bound ones for the same GPU: whether they read and write 16 bytes at a time.
 
     make sass-check                                     compiles what has changed, then checks
     scripts/sass_check.py [--objects build/release/obj/cuda] [OBJECT ...]
@@ -7,7 +8,8 @@
 Prints a line per kernel: how often its code holds an instruction (not how often it runs), the registers that setmaxnreg
 asks for, and the highest register in use. Every kernel must multiply by wgmma (HGMMA) and move its tiles by
 TMA (UTMALDG, and UTMASTG or UTMAREDG); none may use mma.sync (HMMA) or local memory (LDL, STL), which is where ptxas
-puts spills and arrays that are indexed at run time.
+puts spills and arrays that are indexed at run time. Every kernel of a file whose head says "bound: memory" must have
+loads and stores of 128 bits, but for those that NARROW names with the reason, and no local memory either.
 
 cuobjdump and nvdisasm, which it calls, are looked for in CUDA_HOME/bin, beside nvcc, in PATH, and in build/deps/bin, where
 scripts/install_deps.sh --disassembler puts them.
@@ -25,11 +27,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernel_names import ROOT, demangle, is_hopper, sources
+from kernel_names import ROOT, demangle, is_hopper, is_memory_bound, sources
 
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "MUFU.EX2", "WARPGROUP.DEPBAR", "R2UR", "SHFL")
 REQUIRED = (("HGMMA",), ("UTMALDG",), ("UTMASTG", "UTMAREDG"))  # one of each
 FORBIDDEN = {"HMMA": "mma.sync instead of wgmma", "LDL": "a load from local memory", "STL": "a store to local memory"}
+LOCAL = ("LDL", "STL")
+# Kernels for which 16 bytes at a time would gain nothing, and what they may do without.
+NARROW = {
+    "grad_norm_chunk_kernel": (("STG",), "writes one number for each chunk"),
+    "grad_norm_kernel": (("LDG", "STG"), "joins the chunks' numbers"),
+    "layernorm_combine_kernel": (("LDG", "STG"), "joins the chunks' sums, a warp 128 bytes of each at a time"),
+    "layernorm_backward_wide_columns_kernel<bf16>": (("LDG",), "a thread has four columns, 8 bytes"),
+    "row_sum_kernel": (("LDG", "STG"), "4 bytes per token, of kilobytes that a token takes elsewhere"),
+    "cast_kernel<bf16>": (("STG",), "four elements of 2 bytes; outside a step"),
+    "cast_kernel<float>": (("STG",), "shares its code with the former"),
+}
 NO_DISASSEMBLER = "cuobjdump and nvdisasm not found; scripts/install_deps.sh --disassembler puts them into build/deps/bin"
 COMPILED_FOR = re.compile(r"^Fatbin elf code:\n=+\narch = (\w+)", re.MULTILINE)
 FUNCTION = re.compile(r"\s+Function : (\S+)")
@@ -72,11 +85,11 @@ class Disassembler:
         cuobjdump, nvdisasm = (shutil.which(name, path=path) for name in ("cuobjdump", "nvdisasm"))
         return cls(os.path.abspath(cuobjdump), os.path.abspath(nvdisasm)) if cuobjdump and nvdisasm else None
 
-    def listing(self, obj: Path) -> str:
+    def listing(self, obj: Path, *flags: str) -> str:
         if not obj.exists():
             raise Unreadable(f"{obj} is missing; build first: make sass-check")
         env = os.environ | {"PATH": os.path.dirname(self.nvdisasm) + os.pathsep + os.environ.get("PATH", os.defpath)}
-        done = subprocess.run([self.cuobjdump, "-sass", obj], env=env, text=True, errors="replace", capture_output=True)
+        done = subprocess.run([self.cuobjdump, "-sass", *flags, obj], env=env, text=True, errors="replace", capture_output=True)
         if done.returncode != 0:
             raise Unreadable(f"{self.cuobjdump} -sass {obj}: exit {done.returncode}: {done.stderr.strip()}; is it of an "
                              "older CUDA than nvcc? scripts/install_deps.sh --disassembler brings one of CUDA 13")
@@ -141,6 +154,25 @@ def check(tools: Disassembler, objects: dict[str, Path]) -> tuple[dict[str, Code
     return kernels, bad
 
 
+def check_widths(tools: Disassembler, objects: dict[str, Path]) -> tuple[int, list[str]]:
+    """Of the memory-bound kernels. Returns how many there are, and what breaks a rule."""
+    n, bad = 0, []
+    for where, obj in objects.items():
+        found = parse(tools.listing(obj, "-arch", "sm_90a"))
+        if not found:
+            raise Unreadable(f"{obj} holds no kernel for sm_90a; make native builds it for that, too")
+        names = demangle(found)
+        for mangled in sorted(found, key=lambda m: (names[m], m)):
+            name, opcodes = names[mangled], found[mangled].opcodes
+            narrow = NARROW.get(name, ((), ""))[0]
+            wide = {i for i in ("LDG", "STG") if any(o.startswith(i) and ".128" in o for o in opcodes)}  # also LDGSTS
+            bad += [f"{where}: {name} has no {i} of 128 bits" for i in ("LDG", "STG") if i not in wide and i not in narrow]
+            bad += [f"{where}: {name} has {i} of 128 bits, which NARROW says it has not" for i in narrow if i in wide]
+            bad += [f"{where}: {name} has {k} {i}: {FORBIDDEN[i]}" for i in LOCAL if (k := found[mangled].count(i))]
+        n += len(found)
+    return n, bad
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("objects", nargs="*", type=Path, metavar="OBJECT", help="instead of those of *_sm90.cu")
@@ -154,16 +186,19 @@ def main() -> int:
     if not (tools := Disassembler.find(args.nvcc, args.disassembler)):
         print(NO_DISASSEMBLER, file=sys.stderr)
         return 2
+    wide = {} if args.objects else {s: args.folder / Path(s).with_suffix(".o") for s in sources() if is_memory_bound(s)}
     try:
         kernels, bad = check(tools, objects)
+        n_wide, narrow = check_widths(tools, wide)
     except Unreadable as e:
         print(e, file=sys.stderr)
         return 1
     for name, code in kernels.items():
         words = (*COUNTED, "setmaxnreg", "instructions", "highest register")
         print(f"{name}: " + ", ".join(f"{word} {cell}" for word, cell in zip(words, cells(code))))
+    bad += narrow
     print("\n".join(bad), end="\n" if bad else "")
-    print(f"{len(kernels)} kernels, {len(bad)} broken rules")
+    print(f"{len(kernels)} kernels{f' for Hopper, {n_wide} memory-bound' if wide else ''}, {len(bad)} broken rules")
     return 1 if bad else 0
 
 

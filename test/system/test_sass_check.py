@@ -136,6 +136,33 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert done.code == 1 and "exit 255: too old; is it of an older CUDA than nvcc?" in done.err
 
 
+WIDE = """\
+\t\tFunction : _Z11gelu_kernelIfEvi
+        /*0010*/               @P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;                 /* 0x0 */
+        /*0020*/                   LDG.E R8, desc[UR4][R2.64] ;                              /* 0x0 */
+        /*0030*/                   STG.E.128 desc[UR4][R2.64], R4 ;                          /* 0x0 */
+\t\tFunction : _Z14row_sum_kernelv
+        /*0010*/                   LDG.E R8, desc[UR4][R2.64] ;                              /* 0x0 */
+        /*0030*/                   STG.E desc[UR4][R2.64], R8 ;                              /* 0x0 */
+"""
+
+
+@pytest.mark.parametrize("before, after, broken", [
+    ("", "", []),
+    ("LDG.E.128.CONSTANT", "LDG.E.64", ["x: gelu_kernel<float> has no LDG of 128 bits"]),
+    ("STG.E.128", "STG.E.64", ["x: gelu_kernel<float> has no STG of 128 bits"]),
+    ("STG.E desc", "STG.E.128 desc", ["x: row_sum_kernel has STG of 128 bits, which NARROW says it has not"]),
+    ("LDG.E R8", "STL R8", ["x: gelu_kernel<float> has 1 STL: a store to local memory"]),
+])
+def test_memory_bound_kernels_move_16_bytes_at_a_time(tmp_path: Path, before: str, after: str, broken: list) -> None:
+    (tmp_path / "listing").write_text(WIDE.replace(before, after, 1))
+    (tmp_path / "x.o").touch()
+    program(tmp_path / "cuobjdump", f"[ \"$2 $3\" = '-arch sm_90a' ] && cat '{tmp_path}/listing'")
+    program(tmp_path / "nvdisasm", "exit 1")
+    found = sass_check.Disassembler.find(None, tmp_path)
+    assert sass_check.check_widths(found, {"x": tmp_path / "x.o"}) == (2, broken)
+
+
 # ---- real objects, where nvcc has left some and a disassembler is at hand ----
 @pytest.fixture
 def tools() -> sass_check.Disassembler:
@@ -165,3 +192,11 @@ def test_the_hopper_kernels_keep_the_rules(tools: sass_check.Disassembler) -> No
     if not objects or not all(obj.exists() for obj in objects.values()):
         pytest.skip("no Hopper kernels are built")
     assert sass_check.check(tools, objects)[1] == []
+
+
+def test_the_memory_bound_kernels_keep_theirs(tools: sass_check.Disassembler) -> None:
+    objects = {s: OBJECTS / Path(s).with_suffix(".o") for s in kernel_names.sources() if kernel_names.is_memory_bound(s)}
+    if not all(obj.exists() for obj in objects.values()):
+        pytest.skip("the kernels are not built")
+    n, bad = sass_check.check_widths(tools, objects)
+    assert bad == [] and n > 40 and len(objects) >= 8
