@@ -30,7 +30,7 @@ __device__ __forceinline__ void store(T* p, const float (&in)[N]) {
     Vec<T, N> v;
     SIMT_UNROLL
     for (int i = 0; i < N; i++) v[i] = T(in[i]);
-    simt::st_vec(p, v);
+    simt::st_global(p, v);
 }
 
 // Where 16-byte vector v of an array in shared memory lies, so that lanes that each write two vectors in a row meet no bank

@@ -100,7 +100,7 @@ __device__ __forceinline__ void store_quads(T* p, const float (&in)[2][4], const
             const uint2 mine = odd ? packed[1] : packed[0], give = odd ? packed[0] : packed[1];
             const uint2 got = {__shfl_xor_sync(kAllLanes, give.x, 1), __shfl_xor_sync(kAllLanes, give.y, 1)};
             const uint4 eight = odd ? uint4{got.x, got.y, mine.x, mine.y} : uint4{mine.x, mine.y, got.x, got.y};
-            return simt::st_vec(p + at.warp_first + (odd ? 128 : 0) + 8 * (at.lane / 2), eight);
+            return simt::st_global(p + at.warp_first + (odd ? 128 : 0) + 8 * (at.lane / 2), eight);
         }
     }
     SIMT_UNROLL

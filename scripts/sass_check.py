@@ -40,8 +40,6 @@ NARROW = {
     "layernorm_combine_kernel": (("LDG", "STG"), "joins the chunks' sums, a warp 128 bytes of each at a time"),
     "layernorm_backward_wide_columns_kernel<bf16>": (("LDG",), "a thread has four columns, 8 bytes"),
     "row_sum_kernel": (("LDG", "STG"), "4 bytes per token, of kilobytes that a token takes elsewhere"),
-    "cast_kernel<bf16>": (("STG",), "four elements of 2 bytes; outside a step"),
-    "cast_kernel<float>": (("STG",), "shares its code with the former"),
 }
 NO_DISASSEMBLER = "cuobjdump and nvdisasm not found; scripts/install_deps.sh --disassembler puts them into build/deps/bin"
 COMPILED_FOR = re.compile(r"^Fatbin elf code:\n=+\narch = (\w+)", re.MULTILINE)
