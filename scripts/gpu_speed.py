@@ -27,6 +27,7 @@ OPS = ("124m", "1558m")                                         # sizes whose op
 STEPS = {"124m": 60, "350m": 40, "774m": 30, "1558m": 24}       # of a run; the first third is left out
 SEEDS = (1, 2, 3)
 MODE_ROUNDS = 5
+GAP_STEPS = {64: 60, 4: 300}                                    # of a run at this batch: seconds of work
 TEXT = Path(os.environ.get("TEXT") or ROOT / "data" / "tinyshakespeare.txt")
 
 
@@ -230,16 +231,17 @@ def modes(s: Stage) -> tuple[str, Data]:
     return f"{len(data['auto'])} runs, the same weights; deterministic takes {cost}", data
 
 
-def idle_share(report: Path) -> float:
-    """Of the time from the first to the last work of the GPU's second half of a run, the part in which it did nothing.
-    `report`: what Nsight Systems has exported as SQLite."""
+def idle_share(report: Path, steps_ms: float) -> float:
+    """The part of the middle half of a run's steps in which the GPU did nothing. `report`: what Nsight Systems has exported
+    as SQLite; steps_ms: what the steps took, which are the last that the GPU did."""
     with sqlite3.connect(report) as db:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
         kinds = [f"CUPTI_ACTIVITY_KIND_{kind}" for kind in ("KERNEL", "MEMCPY", "MEMSET")]
         spans = sorted(span for table in kinds if table in tables
                        for span in db.execute(f"SELECT start, end FROM {table}"))
-    middle = (spans[0][0] + max(end for _, end in spans)) / 2
-    spans = [span for span in spans if span[0] >= middle]
+    end_ns = max(end for _, end in spans)
+    spans = [(begin, end) for begin, end in spans
+             if end_ns - 0.75e6 * steps_ms <= begin and end <= end_ns - 0.25e6 * steps_ms]
     first, last, busy = spans[0][0], spans[0][0], 0
     for begin, end in spans:
         busy += max(0, end - max(begin, last))
@@ -252,12 +254,12 @@ def gaps(s: Stage) -> tuple[str, Data]:
     there, how long the GPU does nothing."""
     nsys = shutil.which("nsys") or next(iter(sorted(Path("/opt/nvidia").glob("nsight-systems/*/bin/nsys"))), None)
     data: Data = {"size": "124m", "runs": [], "profiler": str(nsys) if nsys else None}
-    for batch in (64, 4):
+    for batch in GAP_STEPS:
         for graph in ("on", "off"):
             row: Data = {"B": batch, "graph": graph, "step_ms": None, "idle": None}
             data["runs"].append(row)
             try:
-                row["step_ms"] = kiln_speed(s, "124m", batch, {"device.graph": graph})["step_ms"]
+                row["step_ms"] = kiln_speed(s, "124m", batch, {"device.graph": graph}, GAP_STEPS[batch])["step_ms"]
                 if nsys:
                     out = s.work / f"{batch}-{graph}"
                     config = s.work / "speed.yaml"              # as the run before has left it
@@ -265,7 +267,7 @@ def gaps(s: Stage) -> tuple[str, Data]:
                     code, text = s.run([*profile, s.program("train"), "--config", config, "--overwrite"], time_left(s))
                     if code != 0:
                         raise Failed(f"nsys: {reason(code, text)}")
-                    row["idle"] = idle_share(out.with_suffix(".sqlite"))
+                    row["idle"] = idle_share(out.with_suffix(".sqlite"), row["step_ms"] * GAP_STEPS[batch])
             except Failed as e:
                 row["failed"] = str(e)
     if all(r["step_ms"] is None for r in data["runs"]):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,26 @@ def test_the_start_ends_with_the_first_step_of_each_run(check: Check, tmp_path: 
     assert check.run("start") == 0, check.result("start")
     data = check.result("start")["data"]
     assert all(0.1 <= data[key] < 4 for key in ("first_s", "warm_s")), data
+
+
+def test_the_gpus_idle_time_is_that_of_the_steps_alone(check: Check, tmp_path: Path) -> None:
+    """Seconds of a start with long gaps, then 300 steps of 8 ms: kernels of 3.9 ms, the second of a pair overlapped by a copy,
+    and 0.1 ms of nothing before each; then a hash."""
+    ms = 1_000_000
+    kernels = [(i * 500 * ms, i * 500 * ms + ms) for i in range(8)]
+    copies, at = [], 4000 * ms
+    for _ in range(300):
+        for copied in (False, True):
+            kernels.append((at + ms // 10, at + 4 * ms))
+            if copied:
+                copies.append((at + ms, at + 2 * ms))
+            at += 4 * ms
+    kernels.append((at + 3 * ms, at + 9 * ms))
+    with sqlite3.connect(tmp_path / "x.sqlite") as db:
+        for table, spans in (("KERNEL", kernels), ("MEMCPY", copies)):
+            db.execute(f"CREATE TABLE CUPTI_ACTIVITY_KIND_{table} (start INTEGER, end INTEGER)")
+            db.executemany(f"INSERT INTO CUPTI_ACTIVITY_KIND_{table} VALUES (?, ?)", spans)
+    assert check.speed.idle_share(tmp_path / "x.sqlite", 300 * 8.0) == pytest.approx(0.1 / 4, rel=0.01)
 
 
 def quality_text(check: Check, tmp_path: Path) -> None:
