@@ -3,7 +3,7 @@
 //
 //   kiln choices 1
 //   NVIDIA H200, compute capability 9.0, 132 multiprocessors, cuBLASLt 130100 with 256 MiB
-//   65536 x 768 x 3072, bf16 x bf16 -> bf16, BIAS = 0a1b...
+//   65536 x 768 x 3072, bf16 x bf16 -> bf16, BIAS, aligned 16 16 0 16 16 0 = 0a1b...
 //   hash 0123456789abcdef
 //
 // Line 2 is what they were made for, and they are valid for nothing else.  The hash is of all lines before it.
