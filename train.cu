@@ -147,6 +147,8 @@ Exit run_bench(const Context& x, const CommandLine& line) {
     if (x.comm.size() > 1) fail(Exit::usage, "bench runs on one rank; start it without mpirun -np {}", x.comm.size());
     const TrainerOptions o = training_options(x);
     check_model(o.model, o.real);
+    if (o.recompute != Recompute::none)
+        fail(Exit::usage, "bench times the ops of a step that keeps everything; use --set train.recompute=none");
     const BatchShare share =
         batch_share(o.global_batch_size, o.micro_batch_size, 0, 1, o.reduction == Reduction::ordered);
     if (!x.device.note.empty()) x.log.info("{}", x.device.note);

@@ -38,7 +38,14 @@ void Bench::forget() {
 }
 
 void Bench::warm_up(const Run& run) {
-    run();
+    k_.tune(true);
+    try {
+        run();
+    } catch (...) {
+        k_.tune(false);
+        throw;
+    }
+    notes_ += k_.tune(false);
     run();
     k_.synchronize(stream());
 }
@@ -105,7 +112,9 @@ template <class Make>
 std::pair<int, double> grow(Bench& bench, int smallest, int largest, const Make& make) {
     for (int size = smallest;; size *= 2) {
         const Bench::Run run = make(size);
-        bench.warm_up(run);
+        run();
+        run();
+        bench.k().synchronize(bench.stream());
         double us = HUGE_VAL;
         for (int i = 0; i < 3; i++) {
             const Stopwatch watch;
@@ -114,7 +123,7 @@ std::pair<int, double> grow(Bench& bench, int smallest, int largest, const Make&
             us = std::min(us, 1e3 * watch.ms());
         }
         const bool enough = us > kLongEnoughUs || size >= largest;
-        if (enough) us = std::ranges::min(bench.sample({run})[0]);
+        if (enough) us = std::ranges::min(bench.time(run));
         bench.forget();
         if (enough) return {size, us};
     }

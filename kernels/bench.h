@@ -54,8 +54,10 @@ class Bench {
     }
     void forget();  // gives back what was taken
 
-    // The two calls that are not counted.  Throws what they end with.
+    // The two calls that are not counted; matrix products are chosen by timing in the first, as before a training run.
+    // Throws what they end with.
     void warm_up(const Run& run);
+    const std::string& notes() const { return notes_; }  // of these choices, a line each
     // The samples of each, taken in turn, so that a change of clocks hits all.
     std::vector<Samples> sample(const std::vector<Run>& runs);
     Samples time(const Run& run);
@@ -75,6 +77,7 @@ class Bench {
     size_t kept_ = 0;  // of taken_, to the end
     std::vector<void*> taken_;
     std::vector<float> numbers_;
+    std::string notes_;
 };
 
 // What this device reaches at the two things that bound an op, measured in this process: copying memory, bytes read and

@@ -158,5 +158,6 @@ void run_op_bench(const Backend& k, const OpBench& o) {
         } catch (const Error& e) { report.leave_out(op.name, e); }
         bench.forget();
     }
+    if (!bench.notes().empty()) fmt::print("{}\n", bench.notes());
     report.end(ops.size() == n_all);
 }

@@ -1,6 +1,6 @@
 """./train bench: every op once, beside the device's own limits, at the model of a config; no data needed.
 
-Seen to fail: an op left out of the table, `calls` without the micro-batches, flop of the gradient counted once, the
+Seen to fail: products by the library's first guess, an op left out of the table, `calls` without the micro-batches, flop of the gradient counted once, the
 residual counted where dropout has taken it out of the product.
 """
 
@@ -36,13 +36,13 @@ def config(tmp_path: Path, kind: str, dtype: str, **changes: object) -> Path:
     return path
 
 
-def bench(tmp_path: Path, path: Path, *flags: object) -> tuple[str, list[dict]]:
+def bench(tmp_path: Path, path: Path, *flags: object, **env: object) -> tuple[str, list[dict]]:
     program = EMULATED if "cuda" in path.read_text() else TRAIN
     if not program.exists():
         pytest.skip(f"{program.name} is not built")
     out = tmp_path / "bench.jsonl"
     done = run([program, "bench", "--config", path, "--samples", 1, "--flush-mib", 0, "--json", out, *flags],
-               cwd=tmp_path)
+               env, cwd=tmp_path)
     assert done.code == 0, done.out + done.err
     assert not (tmp_path / "runs").exists()
     return done.out, [json.loads(line) for line in out.read_text().splitlines()]
@@ -101,6 +101,16 @@ def test_dropout_comes_between_a_product_and_its_residual(tmp_path: Path) -> Non
     assert plain["mlp proj forward"]["n_bytes"] - ops["mlp proj forward"]["n_bytes"] == 32 * 32 * 4
 
 
+def test_products_are_timed_as_training_chooses_them(tmp_path: Path) -> None:
+    """Whichever of the library's algorithms is the fastest, on the emulator's own clock; its first guess is number 0."""
+    path = config(tmp_path, "cuda", "bf16")
+    us = []
+    for fastest in (0, 3):
+        _, rows = bench(tmp_path, path, "--only", "qkv", KILN_EMULATOR_FASTEST_ALGORITHM=fastest)
+        us.append([r["us"] for r in rows if r["type"] == "op"])
+    assert us[0] == us[1] and len(us[0]) == 3
+
+
 def test_some_ops_alone(tmp_path: Path) -> None:
     text, rows = bench(tmp_path, config(tmp_path, "cpu", "fp32"), "--only", "layernorm")
     assert [r.get("op") for r in rows] == [None, None, "layernorm forward", "layernorm backward",
@@ -115,6 +125,8 @@ def test_what_the_bench_refuses(tmp_path: Path) -> None:
     path = config(tmp_path, "cpu", "fp32")
     done = run([TRAIN, "bench", "--config", path, "--resume"])
     assert done.code == 2 and "--resume and --overwrite are for training" in done.err
+    done = run([TRAIN, "bench", "--config", path, "--set", "train.recompute=block"])
+    assert done.code == 2 and "use --set train.recompute=none" in done.err
     done = run([TRAIN, "bench", "--config", path, "--samples", 0])
     assert done.code == 2 and "--samples" in done.err
     done = run([TRAIN, "bench", "--config", path, "--json", tmp_path / "none" / "x"])
