@@ -255,9 +255,10 @@ void TrainingRun::start(OpenMode mode) {
     x_.place.step = first_step_ = state_.step;
     state_.choices = agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
     if (!root) return;
-    // Every product has run by now: what is taken beyond our own are the libraries' handles and loaded kernels.
+    // Every product has run by now: what is taken beyond our own are the libraries' handles and loaded kernels, or another
+    // process's.
     const size_t ours = trainer_.memory().n_bytes() + x_.device.workspace_bytes, taken = memory_taken(x_.device);
-    library_bytes_ = taken - std::min(taken, ours);
+    if (x_.device.own) library_bytes_ = taken - std::min(taken, ours);
     x_.log.open((x_.run_dir / "train.log").string());
     dir_->write_config(state_.config);
     dir_->start_metrics(state_.step);
@@ -291,6 +292,10 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     if (before.device.dtype != x_.config.device.dtype)
         x_.log.warn("device.dtype changed from {} to {}: the run goes on, but not bit for bit", before.device.dtype,
                     x_.config.device.dtype);
+    const auto apart = [](const Config& c) { return c.train.recompute == "gelu"; };  // GELU, from its product
+    if (apart(before) != apart(x_.config) && x_.config.device.dtype == "bf16")
+        x_.log.warn("train.recompute changed from {} to {}: the run goes on, but not bit for bit",
+                    before.train.recompute, x_.config.train.recompute);
     if (const std::string& now = x_.device.attention;
         saved.attention != now && !saved.attention.empty() && !now.empty())
         x_.log.warn(

@@ -259,6 +259,10 @@ void Trainer::run(Piece& piece, const std::function<void()>& work) {
             piece.graph.emplace(k_, stream_, work);
         } catch (const Error& e) {
             if (o_.graph == UseGraph::on) throw;
+            // NCCL is given up by a failure inside it, and other ranks would wait for what this one does not record.
+            if (o_.nccl)
+                fail(e.code, "a step could not be recorded as a graph: {}; use --resume --set device.graph=off",
+                     e.what());
             use_graphs_ = false;
             graph_note_ = fmt::format("steps are not replayed from a graph, which failed: {}", e.what());
             return work();

@@ -20,7 +20,7 @@ const char* level_name(Recompute level) {
 // Left to what the plan does not name: libraries' growth, graphs.
 size_t usable(const MemoryState& now) { return now.n_free - std::min(now.n_free, now.n_total / 128); }
 
-// Bytes of the plan for these options; 0 where the ranks could not share the batch so.
+// Bytes of the plan for these options, without what a reducer adds; 0 where the ranks could not share the batch so.
 size_t planned_bytes(const TrainerOptions& o, int size) {
     try {
         const BatchShare share =
@@ -130,7 +130,8 @@ std::string TrainerMemory::table() const {
 void TrainerMemory::require(const MemoryState& now, int size) const {
     const size_t here = usable(now);
     if (now.n_total == 0 || n_bytes() <= here) return;
-    const std::string fits = proposal(o_, size, here);
+    const size_t planned = planned_bytes(o_, size), reducer = n_bytes() - std::min(n_bytes(), planned);  // has its part
+    const std::string fits = proposal(o_, size, here - std::min(here, reducer));
     const std::string advice =
         fits.empty() ? "no train.micro_batch_size fits: use a smaller model or more memory" : "what fits: " + fits;
     fail(

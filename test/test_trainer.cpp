@@ -46,7 +46,7 @@ struct Outcome {
     bool operator==(const Outcome&) const = default;
 };
 // Four steps, and an evaluation between two of them, which uses the same buffers.
-Outcome train(const Backend& k, const TrainerOptions& o, bool ahead) {
+Outcome train(const Backend& k, const TrainerOptions& o, bool ahead, const char* graph_note = "") {
     const auto comm = make_self_comm();
     Trainer trainer(k, *comm, o);
     trainer.initialize();
@@ -66,7 +66,8 @@ Outcome train(const Backend& k, const TrainerOptions& o, bool ahead) {
                                                 })
                                       .loss);
     }
-    CHECK(trainer.uses_graphs() == (o.graph != UseGraph::off && k.can_record()));
+    CHECK(trainer.uses_graphs() == (o.graph != UseGraph::off && k.can_record() && !*graph_note));
+    CHECK(trainer.graph_note() == graph_note);
     out.weights = trainer.weights_hash();
     return out;
 }
@@ -102,6 +103,22 @@ TEST_CASE("trainer: graphs and tokens fetched ahead change no bit") {
         o.graph = UseGraph::automatic;
         CHECK(train(*t.k, o, false) == plain);
         CHECK(train(*t.k, o, true) == plain);
+    }
+}
+
+TEST_CASE("trainer: a step that cannot be recorded is done as it is") {
+    for (const Target& t : targets_of_training()) {
+        if (!t.k->can_record()) continue;
+        CAPTURE(t.name);
+        TrainerOptions o = options(t.real);
+        o.graph = UseGraph::off;
+        const Outcome plain = train(*t.k, o, true);
+        Backend broken = *t.k;
+        broken.begin_graph = [](Stream) { fail(Exit::internal, "no graph today"); };
+        o.graph = UseGraph::automatic;
+        CHECK(train(broken, o, true, "steps are not replayed from a graph, which failed: no graph today") == plain);
+        o.graph = UseGraph::on;
+        CHECK_THROWS_WITH_AS(train(broken, o, true), "no graph today", Error);
     }
 }
 

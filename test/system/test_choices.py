@@ -78,8 +78,8 @@ def test_the_fastest_are_chosen_and_the_next_run_takes_them_from_the_cache(gpus:
 
 
 def test_tuning_leaves_no_trace_in_the_training(gpus: Lab, tmp_path: Path) -> None:
-    """The step after a tuned warm-up is the one after a warm-up that found all in the cache: see above; and also the one
-    of a run that took the library's guesses, where these are the fastest."""
+    """Two runs whose warm-ups differ in what they try and choose, bias gradients fused or apart: the training differs by
+    rounding alone. (Bit for bit it is the one that found all in the cache: see above.)"""
     gpus.train("tuned", env=fastest(0, tmp_path / "cache", KILN_EMULATOR_EPILOGUE_US=5))
     text = state(gpus.run("tuned"), 2)["choices"]
     assert "BGRADA" in text and " = apart" not in text
