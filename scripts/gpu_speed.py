@@ -268,8 +268,8 @@ def gaps(s: Stage) -> tuple[str, Data]:
                     if code != 0:
                         raise Failed(f"nsys: {reason(code, text)}")
                     row["idle"] = idle_share(out.with_suffix(".sqlite"), row["step_ms"] * GAP_STEPS[batch])
-            except Failed as e:
-                row["failed"] = str(e)
+            except (Failed, MemoryError, sqlite3.Error, ValueError, IndexError) as e:
+                row["failed"] = f"{type(e).__name__}: {e}"
     if all(r["step_ms"] is None for r in data["runs"]):
         raise Failed(data["runs"][0]["failed"], data)
     shown = [f"B{r['B']} graph {r['graph']} " + (f"{r['step_ms']:.2f} ms" if r["step_ms"] else "not measured")

@@ -25,7 +25,17 @@ from typing import Any, NamedTuple, Optional
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = (ROOT / "bin" / "train").exists()
 BIN = ROOT / "bin" if BUNDLE else Path(os.environ.get("KILN_BUILD", ROOT / "build" / "release"))
-LIBRARIES = os.environ.get("KILN_CUDA_LIBRARIES", "")
+
+
+def cuda_libraries() -> str:
+    """Folders of CUDA's libraries, as gpu_check.sh and cuda.mk have found them, or found now."""
+    known = os.environ.get("KILN_CUDA_LIBRARIES")
+    if known is not None:
+        return known
+    return subprocess.run([ROOT / "scripts" / "cuda_libraries.sh"], stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+LIBRARIES = cuda_libraries()
 STAGE_SECONDS = float(os.environ.get("STAGE_SECONDS", 470))
 # GPT-2's layers, heads, width; scripts/bench_pytorch.py takes them from here.
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}

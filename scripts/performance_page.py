@@ -4,7 +4,7 @@
     python3 scripts/performance_page.py             writes
     python3 scripts/performance_page.py --check     exit code 1 where what is there is not what would be written
 
-Files of scripts/bench_gpu.py give the page's GPUs, the newest of each; those of scripts/bench_cpu.py its CPUs. What no file has
+Files of scripts/bench_gpu.py give the page's GPUs, the newest of each, the newest GPU first; those of scripts/bench_cpu.py its CPUs. What no file has
 says "not measured"; bounds are computed from the device's peaks (scripts/roofline.py) and are called so.
 """
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Gpu(NamedTuple):
 
     def device(self, size: str) -> Device:
         """With the peaks that ./train bench has measured; without, as the vendor says of an H200."""
-        peak = next(iter(self.data(f"ops-{size}").get("peak") or []), None)
-        if not peak:
+        peaks = [p for at in (size, *OPS) for p in self.data(f"ops-{at}").get("peak") or []]
+        if not peaks:
             return H200
+        peak = peaks[0]
         name = self.results["environment"]["gpu"]
         return Device(name, peak["tflop_per_s"], peak["gb_per_s"], "measured in the same run")
 
@@ -70,7 +71,7 @@ def end_to_end(gpu: Gpu) -> str:
     for size in SIZES:
         runs = {sdpa: gpu.data(f"pytorch-{size}" + ("" if sdpa == "default" else f"-{sdpa}")) for sdpa in SDPA}
         cudnn = runs["cudnn"]
-        z = shape_of(size)
+        z = shape_of(size)._replace(B=cudnn.get("B", BATCHES[size]))
         bound = bound_ms(step_ops(z), gpu.device(size))
         rows.append([f"{size.upper()} B{cudnn.get('B', BATCHES[size])}", number(cudnn.get("kiln_tokens_per_s")),
                      number(cudnn.get("kiln_mfu"), ".1%"), number(1e3 * z.B * z.T / bound),
@@ -145,7 +146,7 @@ def cpu_section(name: str, r: Result) -> str:
 
 
 def page(gpus: Sequence[Gpu], cpus: Sequence[tuple[str, Result]]) -> dict[str, str]:
-    """File in docs/ -> text."""
+    """File in docs/ -> text. The pictures are of the newest GPU."""
     main = gpus[-1]
     text = ["# Performance\n",
             "Written by `make performance-page` from the files in `benchmarks/results/`; do not edit. A bound is what "
@@ -167,17 +168,17 @@ def page(gpus: Sequence[Gpu], cpus: Sequence[tuple[str, Result]]) -> dict[str, s
 
 
 def load(folder: Path) -> tuple[list[Gpu], list[tuple[str, Result]]]:
+    files = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
     gpus: dict[str, Gpu] = {}                                   # the newest file of each, oldest GPU first
-    cpus = []
-    for path in sorted(folder.glob("*.json")):
-        results = json.loads(path.read_text())
-        if "stages" in results:
-            name = results["environment"]["gpu"]
-            gpus.pop(name, None)
-            gpus[name] = Gpu(path.name, results)
-        else:
-            cpus.append((path.name, results))
-    return list(gpus.values()) or [Gpu("", {})], cpus
+    for name, results in sorted((f for f in files if "stages" in f[1]), key=written):
+        gpus.pop(results["environment"]["gpu"], None)
+        gpus[results["environment"]["gpu"]] = Gpu(name, results)
+    return list(gpus.values()) or [Gpu("", {})], [f for f in files if "stages" not in f[1]]
+
+
+def written(file: tuple[str, Result]) -> str:
+    """When its last stage ended, UTC."""
+    return max((r.get("time", "") for r in file[1]["stages"].values()), default="")
 
 
 def main() -> int:

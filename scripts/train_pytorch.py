@@ -32,6 +32,9 @@ import gpt2_torch  # noqa: E402
 from gpu_stages import read_config  # noqa: E402
 
 
+ONLY = {"optimizer.name": "adamw", "optimizer.beta1": 0.9, "schedule.decay_steps": 0, "eval.tokens": 0}
+
+
 class Text:
     """A split's sequences on the device."""
 
@@ -63,6 +66,9 @@ def val_loss(model, val: Text, size: int, amp) -> float:
 
 
 def train(c: dict[str, Any], seed: int, device: str, compiled: bool) -> dict:
+    for key, value in ONLY.items():
+        if c.get(key, value) != value:
+            raise ValueError(f"{key} is {c[key]}, and the twin knows only {value}")
     B, T, steps = c["train.global_batch_size"], c["model.context_length"], c["train.max_steps"]
     text = {split: Text(c[f"data.{split}"], T, device) for split in ("train", "val")}
     torch.manual_seed(seed)
@@ -85,7 +91,8 @@ def train(c: dict[str, Any], seed: int, device: str, compiled: bool) -> dict:
         with amp:
             loss = forward(tokens, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), c.get("train.grad_clip", 1.0))
+        if clip := c.get("train.grad_clip", 1.0):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % c["eval.interval"] == 0 or step + 1 == steps:

@@ -33,9 +33,9 @@ def met() -> dict:
            op("cross-entropy", "loss", us=3000.0), op("gradient norm", "optimizer"), op("adamw", "optimizer")]
     share = {"layer products": 0.6, "head": 0.2, "attention": 0.15, "layernorm": 0.05}
     data: dict = {f"ops-{size}": {"ops": ops, "step": [{"share": share}]} for size in ("124m", "1558m")}
-    data |= {f"pytorch-{size}-cudnn": {"B": B, "kiln_tokens_per_s": rate, "ratio": 1.2}
+    data |= {f"pytorch-{size}-cudnn": {"B": B, "kiln_tokens_per_s": rate, "ratio": 1.2, "kiln": 5 * [0], "pytorch": 5 * [0]}
              for size, B, rate in (("124m", 64, 710e3), ("1558m", 16, 63e3))}
-    data |= {"modes": {"cost": 0.02, "same_weights": True}, "start": {"warm_s": 4.0},
+    data |= {"modes": {"cost": 0.02, "same_weights": True, "auto": 5 * [0], "fastest": 5 * [0]}, "start": {"warm_s": 4.0},
              "gaps": {"runs": [{"B": 64, "graph": "on", "idle": 0.005}, {"B": 4, "graph": "on", "idle": 0.04}]}}
     side = {"best_val_loss": 1.47, "seconds": 80.0}
     data |= {f"quality-{name}": {"kiln": dict(side), "pytorch": dict(side)} for name in (1, 2, 3, "fp32")}
@@ -98,6 +98,23 @@ def test_a_goal_turns_where_its_figure_crosses_the_limit(name: str) -> None:
     results = met()
     del results["stages"][stage]
     assert results_of(results)[of(name)] == "not measured"
+
+
+def test_fewer_than_five_rounds_are_no_median() -> None:
+    for stage, side, goal in (("pytorch-124m-cudnn", "kiln", "124M, B64 T1024 >= 600"),
+                              ("pytorch-1558m-cudnn", "pytorch", "1558M beside"), ("modes", "fastest", "deterministic")):
+        results = met()
+        results["stages"][stage]["data"][side].pop()
+        assert results_of(results)[of(goal)] == "not measured"
+
+
+@pytest.mark.parametrize("key", ["gpu", "commit", "code"])
+def test_what_another_build_has_left_meets_nothing(key: str) -> None:
+    results = met()
+    results["stages"]["start"]["environment_differs"] = {key: "another"}
+    assert results_of(results)[of("124M, start")] == "not measured"
+    results["stages"]["start"]["environment_differs"] = {"torch": "another"}
+    assert results_of(results)[of("124M, start")] == "met"
 
 
 def test_another_gpu_or_batch_meets_nothing() -> None:

@@ -301,6 +301,9 @@ def test_the_twin_trains_by_a_config_of_kiln(lab: Lab) -> None:
     assert [step for step, _ in first] == [10, 20, 30] and first[-1][1] < first[0][1] < 6
     assert evals() == first and evals("--seed", 2) != first
     assert evals("--set", "train.max_steps=10") == first[:1]
+    done = run([TORCH, REPO / "scripts" / "train_pytorch.py", "--config", config, "--set", "optimizer.beta1=0.8", "--device",
+                "cpu"], cwd=lab.root)
+    assert done.code == 2 and "optimizer.beta1 is 0.8, and the twin knows only 0.9" in done.err
 
 
 def test_without_a_gpu_the_pytorch_bench_says_so() -> None:
