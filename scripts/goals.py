@@ -158,12 +158,16 @@ class Verdict(NamedTuple):
     result: str                                                 # "met", "not met", "not measured"
 
 
+def of_one_build(results: dict[str, Any]) -> Stages:
+    """Without what another GPU or build has left in the same folder."""
+    return {name: r for name, r in results.get("stages", {}).items()
+            if not {"gpu", "commit", "code"} & set(r.get("environment_differs", {}))}
+
+
 def judge(results: dict[str, Any]) -> list[Verdict]:
     """`results`: a merged file of gpu_check.py; {} where nothing has been measured."""
     gpu = str((results.get("environment") or {}).get("gpu", ""))
-    # What another GPU or build has left in the same folder is not this one's.
-    stages = {name: r for name, r in results.get("stages", {}).items()
-              if not {"gpu", "commit", "code"} & set(r.get("environment_differs", {}))}
+    stages = of_one_build(results)
     verdicts = []
     for goal in GOALS:
         value = None

@@ -34,7 +34,7 @@ class Gpu(NamedTuple):
     results: Result
 
     def data(self, stage: str) -> Result:
-        return self.results.get("stages", {}).get(stage, {}).get("data") or {}
+        return goals.of_one_build(self.results).get(stage, {}).get("data") or {}
 
     def device(self, size: str) -> Device:
         """With the peaks that ./train bench has measured; without, as the vendor says of an H200."""
@@ -131,11 +131,14 @@ def gpu_section(gpu: Gpu) -> str:
                 f"machine with one writes it. The bounds are those of one {H200.name}: {H200.tflop_per_s:,.0f} TFLOP/s "
                 f"and {H200.gb_per_s:,.0f} GB/s, {H200.source}.\n")
     e = gpu.results["environment"]
-    failed = [f"{name} ({r['result']})" for name, r in gpu.results["stages"].items() if r["result"] != "passed"]
+    stages = goals.of_one_build(gpu.results)
+    failed = [f"{name} ({r['result']})" for name, r in stages.items() if r["result"] != "passed"]
+    others = [name for name in gpu.results["stages"] if name not in stages]
     rows = [[key, str(e.get(key))] for key in ("gpu", "driver", "driver_cuda", "cublaslt", "nccl", "torch", "commit")]
     d = gpu.device("124m")
-    return (table([f"`{gpu.file}`", ""], rows) + f"\nBounds: {d.tflop_per_s:,.0f} TFLOP/s and {d.gb_per_s:,.0f} GB/s, "
-            f"{d.source}. Stages that have not passed: {', '.join(failed) or 'none'}.\n")
+    return (table([f"`{gpu.file}`", ""], rows) + f"\nBounds of one {d.name}: {d.tflop_per_s:,.0f} TFLOP/s and "
+            f"{d.gb_per_s:,.0f} GB/s, {d.source}. Stages that have not passed: {', '.join(failed) or 'none'}."
+            + (f" Left out, of another GPU or build: {', '.join(others)}." if others else "") + "\n")
 
 
 def cpu_section(name: str, r: Result) -> str:

@@ -94,6 +94,17 @@ def test_what_was_measured_is_shown_and_the_rest_is_not(place) -> None:
     assert "124M, B64 T1024 >= 600,000 tokens/s | 612,345 | met" in page and "| the commit |" in page
 
 
+@pytest.mark.parametrize("differs", [{"gpu": "NVIDIA A100"}, {"commit": "another"}, {"code": "another"}])
+def test_what_another_gpu_or_build_has_left_is_not_shown(place, differs: dict) -> None:
+    content = results("124m", 0.5, 612345.0)
+    content["stages"]["ops-124m"]["environment_differs"] = differs
+    content["stages"]["gaps"]["environment_differs"] = {"time": "another"}
+    _, page = place({"nvidia-h200-2026-01-02.json": content})
+    assert "50%" not in page and "| 612,345 |" in page
+    assert "Bounds of one NVIDIA H200: 989 TFLOP/s and 4,800 GB/s, the vendor's figures." in page
+    assert "gaps (failed). Left out, of another GPU or build: ops-124m." in page
+
+
 def test_another_figure_makes_the_page_old(place) -> None:
     name = "nvidia-h200-2026-01-02.json"
     assert place({name: results("124m", 0.5, 6e5)})[0] == 0
