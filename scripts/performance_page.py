@@ -25,6 +25,8 @@ from roofline import H200, Device, Op, Shape, bound_ms, step_ops  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = "not measured"
+MFU = ("MFU: PaLM's FLOP of a token, 6 N + 12 L C T, over the vendor's peak where the run knows it, else over the one that "
+       "it measured.\n")
 Result = dict[str, Any]
 
 
@@ -157,7 +159,8 @@ def page(gpus: Sequence[Gpu], cpus: Sequence[tuple[str, Result]]) -> dict[str, s
             "(`scripts/roofline.py`).\n"]
     for gpu in reversed(gpus):
         text += [f"## {gpu.results['environment']['gpu'] if gpu.file else 'On a GPU'}\n", gpu_section(gpu)]
-        text += ["### Goals, for one H200\n", goals_table(gpu), "### Training, beside PyTorch\n", end_to_end(gpu)]
+        text += ["### Goals, for one H200\n", goals_table(gpu), "### Training, beside PyTorch\n", end_to_end(gpu),
+                 MFU]
         for size in OPS:
             text += [f"### Ops of a step, {size.upper()} B{BATCHES[size]} T1024 bf16\n", ops_table(gpu, size)]
     text += ["## Where a step goes\n", "![bars of a step's parts](step.svg)\n", "## Roofline\n",
