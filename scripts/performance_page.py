@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import goals  # noqa: E402
 from gpu_speed import OPS, SDPA  # noqa: E402
 from gpu_stages import BATCHES, SIZES  # noqa: E402
-from performance_pictures import Bar, Point, roofline_svg, step_svg  # noqa: E402
+from performance_pictures import Bar, Pass, Point, roofline_svg, step_svg  # noqa: E402
 from roofline import H200, Device, Op, Shape, bound_ms, step_ops  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = "not measured"
-MFU = ("MFU: PaLM's FLOP of a token, 6 N + 12 L C T, over the vendor's peak where the run knows it, else over the one that "
-       "it measured.\n")
+MFU = ("MFU: PaLM's FLOP of a token, 6 N + 12 L C T, over the vendor's peak where the run knows it, else over the one "
+       "that it measured.\n")
 Result = dict[str, Any]
 
 
@@ -127,6 +127,12 @@ def points(gpu: Gpu, size: str) -> list[Point]:
             for o in step_ops(shape_of(size)) if o.flop]
 
 
+def passes(gpu: Gpu, size: str) -> list[Pass]:
+    measured = {r["op"]: r["us"] for r in gpu.data(f"ops-{size}").get("ops", [])}
+    return [Pass(o.op, o.part, o.n_bytes / measured[o.op] / 1e3 if o.op in measured else None)
+            for o in step_ops(shape_of(size)) if not o.flop]
+
+
 def gpu_section(gpu: Gpu) -> str:
     if not gpu.file:
         return ("No file of a GPU is there yet: everything about speed on a GPU is not measured. `make bench-gpu` on a "
@@ -164,13 +170,14 @@ def page(gpus: Sequence[Gpu], cpus: Sequence[tuple[str, Result]]) -> dict[str, s
         for size in OPS:
             text += [f"### Ops of a step, {size.upper()} B{BATCHES[size]} T1024 bf16\n", ops_table(gpu, size)]
     text += ["## Where a step goes\n", "![bars of a step's parts](step.svg)\n", "## Roofline\n",
-             "![products and attention under the roofline](roofline.svg)\n"]
+             "![each op of a step under the roofline](roofline.svg)\n"]
     if cpus:
         text += ["## On a CPU, beside PyTorch and oneDNN\n", *(cpu_section(*c) for c in cpus)]
     d = main.device("124m")
     return {"performance.md": "\n".join(text),
             "step.svg": step_svg([bars(main, size) for size in OPS]),
-            "roofline.svg": roofline_svg(points(main, "124m"), d, f"124M B{BATCHES['124m']} T1024 on one {d.name}")}
+            "roofline.svg": roofline_svg(points(main, "124m"), passes(main, "124m"), d,
+                                         f"124M B{BATCHES['124m']} T1024 on one {d.name}")}
 
 
 def load(folder: Path) -> tuple[list[Gpu], list[tuple[str, Result]]]:

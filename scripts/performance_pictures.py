@@ -63,8 +63,33 @@ def step_svg(groups: Sequence[Sequence[Bar]]) -> str:
     return svg(800, y + 24, parts)
 
 
-def roofline_svg(points: Sequence[Point], d: Device, title: str) -> str:
-    """FLOP/s over FLOP per byte, both logarithmic. Circles lie on the roof and are bounds; dots are measured."""
+class Pass(NamedTuple):
+    """An op without counted FLOP: its bound is the bandwidth."""
+    op: str
+    part: str
+    measured: Optional[float]                                   # GB/s
+
+
+def passes_rows(passes: Sequence[Pass], d: Device, y: int) -> list[str]:
+    """Frames as long as the bandwidth, filled as far as was measured."""
+    x0, x1 = 170, 730
+    known = any(p.measured is not None for p in passes)
+    parts = [text(x0, y, f"GB/s of all else; frame: bound, {d.gb_per_s:,.0f}" + ("; filled: measured" if known else
+                                                                                 ", not measured"))]
+    for i, p in enumerate(passes):
+        top, colour = y + 10 + 22 * i, COLOURS[p.part]
+        parts += [text(x0 - 8, top + 12, p.op, "end", 11), f'<rect x="{x0}" y="{top}" width="{x1 - x0}" height="14" '
+                  f'fill="white" stroke="{colour}"/>']
+        if p.measured is not None:                              # what caches keep can be faster than the memory
+            width = (x1 - x0) * min(1.0, p.measured / d.gb_per_s)
+            parts += [f'<rect x="{x0}" y="{top}" width="{width:.1f}" height="14" fill="{colour}"/>',
+                      text(x1 + 8, top + 12, f"{p.measured:,.0f}", size=11)]
+    return parts
+
+
+def roofline_svg(points: Sequence[Point], passes: Sequence[Pass], d: Device, title: str) -> str:
+    """FLOP/s over FLOP per byte, both logarithmic. Circles lie on the roof and are bounds; dots are measured. Below it
+    the ops that have no FLOP to count."""
     x0, x1, y0, y1 = 60, 780, 380, 40                           # of the plot's frame
     low_x, high_x, low_y, high_y = 10.0, 1e4, 10.0, 2e3
 
@@ -95,4 +120,4 @@ def roofline_svg(points: Sequence[Point], d: Device, title: str) -> str:
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
     known = any(p.measured is not None for p in points)
     parts.append(text(x0 + 10, y1 + 14, "circles: bounds; dots: measured" if known else "circles: bounds, not measured"))
-    return svg(800, 430, parts)
+    return svg(800, 470 + 22 * len(passes), parts + passes_rows(passes, d, 450))

@@ -109,6 +109,19 @@ def test_what_another_gpu_or_build_has_left_is_not_shown(place, differs: dict) -
     assert "gaps (failed). Left out, of another GPU or build: ops-124m." in page
 
 
+def test_the_pictures_show_what_was_measured_and_only_that(place, tmp_path: Path) -> None:
+    place({})
+    roof = (tmp_path / "docs" / "roofline.svg").read_text()
+    assert "filled" not in roof and 'r="4"' not in roof and roof.count("not measured") == 2
+    place({"nvidia-h200-2026-01-02.json": results("124m", 0.5, 6e5)})
+    step, roof = ((tmp_path / "docs" / name).read_text() for name in PAGE[1:])
+    ops = roofline.step_ops(roofline.Shape(12, 12, 768, B=64))
+    assert roof.count(">2,000</text>") == sum(not o.flop for o in ops) == 9  # GB/s: half of the bandwidth
+    assert roof.count('r="4"') == sum(o.flop > 0 for o in ops) == 12 and "not measured" not in roof
+    total = 2 * roofline.bound_ms(ops, roofline.Device("", 800, 4000, ""))
+    assert f"124M B64: measured, ops in a row: {total:.1f} ms" in step and "1558M B16: measured" not in step
+
+
 def test_another_figure_makes_the_page_old(place) -> None:
     name = "nvidia-h200-2026-01-02.json"
     assert place({name: results("124m", 0.5, 6e5)})[0] == 0
