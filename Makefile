@@ -23,7 +23,9 @@ export MPIRUN PYTHON
 VARIANT    := $(if $(SANITIZE),sanitize,$(if $(DEBUG),debug,release))
 B          := build/$(VARIANT)$(patsubst %,-%,$(filter-out native,$(CPU)))
 O          := $(B)/obj
-SAN        := $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+# GCC's documentation: a sanitizer may cause false warnings of -Wmaybe-uninitialized (GCC 12 does so in its own <regex>).
+SAN        := $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined \
+                               -fno-omit-frame-pointer -Wno-maybe-uninitialized)
 CXXFLAGS   += -std=c++20 -I. -Wall -Wextra -Werror -Wno-missing-field-initializers -Wno-restrict -fopenmp -g -march=$(CPU) $(SAN) \
               -fno-math-errno -fno-trapping-math $(if $(DEBUG)$(SANITIZE),-O1,-O3 -DNDEBUG)
 LIBS       := -ldnnl -lyaml-cpp -lfmt -lxxhash
