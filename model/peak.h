@@ -9,7 +9,8 @@
 
 // FLOP/s of one large square product by linear_forward, operands from N(0, 1) in `real` (f32 or bf16): zeros draw less
 // power and would flatter a GPU.  Widths double from 256 until a product takes a millisecond, or 8192 is reached, or
-// memory ends; the largest, by the backend's first guess of an algorithm, is repeated for 50 ms, and the fastest call taken: other processes only make calls longer.
+// memory ends; the largest, by the backend's first guess of an algorithm, is repeated for 50 ms, and the fastest call
+// taken: other processes only make calls longer.
 // Device memory (at most 960 MiB, 480 in bf16) is given back before it returns: call it before the arenas are taken.
 // 0 where there is no memory even for the smallest.
 double measured_peak(const Backend& k, DType real);

@@ -4,8 +4,9 @@
     python3 scripts/performance_page.py             writes
     python3 scripts/performance_page.py --check     exit code 1 where what is there is not what would be written
 
-Files of scripts/bench_gpu.py give the page's GPUs, the newest of each, the newest GPU first; those of scripts/bench_cpu.py its CPUs. What no file has
-says "not measured"; bounds are computed from the device's peaks (scripts/roofline.py) and are called so.
+Files of scripts/bench_gpu.py give the page's GPUs, the newest of each, the newest GPU first; those of
+scripts/bench_cpu.py its CPUs. What no file has says "not measured"; bounds are computed from the device's peaks
+(scripts/roofline.py) and are called so.
 """
 from __future__ import annotations
 

@@ -6,8 +6,8 @@
 
 A copy of the kernels is made in which each removable call asks an environment variable whether to run; it is compiled
 once, with the race check, and its op tests run for each call, in order and then under random schedules. A removal counts
-as detected when a test fails or a report of the emulator appears. A barrier with a vote (__syncthreads_or) is replaced by the thread's own vote. HARMLESS
-lists the calls that no test can miss, with the reason.
+as detected when a test fails or a report of the emulator appears. A barrier with a vote (__syncthreads_or) is replaced
+by the thread's own vote. HARMLESS lists the calls that no test can miss, with the reason.
 Left in: commits and arrivals by bytes, without which nothing moves on. Exit code 1: less than 95 % of the others were
 detected, one of Hopper's attention was not, or a listed one was.
 """
@@ -121,7 +121,9 @@ def tests_of(site: Site) -> list[str]:
 def detected(site: Site, orders: tuple[str, ...] = ORDERS) -> str:
     """What noticed the removal; empty: nothing did."""
     for order in orders:
-        env = dict(os.environ, KILN_LEAVE_OUT=str(site.number), OMP_NUM_THREADS="1", **({"KILN_EMULATOR_SEED": order} if order else {}))
+        env = dict(os.environ, KILN_LEAVE_OUT=str(site.number), OMP_NUM_THREADS="1")
+        if order:
+            env["KILN_EMULATOR_SEED"] = order
         for pattern in tests_of(site):
             try:
                 done = subprocess.run([str(BINARY), f"-tc={pattern}", "--abort-after=1"], env=env, stdout=subprocess.PIPE,

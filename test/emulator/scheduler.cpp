@@ -58,8 +58,8 @@ Thread* pick() {
     }
 }
 
-// setmaxnreg shares out what a block was launched with: at most 65,536 registers, in steps of 8 and at most 255 a thread.  More would be
-// waited for in vain.
+// setmaxnreg shares out what a block was launched with: at most 65,536 registers, in steps of 8 and at most 255 a
+// thread.  More would be waited for in vain.
 void check_registers_of_block() {
     const Block& b = block();
     const int n_threads = b.n_warps * 32, launched = std::min(65536 / n_threads / 8 * 8, 255);

@@ -1,7 +1,7 @@
 """./train bench: every op once, beside the device's own limits, at the model of a config; no data needed.
 
-Seen to fail: products by the library's first guess, an op left out of the table, `calls` without the micro-batches, flop of the gradient counted once, the
-residual counted where dropout has taken it out of the product.
+Seen to fail: products by the library's first guess, an op left out of the table, `calls` without the micro-batches,
+flop of the gradient counted once, the residual counted where dropout has taken it out of the product.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def test_graphs_do_not_change_a_run(gpus: Lab, np: int, devices: int, allreduce:
 
 def test_graph_on_is_refused_without_a_gpu_and_while_each_launch_is_waited_for(gpus: Lab) -> None:
     on: dict[str, object] = {"device.graph": "on"}
-    assert "device.graph: on needs a GPU" in gpus.train("cpu", on | {"device.kind": "cpu", "device.dtype": "fp32"}, expect=2).error()
+    cpu: dict[str, object] = on | {"device.kind": "cpu", "device.dtype": "fp32"}
+    assert "device.graph: on needs a GPU" in gpus.train("cpu", cpu, expect=2).error()
     assert "KILN_CUDA_SYNC" in gpus.train("sync", on, expect=2, env={"KILN_CUDA_SYNC": 1}).error()
     gpus.train("auto", {}, env={"KILN_CUDA_SYNC": 1})
     assert gpus.run("auto").records("run")[0]["graph"] is False

@@ -60,8 +60,8 @@ def results(size: str, share_of_bound: float, tokens_per_s: float) -> dict:
     return {"environment": environment | {"gpu": "NVIDIA H200"}, "stages": {
         f"ops-{size}": {"result": "passed", "data": {"peak": [{"tflop_per_s": 800.0, "gb_per_s": 4000.0}], "ops": ops}},
         f"pytorch-{size}-cudnn": {"result": "passed", "data": {
-            "B": B, "kiln": 5 * [0], "pytorch": 5 * [0], "kiln_tokens_per_s": tokens_per_s, "kiln_mfu": 0.512, "rounds": 5, "ratio": 1.21,
-            "pytorch_tokens_per_s": tokens_per_s / 1.21}},
+            "B": B, "kiln": 5 * [0], "pytorch": 5 * [0], "kiln_tokens_per_s": tokens_per_s, "kiln_mfu": 0.512,
+            "rounds": 5, "ratio": 1.21, "pytorch_tokens_per_s": tokens_per_s / 1.21}},
         "gaps": {"result": "failed", "data": {}}}}
 
 
