@@ -107,16 +107,16 @@ struct Pass {  // y += x
 // Amount per second of make(n, normal, stream)'s work, for the n that is doubled until the work takes enough_ms.
 template <class Make>
 double rate(const Backend& k, size_t smallest, size_t largest, double enough_ms, const Make& make) {
-    constexpr double kLongestMs = 200;  // for the search, whatever the device's clock says
+    constexpr double kLongestMs = 200;  // of one size's calls by the host's clock, whatever the device's says
     const Timer timer(k);
-    const Stopwatch clock;
     decltype(make(smallest, std::declval<const Normal&>(), timer.stream())) work;
     try {
         const Normal normal(k, timer.stream());
         for (size_t n = smallest; n <= largest; n *= 2) {
             work = make(n, normal, timer.stream());
-            timer.ms(*work);  // the first of a size also makes plans
-            if (timer.best_ms(*work, 20 * enough_ms, 10) >= enough_ms || clock.ms() > kLongestMs) break;
+            timer.ms(*work);        // the first of a size also makes plans
+            const Stopwatch calls;  // without making the operands: a slow host must not end the search on a fast device
+            if (timer.best_ms(*work, 20 * enough_ms, 10) >= enough_ms || calls.ms() > kLongestMs) break;
         }
     } catch (const Error& e) {  // the largest that has found memory is still there
         if (e.code != Exit::memory) throw;

@@ -1,8 +1,10 @@
 // The measurement against a device whose speed is known: the CPU backend with a clock of its own.  Each check was seen to
 // fail: FLOPs of n^3, the mean of the calls, growing by one call, the first call timed, a buffer kept, operands of zeros,
-// growing until 10 ms.
+// growing until 10 ms, making operands counted as calls.
+#include <chrono>
 #include <cmath>
 #include <map>
+#include <thread>
 #include <vector>
 
 #include "model/peak.h"
@@ -15,6 +17,7 @@ struct Device {
     double slow_every = 0;                    // every so many calls takes ten times as long
     double first_ms = 0;                      // more, of the first call of a size
     size_t memory = SIZE_MAX;                 // bytes
+    int alloc_ms = 0;                         // by the host's clock
 
     double now_ms = 0;
     int calls = 0;
@@ -29,9 +32,11 @@ struct Device {
     }
 };
 Device device;
+constexpr size_t kTouched = size_t(16) << 20;  // bytes; larger operands are never written or read
 
 void* alloc(size_t n_bytes) {
     if (device.in_use + n_bytes > device.memory) fail(Exit::memory, "no {} bytes", n_bytes);
+    std::this_thread::sleep_for(std::chrono::milliseconds(device.alloc_ms));
     void* p = cpu_backend().memory.alloc(n_bytes);  // pages that are never touched cost nothing
     device.allocated[p] = n_bytes;
     device.most_in_use = std::max(device.most_in_use, device.in_use += n_bytes);
@@ -48,7 +53,7 @@ void free_mark(Mark* m) { delete time_of(m); }
 void set_mark(Mark* m, Stream) { *time_of(m) = device.now_ms; }
 double ms_between(const Mark* from, const Mark* to) { return *time_of(to) - *time_of(from); }
 void cast_small(const Cast& a, Stream s) {  // large operands stay untouched
-    if (device.in_use < size_t(64) << 20) cpu_backend().cast(a, s);
+    if (device.in_use < kTouched) cpu_backend().cast(a, s);
 }
 void linear(const Linear& a, Stream) {
     REQUIRE(a.BT == a.C);
@@ -58,7 +63,7 @@ void linear(const Linear& a, Stream) {
     device.spend(2.0 * a.BT * a.C * a.OC / device.flops * 1e3);
     if (!first) return;
     device.now_ms += device.first_ms;
-    if (device.in_use > size_t(64) << 20 || a.x.dtype != DType::f32) return;
+    if (device.in_use >= kTouched || a.x.dtype != DType::f32) return;
     device.mean = device.square = 0;
     for (size_t i = 0; i < a.x.count; i++) {
         device.mean += a.x.as<float>()[i] / double(a.x.count);
@@ -125,6 +130,13 @@ TEST_CASE("peak: where memory ends, the largest product that fits is taken, or n
     CHECK(measured_peak(k, DType::f32) == 0);
     CHECK(measured_bandwidth(k) == 0);
     CHECK(device.allocated.empty());
+}
+
+TEST_CASE("peak: a host that is slow to make operands does not end the search") {
+    const Backend k =
+        backend({.alloc_ms = 30});  // with three matrices of each of three sizes longer than a search may be
+    CHECK(measured_peak(k, DType::f32) == doctest::Approx(1e12));
+    CHECK(largest() == 1024);
 }
 
 TEST_CASE("peak: operands are normal numbers") {
