@@ -106,16 +106,16 @@ def make_copy() -> list[Site]:
 
 
 def tests_of(site: Site) -> list[str]:
-    """doctest filters: the tests of the file's op; for a header that ops share, of all."""
-    if not site.file.startswith("kernels/cuda/"):
-        return ["*"]
+    """doctest filters: the tests of the file's op; for the header that ops share, of those that call its block_sum."""
     name = Path(site.file).stem
     if name.startswith("attention_sm90"):
         return ["attention sm90: forward and backward*"]
     op = re.split(r"[._]", name)[0]
     if op == "attention":
         return ["attention:*", "attention is*", "attention backward*"]
-    return {"cross": ["cross_entropy*"], "grad": ["*norm*"], "elementwise": ["*sum*"]}.get(op, [f"{op}*"])
+    named = {"cross": ["cross_entropy*"], "grad": ["*norm*"], "elementwise": ["*sum*"]}
+    named["device"] = [pattern for patterns in named.values() for pattern in patterns]
+    return named.get(op, [f"{op}*"])
 
 
 def detected(site: Site, orders: tuple[str, ...] = ORDERS) -> str:
@@ -147,8 +147,10 @@ def main() -> int:
     sites = make_copy()
     subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "DEPS=0", str(BINARY.relative_to(ROOT))], check=True)
     chosen = [s for s in sites if not args.only or args.only in s.file][args.first % args.every::args.every]
-    for site in {tuple(tests_of(s)): s for s in chosen}.values():       # one for each set of tests
-        if (found := detected(replace(site, number=NOTHING), ("",))):
+    pool = ThreadPoolExecutor(os.cpu_count())                           # each test runs on one core
+    whole = [replace(s, number=NOTHING) for s in {tuple(tests_of(s)): s for s in chosen}.values()]  # one for each set of tests
+    for site, found in zip(whole, pool.map(lambda site: detected(site, ("",)), whole)):
+        if found:
             print(f"{tests_of(site)} fail with nothing left out: {found}")
             return 1
     missed, surprising = [], []
@@ -157,7 +159,6 @@ def main() -> int:
         start = time.monotonic()
         return detected(site), time.monotonic() - start
 
-    pool = ThreadPoolExecutor(os.cpu_count())                           # each test runs on one core
     for site, (by, seconds) in zip(chosen, pool.map(timed, chosen)):
         reason = HARMLESS.get((site.file, site.place, site.text))
         print(f"{by or 'NOT DETECTED':14} {seconds:5.1f} s  {site}" + (f"  [{reason}]" if reason else ""), flush=True)
