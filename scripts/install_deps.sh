@@ -19,7 +19,8 @@ done
 
 # Build and run; then plots; then tests and development.
 packages=(g++ make mpich libmpich-dev libcli11-dev doctest-dev libyaml-cpp-dev libdnnl-dev nlohmann-json3-dev libfmt-dev
-          libxxhash-dev python3 python3-matplotlib python3-venv python3-pytest python3-xxhash clang-format shellcheck zstd)
+          libxxhash-dev python3 python3-matplotlib python3-venv python3-pytest python3-pytest-xdist python3-xxhash
+          clang-format shellcheck zstd)
 # OpenBLAS: the reference BLAS that PyTorch gets otherwise would make a straw man of it.
 [ $torch = 0 ] || packages+=(python3-torch libopenblas0-openmp)
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 DOCTEST = re.compile(r"test cases:\s*\d+ \|\s*(\d+) passed \|\s*(\d+) failed(?: \|\s*(\d+) skipped)?")
 PYTEST = re.compile(r"(\d+) (passed|failed|error|errors|skipped)\b")
+CORES = len(os.sched_getaffinity(0))
 TIMEOUT_S = 1500  # of one suite: a hang is a failure
 
 
@@ -55,14 +56,16 @@ def main() -> int:
     binaries = [f"{args.build}/test", f"{args.build}/test_emulator"]
     if args.race:
         binaries += [f"{args.race}/test_emulator", f"{args.race}/test_race"]
-    mpi = [[args.mpirun, "-np", str(n), f"{args.build}/test_mpi"] for n in range(1, 6)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each of these keeps about one core busy
-        results = [(*result, False) for result in pool.map(run, [[binary] for binary in binaries])]
-    results += [(*run(command), False) for command in mpi]
+    suites = [[binary] for binary in binaries]  # each keeps about one core busy
+    suites += [[args.mpirun, "-np", str(n), f"{args.build}/test_mpi"] for n in range(1, 6)]
+    with ThreadPoolExecutor(CORES) as pool:
+        results = [(*result, False) for result in pool.map(run, suites)]
     if not args.no_system:
         os.environ["MPIRUN"] = args.mpirun
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", "test/system"]
-        results.append((*run(pytest), True))
+        # A file's tests stay together: they may share what the first of them has made.
+        results += [(*run([*pytest, "-n", str(CORES), "--dist", "loadfile", "-m", "not alone"]), True),
+                    (*run([*pytest, "-m", "alone"]), True)]
     totals = [sum(column) for column in zip(*(count(*result) for result in results))]
     print(f"{totals[0]} passed, {totals[1]} failed" + (f", {totals[2]} skipped" if totals[2] else ""))
     return 1 if totals[1] else 0

@@ -57,6 +57,10 @@ TINY: dict[str, object] = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: measures a short time; test/run.py runs it when nothing else runs")
+
+
 def shard_bytes(tokens: Sequence[int], *, magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
     """A token shard in llm.c's layout; `count` overrides what the header states."""
     header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)

@@ -257,6 +257,7 @@ def test_shard_deleted_while_it_is_read(own_lab: Lab, own_data: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.alone
 def test_failure_of_one_rank_ends_all_soon(lab: Lab, tmp_path: Path) -> None:
     """Without shuffling rank 1 of 2 reads sequences 4..7 of each batch of 8: it alone meets the bad
     token, in step 21.  The clock starts at the last record of metrics.jsonl, that of step 20: the save of step 20 and
