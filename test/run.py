@@ -22,12 +22,13 @@ def run(command: list[str]) -> tuple[int, str]:
     env = dict(os.environ, ASAN_OPTIONS=os.environ.get("ASAN_OPTIONS", "detect_leaks=0"))  # MPI and oneDNN keep memory
     print(f"running {' '.join(command)}", flush=True)
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env,
-                              timeout=TIMEOUT_S)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                              env=env, timeout=TIMEOUT_S)
         code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as e:
         text = e.stdout or b""
-        code, output = 124, (text if isinstance(text, str) else text.decode(errors="replace")) + f"\nno end after {TIMEOUT_S} s\n"
+        printed = text if isinstance(text, str) else text.decode(errors="replace")
+        code, output = 124, f"{printed}\nno end after {TIMEOUT_S} s\n"
     print(f"$ {' '.join(command)}\n{output}", end="", flush=True)
     return code, output
 
@@ -62,7 +63,7 @@ def main() -> int:
         results = [(*result, False) for result in pool.map(run, suites)]
     if not args.no_system:
         os.environ["MPIRUN"] = args.mpirun
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", "test/system"]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--durations=5", "test/system"]
         # A file's tests stay together: they may share what the first of them has made.
         results += [(*run([*pytest, "-n", str(CORES), "--dist", "loadfile", "-m", "not alone"]), True),
                     (*run([*pytest, "-m", "alone"]), True)]
