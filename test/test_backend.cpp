@@ -1,5 +1,5 @@
 // The table, the memory, the streams and the marks of every backend.  What only an emulated device can show (late
-// streams, a broken kernel) is in test/emulator/test/test_runtime.cpp.
+// streams, a broken kernel) is in test/emulator/test/test_cuda_backend.cpp.
 #include <cstring>
 
 #include "kernels/owners.h"
