@@ -2,7 +2,9 @@
 //
 // The communicator is non-blocking: a call may return ncclInProgress, and is then asked for until it has ended.  No
 // call and no wait is without a deadline.  What ends badly is aborted before the exception is thrown: a kernel that
-// waits for a lost rank would else hold up the release of the device's memory.
+// waits for a lost rank would else hold up the release of the device's memory.  An abort stops the kernels at once, but
+// returns only when no graph holds calls of the communicator, even a non-blocking one: commDestroySync in NCCL's
+// init.cc.  Such a graph goes when the exception unwinds, so the abort has a thread of its own.
 #include "comm/nccl.h"
 
 #include <cuda_runtime.h>
@@ -11,10 +13,14 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <future>
 #include <thread>
+#include <utility>
 
 namespace {
 using Clock = std::chrono::steady_clock;
+constexpr std::chrono::seconds kAbortWait{1};    // for an abort that no graph holds up
+constexpr std::chrono::seconds kAbortLimit{10};  // for one that none does any more; then it is left behind
 
 // Between two looks: first the host stays awake, then it naps, so that a long step costs no core.
 class Patience {
@@ -58,18 +64,24 @@ struct NcclComm::State {
     double timeout_s;
     std::string call;  // the last one, for messages: "ncclAllReduce of 1000 floats over 4 ranks"
     int n_exceptions = std::uncaught_exceptions();
+    std::future<void> aborted;  // valid after a failure
 
     void begin(const char* name, size_t n) {
         if (!nccl) fail(Exit::internal, "NCCL: {} after a failure in {}", name, call);
         call = fmt::format("{} of {} floats over {} ranks", name, n, size);
     }
 
+    void abort() {
+        std::packaged_task<void()> task([c = std::exchange(nccl, nullptr)] { ncclCommAbort(c); });
+        aborted = task.get_future();
+        std::thread(std::move(task)).detach();
+        aborted.wait_for(kAbortWait);
+    }
     // Aborts the communicator, then throws.
     [[noreturn]] void give_up(Exit code, const std::string& what) {
         std::string detail = nccl ? ncclGetLastError(nccl) : "";
         if (!detail.empty()) detail = fmt::format(" ({})", detail);
-        if (nccl) ncclCommAbort(nccl);
-        nccl = nullptr;
+        if (nccl) abort();
         fail(code, "NCCL: {}{} in {}; NCCL_DEBUG=WARN tells more", what, detail, call);
     }
     void check(ncclResult_t result) {
@@ -109,6 +121,7 @@ NcclComm::NcclComm(Comm& comm, double timeout_s)
 // Unwinding: this rank leaves while others may be in the middle of a call, so the clean end, which waits for them, is
 // not to be had.
 NcclComm::~NcclComm() {
+    if (state_->aborted.valid()) state_->aborted.wait_for(kAbortLimit);  // its graphs have gone
     if (!state_->nccl) return;
     const bool unwinding = std::uncaught_exceptions() > state_->n_exceptions;
     try {

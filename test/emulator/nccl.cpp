@@ -8,6 +8,8 @@
 //   Buffers must be device memory.  Two ranks with one device are refused.
 //   ncclAllReduce adds in a ring's order, another one for every shard: not the order of kiln's own sums.
 //   Groups hold sends and receives only, of one type on one stream, and are called by all ranks.
+//   ncclCommAbort ends the communicator's work on the stream at once, and returns when no graph holds calls of it.  It
+//   may be called by another thread than all else, and leaves what MPI has under way to the next communicator.
 //
 // To see failures, KILN_EMULATOR_NCCL_FAIL=<n> has a communicator's n-th call (making it is the first) end with
 // ncclRemoteError, KILN_EMULATOR_NCCL_HANG=<n> never; neither takes part, so that the other ranks wait.
@@ -19,9 +21,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <thread>
 #include <utility>
 
 #include "common/hash.h"
@@ -42,36 +47,48 @@ int number_in(const char* variable) {
     return text ? std::atoi(text) : 0;
 }
 
-std::vector<std::shared_ptr<ncclComm>>& live() {
-    static std::vector<std::shared_ptr<ncclComm>> all;
-    return all;
+// What two threads may touch.
+struct Shared {
+    std::mutex mutex;
+    std::vector<std::shared_ptr<ncclComm>> live, abandoned;
+};
+Shared& shared() {
+    static Shared s;
+    return s;
 }
 
 // What was sent to a communicator that this rank gave up, and nobody will ask for.
-std::vector<int>& abandoned_tags() {
-    static std::vector<int> tags;
-    return tags;
-}
 void drain_abandoned() {
-    for (const int tag : abandoned_tags())
+    std::vector<std::shared_ptr<ncclComm>> all;
+    {
+        const std::lock_guard lock(shared().mutex);
+        all = shared().abandoned;
+    }
+    for (const auto& c : all) {
+        c->setup.drop();
         for (;;) {
             int there = 0, n_bytes = 0;
             MPI_Status status;
-            PMPI_Iprobe(MPI_ANY_SOURCE, tag, MPI_COMM_WORLD, &there, &status);
+            PMPI_Iprobe(MPI_ANY_SOURCE, c->tag, MPI_COMM_WORLD, &there, &status);
             if (!there) break;
             PMPI_Get_count(&status, MPI_BYTE, &n_bytes);
             std::vector<char> bin(static_cast<size_t>(n_bytes));
-            PMPI_Recv(bin.data(), n_bytes, MPI_BYTE, status.MPI_SOURCE, tag, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+            PMPI_Recv(bin.data(), n_bytes, MPI_BYTE, status.MPI_SOURCE, c->tag, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
         }
+    }
 }
 }  // namespace
 
 std::shared_ptr<ncclComm> find(ncclComm_t c) {
-    for (const auto& l : live())
+    const std::lock_guard lock(shared().mutex);
+    for (const auto& l : shared().live)
         if (l.get() == c) return l;
     return nullptr;
 }
-void record(const char* name, size_t count, const char* type) { emulator::nccl_calls().push_back({name, count, type}); }
+void record(const char* name, size_t count, const char* type) {
+    const std::lock_guard lock(shared().mutex);
+    emulator::nccl_calls().push_back({name, count, type});
+}
 }  // namespace emulator::nccl
 using namespace emulator::nccl;
 
@@ -166,7 +183,10 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int n_ranks, ncclUniqueId 
         !good_config || config->blocking != 0)
         return ncclInvalidArgument;
     const auto c = std::make_shared<ncclComm>();
-    live().push_back(c);
+    {
+        const std::lock_guard lock(shared().mutex);
+        shared().live.push_back(c);
+    }
     *comm = c.get();
     int world_rank = 0, world_size = 1, ordinal = 0;
     PMPI_Comm_rank(MPI_COMM_WORLD, &world_rank);
@@ -202,18 +222,22 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
     const auto c = find(comm);
     if (!c) return ncclInvalidArgument;
     c->destroyed = true;
-    std::erase(live(), c);
+    const std::lock_guard lock(shared().mutex);
+    std::erase(shared().live, c);
     return ncclSuccess;
 }
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
     record("ncclCommAbort");
     const auto c = find(comm);
     if (!c) return ncclInvalidArgument;
-    c->aborted = true;
     c->at_end = nullptr;
-    abandoned_tags().push_back(c->tag);
-    c->setup.drop();
-    std::erase(live(), c);
+    c->aborted = true;
+    {
+        const std::lock_guard lock(shared().mutex);
+        std::erase(shared().live, c);
+        shared().abandoned.push_back(c);
+    }
+    while (c->in_graphs.use_count() > 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     return ncclSuccess;
 }
 

@@ -156,7 +156,11 @@ Group& group() {
 ncclResult_t give_to_stream(const std::shared_ptr<Op>& op, const char* name, cudaStream_t stream) {
     op->number = op->c->n_calls + 1;
     return op->c->begin(name, [op, stream] {
-        if (emulator::enqueue_polled(stream, [op] { return op->advance(); }) != cudaSuccess)
+        cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+        cudaStreamIsCapturing(stream, &status);
+        std::shared_ptr<void> held;
+        if (status == cudaStreamCaptureStatusActive) held = op->c->in_graphs;
+        if (emulator::enqueue_polled(stream, [op, held] { return op->advance(); }) != cudaSuccess)
             op->c->fail(ncclUnhandledCudaError, "the stream takes no work");
     });
 }

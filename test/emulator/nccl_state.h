@@ -4,6 +4,7 @@
 #include <mpi.h>
 #include <nccl.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -58,9 +59,11 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
     bool made = false, collecting = false;        // the root, until all members have reported
     ncclResult_t state = ncclInProgress;
     std::string error;
-    bool hung = false, aborted = false, destroyed = false;
-    int n_calls = 1;  // making it is the first
-    int looks = 0;    // until the call that is under way ends
+    bool hung = false, destroyed = false;
+    std::atomic<bool> aborted = false;                           // by another thread, perhaps
+    std::shared_ptr<void> in_graphs = std::make_shared<char>();  // each captured call holds a copy
+    int n_calls = 1;                                             // making it is the first
+    int looks = 0;                                               // until the call that is under way ends
     std::function<void()> at_end;
 
     ncclResult_t fail(ncclResult_t r, const std::string& text) {

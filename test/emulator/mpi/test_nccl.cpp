@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 
 #include "model/trainer.h"
 #include "test/mpi/device_gradient.h"
@@ -158,6 +159,30 @@ TEST_CASE("a rank that hangs is a lost rank after the deadline") {
     CHECK(says(e, "within 0.5 s"));
     CHECK(says(e, "in ncclAllReduce of 100 floats"));
     k.synchronize(stream.get());  // aborted: nothing is left on the stream
+}
+
+// As in a step that is replayed: the graph goes only when the exception has unwound as far.
+TEST_CASE("a rank that is lost while a graph holds calls is no hang") {
+    const LateStreams late;
+    const Backend& k = *gpu();
+    const bool lost = world().rank() == 0;
+    StreamOwner stream(k);
+    Gradient grad(k, my_addends(100));
+    grad.upload(stream.get());
+    const auto give_up = [&](NcclComm& nccl) {
+        const GraphOwner graph(k, stream.get(), [&] { nccl.all_reduce_sum(grad.buf(), stream.get()); });
+        graph.launch(stream.get());
+        nccl.wait(stream.get());  // all ranks are here
+        if (lost) return;
+        graph.launch(stream.get());
+        const Error e = thrown_within(kTimeout / 2, [&] { nccl.wait(stream.get()); });
+        CHECK(e.code == Exit::peer_lost);
+        CHECK(says(e, "in ncclAllReduce of 100 floats"));
+        k.synchronize(stream.get());
+    };
+    const auto nccl = std::make_unique<NcclComm>(world(), 0.5);
+    give_up(*nccl);
+    CHECK(emulator::nccl_calls().back().name == (lost ? "ncclAllReduce" : "ncclCommAbort"));
 }
 
 TEST_CASE("a communicator that does not come about is an error after the deadline") {
