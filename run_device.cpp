@@ -89,8 +89,11 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
             "ranks share GPUs (on rank 0's host {} ranks share {} GPU(s)): gradients are reduced through host memory",
             comm.local_size(), n_devices);
     const std::string& how = config.parallel.allreduce;
-    if (training && chosen.own && comm.size() > 1 && (how == "auto" || how == "nccl" || how == "ordered"))
+    if (training && chosen.own && comm.size() > 1 && (how == "auto" || how == "nccl" || how == "ordered")) {
+        const size_t before = chosen.k.memory_state().n_free;
         chosen.nccl = std::make_shared<NcclComm>(comm);
+        chosen.nccl_bytes = before - std::min(before, chosen.k.memory_state().n_free);
+    }
     chosen.memory = device.memory;
     return chosen;
 }

@@ -33,7 +33,7 @@ ordered_json gpu_record(const GpuSample& s) {
 }  // namespace
 
 ordered_json run_record(const Context& x, const Trainer& trainer, const RunState& state, const Peak& peak,
-                        size_t library_bytes, int64_t total_steps) {
+                        const LibraryBytes& libraries, int64_t total_steps) {
     const GPT2Config& c = trainer.config();
     ordered_json record = {{"type", "run"},
                            {"step", state.step},
@@ -51,7 +51,8 @@ ordered_json run_record(const Context& x, const Trainer& trainer, const RunState
                    {"memory",
                     {{"planned", trainer.memory().n_bytes()},
                      {"workspace", x.device.workspace_bytes},
-                     {"libraries", library_bytes}}},
+                     {"libraries", libraries.all},
+                     {"nccl", libraries.nccl}}},
                    {"parameters", count_params(c)},
                    {"flops_per_token", flops_per_token(c)},
                    {"peak", peak_record(peak)},

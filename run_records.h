@@ -10,7 +10,7 @@
 
 // The first line of each process of a run: what trains what, on what.
 nlohmann::ordered_json run_record(const Context& x, const Trainer& trainer, const RunState& state, const Peak& peak,
-                                  size_t library_bytes, int64_t total_steps);
+                                  const LibraryBytes& libraries, int64_t total_steps);
 
 struct StepSpeed {
     double ms, tokens_per_s;

@@ -255,10 +255,11 @@ void TrainingRun::start(OpenMode mode) {
     x_.place.step = first_step_ = state_.step;
     state_.choices = agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
     if (!root) return;
-    // Every product has run by now: what is taken beyond our own are the libraries' handles and loaded kernels, or another
-    // process's.
+    // Every product has run by now, and the reduction: what is taken beyond our own are the libraries' handles, buffers and
+    // loaded kernels, or another process's.
     const size_t ours = trainer_.memory().n_bytes() + x_.device.workspace_bytes, taken = memory_taken(x_.device);
-    if (x_.device.own) library_bytes_ = taken - std::min(taken, ours);
+    if (x_.device.own) libraries_.all = taken - std::min(taken, ours);
+    libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.reduction_bytes());
     x_.log.open((x_.run_dir / "train.log").string());
     dir_->write_config(state_.config);
     dir_->start_metrics(state_.step);
@@ -326,11 +327,12 @@ void TrainingRun::announce() {
     x_.log.info("memory of one rank\n{}total: {}", trainer_.memory().table(), human_bytes(trainer_.memory().n_bytes()));
     const RunDevice& d = x_.device;
     if (d.memory.n_total)
-        x_.log.info("and of the GPU's {}: {} workspace, {} CUDA's libraries, {} context and other processes",
-                    human_bytes(d.memory.n_total), human_bytes(d.workspace_bytes), human_bytes(library_bytes_),
-                    human_bytes(d.memory.n_total - d.memory.n_free));
+        x_.log.info(
+            "and of the GPU's {}: {} workspace, {} NCCL, {} CUDA's other libraries, {} context and other processes",
+            human_bytes(d.memory.n_total), human_bytes(d.workspace_bytes), human_bytes(libraries_.nccl),
+            human_bytes(libraries_.all - libraries_.nccl), human_bytes(d.memory.n_total - d.memory.n_free));
     announce_peak();
-    dir_->record(run_record(x_, trainer_, state_, peak_, library_bytes_, total_steps_));
+    dir_->record(run_record(x_, trainer_, state_, peak_, libraries_, total_steps_));
     write_status(x_.run_dir, "running", state_.step, 0, "");
 }
 
@@ -382,9 +384,13 @@ void TrainingRun::record_step(const StepResult& r, double learning_rate, double 
 // What has been taken of the GPU since its context was there, against what announce() said.  Only for a GPU of our own.
 void TrainingRun::check_memory() {
     const RunDevice& d = x_.device;
-    if (x_.comm.rank() == 0 && !trainer_.graph_note().empty()) x_.log.info("{}", trainer_.graph_note());
+    const std::string& graph = trainer_.graph_note();
+    if (x_.comm.rank() == 0 && !graph.empty()) {
+        dir_->record({{"type", "event"}, {"step", state_.step}, {"event", "graph"}, {"message", graph}});
+        x_.log.info("{}", graph);
+    }
     if (x_.comm.rank() != 0 || d.memory.n_total == 0 || !d.own) return;
-    const size_t taken = memory_taken(d), named = trainer_.memory().n_bytes() + d.workspace_bytes + library_bytes_;
+    const size_t taken = memory_taken(d), named = trainer_.memory().n_bytes() + d.workspace_bytes + libraries_.all;
     dir_->record({{"type", "event"}, {"step", state_.step}, {"event", "memory"}, {"taken", taken}, {"named", named}});
     x_.log.info("GPU memory: {} taken, {} of it named above", human_bytes(taken), human_bytes(named));
     if (double(taken) > 1.02 * double(named) || double(named) > 1.02 * double(taken))

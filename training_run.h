@@ -49,6 +49,11 @@ Tokenizer open_tokenizer(const Config& c);
 std::vector<int32_t> prompt_tokens(const Tokenizer& tokenizer, const std::string& prompt);
 EvalResult evaluate_on(const Context& x, Trainer& trainer, const TokenStream& val);
 
+// Of the GPU's memory, taken by CUDA's libraries before the first step.
+struct LibraryBytes {
+    size_t all = 0, nccl = 0;  // that NCCL has of all
+};
+
 class TrainingRun {
   public:
     // Opens data, takes memory, opens or resumes the run directory, and puts equal parameters on every rank.
@@ -81,7 +86,7 @@ class TrainingRun {
     const Schedule schedule_;
     const Peak peak_;  // measured before the trainer takes its memory
     Trainer trainer_;
-    size_t library_bytes_ = 0;           // rank 0: of the GPU's memory, taken by CUDA's libraries before the first step
+    LibraryBytes libraries_;             // rank 0
     std::unique_ptr<RunDirectory> dir_;  // rank 0
     std::optional<GpuMonitor> gpu_;      // rank 0, where it computes on a GPU
     RunState state_;

@@ -71,6 +71,7 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
         decide_on_graphs();
     }
     k_.synchronize(stream_);
+    connect();
 }
 
 // Work may still read what is about to be given back: an error can leave a step in its middle.
@@ -79,6 +80,16 @@ Trainer::~Trainer() {
             k_.synchronize(s);
         } catch (const std::exception&) {  // the error that ends the step has been told
         }
+}
+
+// A reduction of the gradient while it is zero.  NCCL connects the ranks, and takes memory for it, at the first call of a
+// size: before the first step, and before that memory is counted.
+void Trainer::connect() {
+    if (!reducer_ || reducer_->needs_host()) return;
+    const size_t before = k_.memory_state().n_free;
+    reducer_->sum(memory_.flat_gradient(0), stream_);
+    reducer_->wait(stream_);
+    reduction_bytes_ = before - std::min(before, k_.memory_state().n_free);
 }
 
 // Marks the blocks of 64 elements that weight decay applies to.

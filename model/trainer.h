@@ -85,6 +85,9 @@ class Trainer {
     const BatchShare& share() const { return share_; }
     const GPT2Config& config() const { return o_.model; }
     const char* reduction() const;  // how gradients are summed: "ordered through host memory"
+    size_t reduction_bytes() const {
+        return reduction_bytes_;
+    }  // of the device's memory, that its library took for itself
     const TrainerMemory& memory() const { return memory_; }
     // Whether steps are replayed from graphs, and why not where they could have been.
     bool uses_graphs() const { return use_graphs_; }
@@ -106,6 +109,7 @@ class Trainer {
     };
 
     void mark_decay();
+    void connect();
     bool has_masters() const { return memory_.has_masters(); }
     GPT2Params& masters() { return has_masters() ? memory_.masters : memory_.params; }
     void fetch(int64_t step, const NextMicroBatch& next);
@@ -133,6 +137,7 @@ class Trainer {
 
     TrainerMemory memory_;
     std::unique_ptr<Reducer> reducer_;
+    size_t reduction_bytes_ = 0;
     StepBatch host_batch_;    // pinned
     MarkOwner sent_, taken_;  // staging holds what host_batch_ held; staging has been read
     int64_t fetched_ = -1;    // the step whose tokens are in host_batch_; -1: none
