@@ -1,5 +1,7 @@
 #include "attention_choice.h"
 
+#include <cstdlib>
+
 #include "common/error.h"
 
 namespace {
@@ -32,7 +34,8 @@ const char* attention_name(AttentionKernel kernel) {
 
 AttentionKernel preferred_attention(const Config& config) {
     if (config.device.attention == "portable") return AttentionKernel::portable;
-    return config.device.attention == "cudnn" ? AttentionKernel::cudnn : AttentionKernel::sm90;
+    if (config.device.attention != "cudnn") return AttentionKernel::sm90;
+    return std::getenv("KILN_CUDNN_FASTEST") ? AttentionKernel::cudnn_fastest : AttentionKernel::cudnn;
 }
 
 AttentionChoice choose_attention(const Config& config, const std::string& refusal, bool training) {

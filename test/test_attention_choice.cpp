@@ -2,6 +2,8 @@
 // test/system/test_emulated.py.
 #include <doctest/doctest.h>
 
+#include <cstdlib>
+
 #include "attention_choice.h"
 #include "test/config_text.h"
 
@@ -54,6 +56,10 @@ TEST_CASE("attention choice: the kernels that the devices are asked about") {
          {std::pair{"auto", AttentionKernel::sm90}, std::pair{"portable", AttentionKernel::portable},
           std::pair{"sm90", AttentionKernel::sm90}, std::pair{"cudnn", AttentionKernel::cudnn}})
         CHECK(preferred_attention(run({std::string("device.attention=") + value})) == preferred);
+    setenv("KILN_CUDNN_FASTEST", "1", 1);
+    CHECK(attention({"device.attention=cudnn"}) == "cudnn_fastest");
+    CHECK(attention({}) == "sm90");
+    unsetenv("KILN_CUDNN_FASTEST");
 }
 
 TEST_CASE("attention choice: dropout is left to the portable kernels in training, and that is said") {

@@ -143,6 +143,25 @@ cublasLtHandle_t handle() {
     return h;
 }
 
+// Has this algorithm add up k in so many parts, in fp32.  False: it does so already, or cannot.
+bool split(cuda::GemmAlgorithm& a, int32_t parts) {
+    int32_t can = 0, now = 0;
+    uint32_t known = 0;
+    const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    size_t n = 0;
+    cublasLtMatmulAlgo_t* o = &a.opaque;
+    const auto done = [](cublasStatus_t status) { return status == CUBLAS_STATUS_SUCCESS; };
+    return done(cublasLtMatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_SPLITK_SUPPORT, &can, sizeof can, &n)) && can &&
+           done(cublasLtMatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_REDUCTION_SCHEME_MASK, &known, sizeof known,
+                                                  &n)) &&
+           known & reduction &&
+           done(cublasLtMatmulAlgoConfigGetAttribute(o, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &now, sizeof now, &n)) &&
+           now != parts &&
+           done(cublasLtMatmulAlgoConfigSetAttribute(o, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts)) &&
+           done(cublasLtMatmulAlgoConfigSetAttribute(o, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
+                                                     sizeof reduction));
+}
+
 // The library's own condition for the auxiliary matrix is a leading dimension that is a multiple of 8, at 16 bytes;
 // whole vectors in every operand are asked for, because it is for them that its kernels with epilogues are made.
 bool whole_vectors(const Gemm& g, const Key& k) {
@@ -209,6 +228,18 @@ GemmPlan describe(const Gemm& g, const GemmKey& k) {
 void destroy(const GemmPlan& p) {
     for (cublasLtMatrixLayout_t l : {p.a, p.b, p.d}) cublasLtMatrixLayoutDestroy(l);
     cublasLtMatmulDescDestroy(p.product);
+}
+
+// Where the library has few guesses: the same with k split otherwise.  A weight gradient has few tiles and a long k.
+void add_splits(std::vector<GemmAlgorithm>& all, const GemmPlan& p) {
+    constexpr size_t kEnough = 16;
+    const std::vector<GemmAlgorithm> found = all;
+    for (const GemmAlgorithm& a : found)
+        for (const int32_t parts : {2, 3, 4, 6, 8, 12, 16}) {
+            GemmAlgorithm other = a;
+            if (all.size() < kEnough && split(other, parts) && check_algorithm(p, other) == CUBLAS_STATUS_SUCCESS)
+                all.push_back(other);
+        }
 }
 
 std::vector<GemmAlgorithm> guesses(const GemmPlan& p, const GemmKey& k, int n, cublasStatus_t* status) {

@@ -142,7 +142,9 @@ void choose_algorithm(Plan& p, const Key& k, const Gemm& g, Stream s) {
     };
     std::vector<Candidate> timed;
     double best = std::numeric_limits<double>::infinity();
-    for (const Algorithm& a : cuda::guesses(p, k, cuda::kMaxCandidates, &p.status)) {
+    std::vector<Algorithm> candidates = cuda::guesses(p, k, cuda::kMaxCandidates, &p.status);
+    cuda::add_splits(candidates, p);
+    for (const Algorithm& a : candidates) {
         const double ms = time_of([&] { return cuda::multiply(g, p, a, true, s) == CUBLAS_STATUS_SUCCESS; }, best, s);
         if (ms < 0) continue;
         timed.push_back({ms, a});

@@ -1,7 +1,7 @@
 // Which algorithm computes a kind of product, and whether what can be fused to it is.
 //
-// While tuning is on, the first call of a kind asks the library for its kMaxCandidates best guesses, runs each on the
-// call's own operands with the real workspace, and keeps the fastest that repeats its bits: it is run twice, and what
+// While tuning is on, the first call of a kind asks the library for its kMaxCandidates best guesses, adds some with k split
+// otherwise where they are fewer than 16, runs each on the call's own operands with the real workspace, and keeps the fastest that repeats its bits: it is run twice, and what
 // it writes is hashed on the device.  A call that could also be computed apart then times both ways and keeps the
 // faster.  What a tuned call leaves in its outputs is meaningless: a product that adds to its own output has done so
 // many times.  So tuning is for a step whose results nobody uses.
@@ -47,8 +47,10 @@ struct GemmPlan {
 };
 GemmPlan describe(const Gemm&, const GemmKey&);
 void destroy(const GemmPlan&);
-// The library's n (up to kMaxCandidates) best guesses that fit into the workspace, best first.
+// The library's n (up to kMaxCandidates) best guesses that fit into the workspace, best first; add_splits(): where they
+// are few, others after them.
 std::vector<GemmAlgorithm> guesses(const GemmPlan&, const GemmKey&, int n, cublasStatus_t* status);
+void add_splits(std::vector<GemmAlgorithm>&, const GemmPlan&);
 // Can this algorithm compute it, here, in the workspace?
 cublasStatus_t check_algorithm(const GemmPlan&, const GemmAlgorithm&);
 // Gives the stream one product.  `adds` false: c is left out.

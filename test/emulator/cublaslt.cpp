@@ -13,6 +13,7 @@
 //   4, 5      3 parts that meet in D's type, in place and in the workspace
 //   6         5 parts and 6 parts in turn: the same call gives other bits when it is repeated
 //   7         plain: any alignment, no epilogue, no workspace
+//   100 + n   algorithm 0 told to take the sum in n parts, which meet in fp32 in the workspace; on a machine that splits
 //
 // The workspace is filled with NaNs.  A product of one column (a row of activations) has no epilogues, so that both
 // answers of the search occur in tests.  Operands that lie outside of device memory, or that overlap what is written,
@@ -60,11 +61,11 @@ using Desc = cublasLtMatmulDescOpaque_t;
 using Layout = cublasLtMatrixLayoutOpaque_t;
 using Preference = cublasLtMatmulPreferenceOpaque_t;
 
-constexpr uint32_t kVector = 16;            // bytes
-constexpr uintptr_t kWorkspaceAlign = 256;  // bytes
-constexpr uint64_t kLong = 64;              // K from which algorithm 0 wants a workspace
-constexpr uint64_t kPart = 2;               // K of each part of a split sum, at least
-constexpr int kRestless = 6, kElement = 7;  // numbers of algorithms
+constexpr uint32_t kVector = 16;                          // bytes
+constexpr uintptr_t kWorkspaceAlign = 256;                // bytes
+constexpr uint64_t kLong = 64;                            // K from which algorithm 0 wants a workspace
+constexpr uint64_t kPart = 2;                             // K of each part of a split sum, at least
+constexpr int kRestless = 6, kElement = 7, kSplit = 100;  // numbers of algorithms
 
 size_t bytes_of(uint32_t type) { return type == CUDA_R_16BF ? 2 : 4; }
 size_t bytes_of(const Layout& l) { return ((l.cols - 1) * size_t(l.ld) + l.rows) * bytes_of(l.type); }
@@ -136,8 +137,8 @@ struct Algorithm {
     uint64_t problem, workspace_bytes;
     uint32_t align_a, align_b, align_c, align_d, align_bias, align_aux;
     int32_t number, parts;
-    int32_t rounds;   // 1: what parts add up to is stored in D's type each time
-    int32_t nothing;  // no padding: callers keep algorithms as bytes
+    int32_t rounds;      // 1: what parts add up to is stored in D's type each time
+    uint32_t reduction;  // set by the caller, with the parts
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t) && std::has_unique_object_representations_v<Algorithm>);
 
@@ -171,7 +172,7 @@ std::vector<Algorithm> vector_algorithms(const Problem& p, const Preference& wan
         const bool allowed = reduction == 0 || wanted.reductions & reduction;
         if (!allowed || n_bytes > wanted.max_workspace || p.k() < kPart * uint64_t(parts)) return;
         all.push_back(
-            {fingerprint(p), n_bytes, kVector, kVector, kVector, kVector, kVector, kVector, number, parts, rounds});
+            {fingerprint(p), n_bytes, kVector, kVector, kVector, kVector, kVector, kVector, number, parts, rounds, 0});
     };
     const uint64_t part = 4 * p.m() * p.n();  // bytes
     const bool splits = p.k() >= kLong && wanted.reductions & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
@@ -186,7 +187,7 @@ std::vector<Algorithm> algorithms(const Problem& p, const Preference& wanted) {
     std::vector<Algorithm> all = vector_algorithms(p, wanted);
     if (p.desc.epilogue != CUBLASLT_EPILOGUE_DEFAULT) return all;
     const auto in = uint32_t(bytes_of(p.a.type)), out = uint32_t(bytes_of(p.d.type));
-    all.push_back({fingerprint(p), 0, in, in, out, out, out, out, kElement, 1, 0});
+    all.push_back({fingerprint(p), 0, in, in, out, out, out, out, kElement, 1, 0, 0});
     return all;
 }
 
@@ -202,6 +203,15 @@ Algorithm algorithm_of(const cublasLtMatmulAlgo_t& algo) {
     Algorithm a;
     std::memcpy(&a, &algo, sizeof a);
     return a;
+}
+// For this problem; what the caller has changed of it is completed.
+cublasStatus_t check(const Problem& p, Algorithm& a) {
+    if (a.problem != fingerprint(p)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (a.number < kSplit) return CUBLAS_STATUS_SUCCESS;
+    if (a.reduction != CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) return CUBLAS_STATUS_INVALID_VALUE;
+    if (p.k() < kPart * uint64_t(a.parts)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    a.workspace_bytes = 4 * p.m() * p.n() * uint64_t(a.parts);
+    return CUBLAS_STATUS_SUCCESS;
 }
 
 // On the clock of a machine that has one.
@@ -497,9 +507,41 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDe
     if (!desc || !A || !B || !C || !D || !algo || !result) return CUBLAS_STATUS_INVALID_VALUE;
     const Problem p = {*desc, *A, *B, *C, *D};
     if (const cublasStatus_t s = check(p); s != CUBLAS_STATUS_SUCCESS) return s;
-    const Algorithm a = algorithm_of(*algo);
-    if (a.problem != fingerprint(p)) return CUBLAS_STATUS_INVALID_VALUE;
+    Algorithm a = algorithm_of(*algo);
+    if (const cublasStatus_t s = check(p, a); s != CUBLAS_STATUS_SUCCESS) return s;
     *result = result_of(a);
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulAlgoCapGetAttribute(const cublasLtMatmulAlgo_t* algo,
+                                                 cublasLtMatmulAlgoCapAttributes_t attribute, void* value,
+                                                 size_t n_bytes, size_t* n_written) {
+    if (!algo || !value || !n_written || n_bytes != 4) return CUBLAS_STATUS_INVALID_VALUE;
+    const int number = algorithm_of(*algo).number;
+    const bool can = emulator::machine().splits && (number == 0 || number >= kSplit);
+    const uint32_t answer =
+        attribute == CUBLASLT_ALGO_CAP_SPLITK_SUPPORT ? can : uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+    std::memcpy(value, &answer, *n_written = sizeof answer);
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* algo,
+                                                    cublasLtMatmulAlgoConfigAttributes_t attribute, void* value,
+                                                    size_t n_bytes, size_t* n_written) {
+    if (!algo || !value || !n_written || n_bytes != 4) return CUBLAS_STATUS_INVALID_VALUE;
+    const Algorithm a = algorithm_of(*algo);
+    const uint32_t answer = attribute == CUBLASLT_ALGO_CONFIG_SPLITK_NUM ? uint32_t(a.parts) : a.reduction;
+    std::memcpy(value, &answer, *n_written = sizeof answer);
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t* algo,
+                                                    cublasLtMatmulAlgoConfigAttributes_t attribute, const void* value,
+                                                    size_t n_bytes) {
+    if (!algo) return CUBLAS_STATUS_INVALID_VALUE;
+    Algorithm a = algorithm_of(*algo);
+    const bool parts = attribute == CUBLASLT_ALGO_CONFIG_SPLITK_NUM;
+    const cublasStatus_t s = parts ? store(a.parts, value, n_bytes) : store(a.reduction, value, n_bytes);
+    if (s != CUBLAS_STATUS_SUCCESS) return s;
+    if (parts) a.number = kSplit + a.parts;
+    std::memcpy(algo, &a, sizeof a);
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A,
@@ -512,8 +554,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
         return CUBLAS_STATUS_INVALID_VALUE;
     const Problem p = {*desc, *Adesc, *Bdesc, *Cdesc, *Ddesc};
     if (const cublasStatus_t s = check(p); s != CUBLAS_STATUS_SUCCESS) return s;
-    const Algorithm chosen = algorithm_of(*algo);
-    if (chosen.problem != fingerprint(p)) return CUBLAS_STATUS_INVALID_VALUE;
+    Algorithm chosen = algorithm_of(*algo);
+    if (const cublasStatus_t s = check(p, chosen); s != CUBLAS_STATUS_SUCCESS) return s;
     Operands o = {A, B, nullptr, D, 0, 0, workspace};
     std::memcpy(&o.alpha, alpha, sizeof(float));
     std::memcpy(&o.beta, beta, sizeof(float));

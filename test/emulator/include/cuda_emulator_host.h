@@ -38,6 +38,7 @@ struct Machine {
     bool has_clock = false;
     int fastest_algorithm = 0;      // KILN_EMULATOR_FASTEST_ALGORITHM
     int epilogue_us = 0;            // KILN_EMULATOR_EPILOGUE_US
+    bool splits = false;            // algorithm 0 can be told to split k
     int cublaslt_version = 130000;  // KILN_EMULATOR_CUBLASLT
 };
 // Read from the environment when first asked for; a test may change it.

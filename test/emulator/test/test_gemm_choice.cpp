@@ -3,6 +3,7 @@
 // looked up again, choices() without the ways, set_choices() that keeps old plans or takes another version's, tuning in
 // a capture, the way that is slower taken.
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "common/choices.h"
@@ -84,6 +85,34 @@ TEST_CASE("gemm choice: a slow candidate is dropped after its first timed run") 
     CHECK(count(0) == 1 + 1 + 3 * 2 + 2 + 1);  // not timed; once; 3 rounds of 2 to fill 0.2 ms; compared; the call
     for (int slow : {1, 2, 3, 4, 7}) CHECK(count(slow) == 2);
     CHECK(count(5) == 0);  // parts that meet in the output's type in the workspace are never asked for
+}
+
+TEST_CASE("gemm choice: where the library has few guesses, k is also split as it did not propose") {
+    Clocked machine(0);
+    emulator::machine().splits = true;
+    Product p;
+    p.run();
+    const Doubles guess = p.d.host();
+    for (int parts : {2, 12}) {
+        CAPTURE(parts);
+        Clocked::set(100 + parts);
+        k.set_choices("");
+        tuned([&] { p.run(); });
+        CHECK(p.run() == 100 + parts);
+        CHECK(p.d.host() != guess);
+        const Doubles now = p.d.host();
+        for (size_t i = 0; i < now.size(); i++)
+            CHECK(std::abs(now[i] - guess[i]) < 1e-4);  // 96 fp32 roundings of about 20
+        const std::string text = k.choices();           // and it is kept like the others
+        k.set_choices(text);
+        CHECK(p.run() == 100 + parts);
+    }
+    // Seven guesses, and nine more: 16 in all.  Parts that k is too short for are none of them.
+    CHECK(count(100 + 16) > 0);
+    Product brief(DType::f32, 16);
+    Clocked::set(100 + 16);
+    tuned([&] { brief.run(); });
+    CHECK(brief.run() < 100);
 }
 
 TEST_CASE("gemm choice: parts meet in bf16 never, in fp32 also in place") {
