@@ -121,16 +121,18 @@ def ops(a: argparse.Namespace, c: gpt2_torch.GPT2Config) -> dict:
 
 
 def attention(shape: str, a: argparse.Namespace) -> dict:
-    """Forward and backward of causal attention alone; q, k and v are views of one packed (B, T, 3, NH, HS) tensor."""
+    """Forward and backward of causal attention alone; q, k and v are views of one packed (B, T, 3, NH, HS) tensor, their
+    gradients are not packed."""
     B, NH, T, HS = (int(x) for x in shape.split("x"))
     dtype = torch.bfloat16 if a.device == "cuda" else torch.float32
-    qkv = torch.randn(B, T, 3, NH, HS, device=a.device, dtype=dtype, requires_grad=True)
+    packed = torch.randn(B, T, 3, NH, HS, device=a.device, dtype=dtype)
+    qkv = [x.requires_grad_() for x in packed.permute(2, 0, 3, 1, 4)]  # (B, NH, T, HS) each
     hidden = gpt2_torch.future(T).to(a.device)
     dy = torch.randn(B, NH, T, HS, device=a.device, dtype=dtype)
     clock = Clock(a.device, a.samples)
 
     def forward() -> torch.Tensor:
-        return gpt2_torch.causal_attention(*qkv.permute(2, 0, 3, 1, 4), hidden)
+        return gpt2_torch.causal_attention(*qkv, hidden)
 
     with sdpa_choice(a.sdpa):
         forward_us = clock.us(forward)

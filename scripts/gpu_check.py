@@ -218,6 +218,8 @@ def main() -> int:
             gpu = gpu._replace(why="libcublasLt.so.13 and libnccl.so.2 are nowhere; set CUDA_HOME or LD_LIBRARY_PATH")
         here = environment(gpu) | {"code": code_hash()}
         print(f"{gpu.name or 'no GPU'}; results in {OUT}", flush=True)
+        if any(name in gpu_speed.QUALITY for name in wanted) and not gpu_speed.TEXT.exists():
+            print(f"quality will be skipped: {gpu_speed.missing_text()}", flush=True)
         for group in asked:
             left = [name for name in group if not keep(read_result(name), here)]
             for name in group:

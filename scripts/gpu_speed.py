@@ -103,13 +103,15 @@ def ops(s: Stage, size: str) -> tuple[str, Data]:
     if code == 0:
         data["pytorch"] = json.loads(text.splitlines()[-1])
         theirs = {r["op"]: r["us"] for r in data["pytorch"]["ops"] if r["us"]}
+        failed = [r["op"] for r in data["pytorch"]["ops"] if r.get("failed")]
+        beside = f"; PyTorch failed at {', '.join(failed)}" if failed else ""
         for row in of["op"]:
             row["pytorch_us"] = theirs.get(row["op"])
             row["ratio"] = row["pytorch_us"] / row["us"] if row["pytorch_us"] else None
     else:
         data["pytorch_failed"] = reason(code, text)
+        beside = f"; PyTorch: {data['pytorch_failed']}"
     steps = ", ".join(f"{r['step_ms']:.1f} ms, at the device's peaks {r['bound_ms']:.1f} ms" for r in of["step"])
-    beside = "" if code == 0 else f"; PyTorch: {data['pytorch_failed']}"
     return f"{size} B{batch}: a step's ops in a row {steps or 'not complete'}{beside}", data
 
 
@@ -128,12 +130,15 @@ def speed_config(s: Stage, size: str, batch: int, steps: int) -> Data:
                  "train": {"max_steps": steps, "global_batch_size": batch, "micro_batch_size": batch}})
 
 
-def kiln_speed(s: Stage, size: str, batch: int, settings: Optional[Data] = None, steps: int = 0) -> Data:
+def kiln_speed(s: Stage, size: str, batch: int, settings: Optional[Data] = None, steps: int = 0,
+               env: Optional[dict[str, str]] = None) -> Data:
     """One run of kiln: median step, phases, the weights it ends with."""
     n = steps or STEPS[size]
-    records = s.train("speed", speed_config(s, size, batch, n) | (settings or {}), limit_s=time_left(s))
+    records = s.train("speed", speed_config(s, size, batch, n) | (settings or {}), limit_s=time_left(s), env=env)
     taken = [r for r in records if r["type"] == "step"][n // 3:]
     run = next(r for r in records if r["type"] == "run")
+    events = {r["event"]: r for r in records if r["type"] == "event"}
+    memory = events.get("memory", {})
     ms = median(r["step_ms"] for r in taken)
     log = s.work / "runs" / "speed" / "train.log"
     weights = re.findall(r"weights ([0-9a-f]{16})", log.read_text()) if log.exists() else []
@@ -141,7 +146,9 @@ def kiln_speed(s: Stage, size: str, batch: int, settings: Optional[Data] = None,
             "step_ms_all": [round(r["step_ms"], 4) for r in taken],
             "phase_ms": {p: median(r["phase_ms"][p] for r in taken) for p in taken[0]["phase_ms"]},
             "mfu": median(r["mfu"] for r in taken) if taken[0].get("mfu") else None,
-            **{key: run.get(key) for key in ("flops_per_token", "attention", "graph", "gemm_choices", "memory", "peak")},
+            **{key: run.get(key) for key in ("flops_per_token", "attention", "gemm_choices", "memory", "peak")},
+            "graph": run.get("graph") and "graph" not in events,    # the event: recording it has failed
+            "memory_taken": memory.get("taken"), "memory_named": memory.get("named"),
             "gpu": taken[-1].get("gpu"), "weights": weights[-1] if weights else None}
 
 
@@ -151,11 +158,9 @@ def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
     steps = STEPS[size]
 
     def torch(batch: int) -> bool:
-        # What is compiled in the first round need not be in the second.
-        cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(s.work / "inductor")}
         command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--size", size, "--batch", str(batch),
                    "--sdpa", sdpa, "--steps", str(steps * 2 // 3), "--window", "5"]
-        code, text = s.run(command, time_left(s), cache)
+        code, text = s.run(command, time_left(s), dict(os.environ))  # what it has compiled before it keeps in its cache
         if code == OUT_OF_MEMORY and batch > 1 and not data["pytorch"]:
             raise MemoryError(f"PyTorch: {reason(code, text)}")
         if code != 0:
@@ -206,7 +211,7 @@ def modes(s: Stage) -> tuple[str, Data]:
     atomics in its backward. All else has one way only, and the matrix products are chosen among those that repeat their
     bits. All runs of the first kind must end with the same weights."""
     size, batch = "124m", BATCHES["124m"]
-    fastest = {"device.attention": "cudnn_fastest"}
+    fastest = {"device.attention": "cudnn"}
     data: Data = {"compared": "device.attention: auto against cudnn_fastest", "B": batch, "auto": [], "fastest": []}
     longest = 0.0
     for _ in range(MODE_ROUNDS):
@@ -216,7 +221,7 @@ def modes(s: Stage) -> tuple[str, Data]:
         data["auto"].append(kiln_speed(s, size, batch))
         if "fastest_failed" not in data:
             try:
-                data["fastest"].append(kiln_speed(s, size, batch, fastest))
+                data["fastest"].append(kiln_speed(s, size, batch, fastest, env={"KILN_CUDNN_FASTEST": "1"}))
             except Failed as e:
                 data["fastest_failed"] = str(e)
         longest = max(longest, time.monotonic() - start)
@@ -231,27 +236,28 @@ def modes(s: Stage) -> tuple[str, Data]:
     return f"{len(data['auto'])} runs, the same weights; deterministic takes {cost}", data
 
 
-def idle_share(report: Path, steps_ms: float) -> float:
-    """The part of the middle half of a run's steps in which the GPU did nothing. `report`: what Nsight Systems has exported
-    as SQLite; steps_ms: what the steps took, which are the last that the GPU did."""
+def busy_ms(report: Path, n_steps: int, step_ms: float) -> float:
+    """How long the GPU works on a step, of the middle half of a run's. `report`: what Nsight Systems has exported as SQLite;
+    step_ms: a step's length in that very run, whose steps are the last that the GPU did."""
     with sqlite3.connect(report) as db:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
         kinds = [f"CUPTI_ACTIVITY_KIND_{kind}" for kind in ("KERNEL", "MEMCPY", "MEMSET")]
         spans = sorted(span for table in kinds if table in tables
                        for span in db.execute(f"SELECT start, end FROM {table}"))
     end_ns = max(end for _, end in spans)
-    spans = [(begin, end) for begin, end in spans
-             if end_ns - 0.75e6 * steps_ms <= begin and end <= end_ns - 0.25e6 * steps_ms]
+    half_ns = 0.5e6 * n_steps * step_ms
+    spans = [(begin, end) for begin, end in spans if end_ns - 1.5 * half_ns <= begin and end <= end_ns - 0.5 * half_ns]
     first, last, busy = spans[0][0], spans[0][0], 0
     for begin, end in spans:
         busy += max(0, end - max(begin, last))
         last = max(last, end)
-    return 1 - busy / (last - first)
+    return busy / (last - first) * step_ms
 
 
 def gaps(s: Stage) -> tuple[str, Data]:
     """What launches cost: steps of 64 and of 4 sequences, as a CUDA graph and without; and, where Nsight Systems is
-    there, how long the GPU does nothing."""
+    there, how long the GPU does nothing: what the profiler says that it works on a step, against the length of a step
+    without the profiler, which adds a pause to each launch."""
     nsys = shutil.which("nsys") or next(iter(sorted(Path("/opt/nvidia").glob("nsight-systems/*/bin/nsys"))), None)
     data: Data = {"size": "124m", "runs": [], "profiler": str(nsys) if nsys else None}
     for batch in GAP_STEPS:
@@ -267,7 +273,10 @@ def gaps(s: Stage) -> tuple[str, Data]:
                     code, text = s.run([*profile, s.program("train"), "--config", config, "--overwrite"], time_left(s))
                     if code != 0:
                         raise Failed(f"nsys: {reason(code, text)}")
-                    row["idle"] = idle_share(out.with_suffix(".sqlite"), row["step_ms"] * GAP_STEPS[batch])
+                    steps = [r["step_ms"] for r in s.records("speed") if r["type"] == "step"]
+                    row["profiled_step_ms"] = median(steps[len(steps) // 3:])
+                    row["busy_ms"] = busy_ms(out.with_suffix(".sqlite"), len(steps), row["profiled_step_ms"])
+                    row["idle"] = 1 - row["busy_ms"] / row["step_ms"]
             except (Failed, MemoryError, sqlite3.Error, ValueError, IndexError) as e:
                 row["failed"] = f"{type(e).__name__}: {e}"
     if all(r["step_ms"] is None for r in data["runs"]):
@@ -308,10 +317,14 @@ def start(s: Stage) -> tuple[str, Data]:
 
 # ---- quality --------------------------------------------------------------------------------------------------------
 
+def missing_text() -> str:
+    return f"{TEXT} is missing; TEXT=FILE names tiny Shakespeare"
+
+
 def prepare_text(s: Stage) -> tuple[Path, Data]:
     """The config, whose data then lies where it looks."""
     if not TEXT.exists():
-        raise Skipped(f"{TEXT} is missing; TEXT=FILE names tiny Shakespeare")
+        raise Skipped(missing_text())
     out = s.work / "data" / "shards" / "shakespeare-char"
     s.checked("data", [sys.executable, ROOT / "scripts" / "prepare_data.py", TEXT, "--chars", "--out", out], 60)
     config = ROOT / "configs" / "shakespeare-char.yaml"

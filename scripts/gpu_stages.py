@@ -149,7 +149,7 @@ class Stage:
         return text
 
     def train(self, name: str, settings: Data, ranks: int = 1, config: Optional[Path] = None,
-              limit_s: float = 300) -> list[Data]:
+              limit_s: float = 300, env: Optional[dict[str, str]] = None) -> list[Data]:
         """The records of a training run."""
         if config is None:
             config = self.work / f"{name}.yaml"
@@ -162,11 +162,15 @@ class Stage:
         else:
             words = [w for k, v in ({"run.name": name} | settings).items() for w in ("--set", f"{k}={v}")]
         launch = self.mpirun(ranks) if ranks > 1 else []
-        code, text = self.run([*launch, self.program("train"), "--config", config, "--overwrite", *words], limit_s)
+        code, text = self.run([*launch, self.program("train"), "--config", config, "--overwrite", *words], limit_s,
+                              kiln_env() | (env or {}))
         if code != 0:
             error = MemoryError if code == OUT_OF_MEMORY else Failed
             raise error(f"train {name}: {reason(code, text)}")
-        return [json.loads(line) for line in (self.work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        return self.records(name)
+
+    def records(self, run: str) -> list[Data]:
+        return [json.loads(line) for line in (self.work / "runs" / run / "metrics.jsonl").read_text().splitlines()]
 
 
 def end(child: subprocess.Popen) -> None:

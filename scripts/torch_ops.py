@@ -2,12 +2,13 @@
 
 Each is what PyTorch does in the same place of a bf16 training step: eager, and where several kernels could become one
 also by torch.compile; the faster of both counts. Where the two sides differ, PyTorch has the lesser work: its layernorm
-backward does not add to the gradient of the residual stream, its weight gradients are written in bf16 and not fp32.
+backward does not add to the gradient of the residual stream, its weight gradients are written in bf16 and not fp32. The
+exception is the embedding's backward, which fills a gradient of the whole table with zeros first, as in its step.
 """
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import NamedTuple, Optional
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLUSH_BYTES = 256 << 20                                         # more than an L2 cache holds
+HEAD_START = 2_000_000                                          # clock cycles, about 1 ms: for Python to launch an op
 
 
 def identity(x: Tensor) -> Tensor:
@@ -41,6 +43,7 @@ class Clock:
             self.flush.zero_()
             if self.cuda:
                 marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                torch.cuda._sleep(HEAD_START)                   # or a short op would be the time of its launch
                 marks[0].record()
                 run()
                 marks[1].record()
@@ -114,51 +117,60 @@ def ops_of(z: Shape, device: str) -> list[Op]:
     ]
 
 
-def time_op(op: Op, f: Callable, inputs: Sequence[Tensor], clock: Clock) -> dict[str, float]:
-    found = {}
+def time_op(op: Op, f: Callable, inputs: Sequence[Tensor], clock: Clock) -> Iterator[tuple[str, float]]:
     if op.forward:
-        found[op.forward] = clock.us(lambda: f(*inputs))
+        yield op.forward, clock.us(lambda: f(*inputs))
     for name, which in op.backwards.items():
         wanted = [inputs[i] for i in which]
         y = f(*inputs)
         if y.dim() == 0:                                        # a loss: its forward is part of the row
-            found[name] = clock.us(lambda: torch.autograd.grad(f(*inputs), wanted))
+            yield name, clock.us(lambda: torch.autograd.grad(f(*inputs), wanted))
         else:
             dy = torch.randn_like(y)
-            found[name] = clock.us(lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True))
-    return found
+            yield name, clock.us(lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True))
 
 
-def optimizer_times(z: Shape, clock: Clock) -> dict[str, float]:
+def compiled(f: Callable) -> Callable:
+    """For these shapes alone, with a backward that can be run again on what its forward has kept."""
+    import torch._functorch.config as aot                       # of PyTorch 2
+    torch._dynamo.reset()
+    if hasattr(aot, "donated_buffer"):
+        aot.donated_buffer = False
+    return torch.compile(f, dynamic=False)
+
+
+def optimizer_times(z: Shape, clock: Clock) -> Iterator[tuple[str, float]]:
     """AdamW over all parameters as one, fp32, and the norm of their gradient."""
     n = z.V * z.C + z.T * z.C + z.L * (12 * z.C * z.C + 13 * z.C) + 2 * z.C
     p = torch.nn.Parameter(0.02 * torch.randn(n, device=clock.device))
     p.grad = 1e-3 * torch.randn_like(p)
     fused = {"fused": True} if clock.cuda else {}
     adamw = torch.optim.AdamW([p], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, **fused)
-    return {"gradient norm": clock.us(lambda: torch.linalg.vector_norm(p.grad)), "adamw": clock.us(adamw.step)}
+    yield "gradient norm", clock.us(lambda: torch.linalg.vector_norm(p.grad))
+    yield "adamw", clock.us(adamw.step)
 
 
-def op_times(z: Shape, clock: Clock, compiled: bool) -> list[dict]:
+def op_times(z: Shape, clock: Clock, with_compile: bool) -> list[dict]:
     """Rows {"op", "us", "eager_us", "compiled_us"}; None where it did not run, with the reason in "failed"."""
     rows: dict[str, dict] = {}
 
-    def add(times: Callable[[], dict[str, float]], key: str, names: Sequence[str]) -> None:
+    def add(times: Callable[[], Iterator[tuple[str, float]]], key: str, names: Sequence[str]) -> None:
         for name in names:
             rows.setdefault(name, {"op": name, "us": None, "eager_us": None, "compiled_us": None})
         try:
-            for name, us in times().items():
+            for name, us in times():
                 rows[name] |= {key: us, "us": min(us, rows[name]["us"] or us)}
         except Exception as e:                                  # the others still count
             for name in names:
-                rows[name]["failed"] = f"{key.removesuffix('_us')}: {type(e).__name__}: {str(e).splitlines()[:1]}"
+                if rows[name][key] is None:
+                    rows[name]["failed"] = f"{key.removesuffix('_us')}: {type(e).__name__}: {str(e).splitlines()[:1]}"
         if clock.cuda:
             torch.cuda.empty_cache()
 
     for op in ops_of(z, clock.device):
         names = [name for name in (op.forward, *op.backwards) if name]
         add(lambda: time_op(op, op.f, op.inputs(), clock), "eager_us", names)
-        if compiled and op.compiled:
-            add(lambda: time_op(op, torch.compile(op.f), op.inputs(), clock), "compiled_us", names)
+        if with_compile and op.compiled:
+            add(lambda: time_op(op, compiled(op.f), op.inputs(), clock), "compiled_us", names)
     add(lambda: optimizer_times(z, clock), "eager_us", ("gradient norm", "adamw"))
     return list(rows.values())

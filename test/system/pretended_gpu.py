@@ -19,7 +19,7 @@ FAKE_TRAIN = r"""#!{python}
 import json, os, pathlib, re, sys, time
 given = open(sys.argv[sys.argv.index("--config") + 1]).read() + " ".join(sys.argv)
 batch = int(re.search('micro_batch_size"?: (\d+)', given).group(1))
-fastest = "cudnn_fastest" in given
+fastest = '"attention": "cudnn"' in given and "KILN_CUDNN_FASTEST" in os.environ
 with open("{calls}", "a") as f:
     f.write(f"kiln {{batch}}" + (" fastest" if fastest else "") + "\n")
 if fastest and os.environ.get("NO_CUDNN"):
@@ -34,10 +34,13 @@ run.mkdir(parents=True, exist_ok=True)
 weights = os.environ.get("WEIGHTS", "").split()
 (run / "train.log").write_text("complete, weights " + (weights[n % len(weights)] if weights else 16 * "a"))
 step = {{"type": "step", "loss": 1.0, "step_ms": 48.0 if fastest else 50.0, "phase_ms": {{"forward": 20.0}}}}
-first = {{"type": "run", "flops_per_token": 8e8, "peak": {{"used": "vendor", "vendor_flops": 1e16}}, "memory": {{}}}}
+first = {{"type": "run", "flops_per_token": 8e8, "peak": {{"used": "vendor", "vendor_flops": 1e16}}, "memory": {{}}, "graph": True}}
+events = [{{"type": "event", "event": "memory", "taken": 102, "named": 100}}]
+if os.environ.get("NO_GRAPH"):
+    events.append({{"type": "event", "event": "graph", "message": "which failed"}})
 evals = [{{"type": "eval", "step": k, "val_loss": 3 + d}} for k, d in ((1, n / 100), (2, n / 200), (3, n / 50))]
 with open(run / "metrics.jsonl", "w", buffering=1) as f:
-    for record in [first] + 60 * [step] + evals:
+    for record in [first] + 60 * [step] + events + evals:
         if record is step:
             time.sleep(float(os.environ.get("SLEEP", 0)) / 60)
         f.write(json.dumps(record) + "\n")

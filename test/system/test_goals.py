@@ -30,7 +30,10 @@ def met() -> dict:
     """Results by which every goal is met; those of the ops stages have the real ones' fields."""
     ops = [op("qkv forward", "layer products"), op("qkv backward, dw alone", "layer products"),
            op("layernorm forward", "layernorm"), op("layernorm backward", "layernorm"),
-           op("cross-entropy", "loss", us=3000.0), op("gradient norm", "optimizer"), op("adamw", "optimizer")]
+           op("cross-entropy", "loss", us=3000.0), op("gradient norm", "optimizer"), op("adamw", "optimizer"),
+           op("qkv backward", "layer products"), op("head backward, dw alone", "head"),
+           *(op(f"{name} {way}", "layer products") for name in ("attention proj", "fc", "mlp proj")
+             for way in ("forward", "backward", "backward, dw alone"))]
     share = {"layer products": 0.6, "head": 0.2, "attention": 0.15, "layernorm": 0.05}
     data: dict = {f"ops-{size}": {"ops": ops, "step": [{"share": share}]} for size in ("124m", "1558m")}
     data |= {f"pytorch-{size}-cudnn": {"B": B, "kiln_tokens_per_s": rate, "ratio": 1.2, "kiln": 5 * [0], "pytorch": 5 * [0]}
@@ -52,7 +55,7 @@ CROSSED = {
     "1558M, B16-32 T1024 >= 62,000": ("pytorch-1558m-cudnn", ["kiln_tokens_per_s"], 61e3),
     "1558M beside PyTorch": ("pytorch-1558m-cudnn", ["ratio"], 1.14),
     **{f"{size} {goal}": (f"ops-{size.lower()}", path, value) for size in ("124M", "1558M") for goal, path, value in (
-        ("layer products", ["ops", 0, "us"], 200.0), ("slowest weight", ["ops", 1, "tflop_per_s"], 549.0),
+        ("layer products", ["ops", 0, "us"], 150.0), ("slowest weight", ["ops", 1, "tflop_per_s"], 549.0),
         ("layernorm forward", ["ops", 2, "gb_per_s"], 3899.0), ("layernorm backward", ["ops", 3, "gb_per_s"], 3699.0),
         ("AdamW and norm", ["ops", 6, "us"], 110.0), ("outside", ["step", 0, "share", "attention"], 0.09))},
     "classifier": ("ops-124m", ["ops", 4, "us"], 3501.0),
@@ -98,6 +101,23 @@ def test_a_goal_turns_where_its_figure_crosses_the_limit(name: str) -> None:
     results = met()
     del results["stages"][stage]
     assert results_of(results)[of(name)] == "not measured"
+
+
+@pytest.mark.parametrize("missing, goal", [("mlp proj backward", "124M layer products"), ("adamw", "124M AdamW"),
+                                           ("attention proj backward, dw alone", "124M slowest weight")])
+def test_an_op_that_is_missing_is_not_left_out_of_a_mean(missing: str, goal: str) -> None:
+    results = met()
+    data = results["stages"]["ops-124m"]["data"]
+    data["ops"] = [r for r in data["ops"] if r["op"] != missing]
+    assert results_of(results)[of(goal)] == "not measured"
+
+
+def test_a_stage_that_failed_can_miss_a_goal_and_not_meet_it() -> None:
+    results = met()
+    results["stages"]["modes"]["result"] = "failed"
+    assert {results_of(results)[of(name)] for name in ("deterministic", "two runs")} == {"not measured"}
+    results["stages"]["modes"]["data"]["same_weights"] = False
+    assert results_of(results)[of("two runs")] == "not met"
 
 
 def test_fewer_than_five_rounds_are_no_median() -> None:
