@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <utility>
 
 #include "common/hash.h"
 #include "common/json.h"
@@ -145,7 +146,11 @@ TokenStream open_data(const Context& x, const char* key, const std::vector<std::
 
 Tokenizer open_tokenizer(const Config& c) {
     if (c.data.tokenizer.empty()) fail(Exit::usage, "data.tokenizer is not set; generate and samples need it");
-    const Tokenizer tokenizer = Tokenizer::load(c.data.tokenizer);
+    const Tokenizer tokenizer = [&] {
+        try {
+            return Tokenizer::load(c.data.tokenizer);
+        } catch (const Error& e) { fail(e.code, "data.tokenizer: {}", e.what()); }
+    }();
     if (tokenizer.vocab_size() > c.model.vocab_size)
         fail(Exit::data, "{}: {} tokens, but model.vocab_size = {}", c.data.tokenizer, tokenizer.vocab_size(),
              c.model.vocab_size);
@@ -179,7 +184,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
              "data.train holds {} sequences of {} tokens, fewer than train.global_batch_size = {}; use more data, "
              "a shorter context_length or a smaller batch",
              train_.n_sequences(), c.model.context_length, c.train.global_batch_size);
-    if (!c.eval.sample_prompts.empty()) tokenizer_.emplace(open_tokenizer(c));
+    if (!c.eval.sample_prompts.empty() || !c.data.tokenizer.empty()) tokenizer_.emplace(open_tokenizer(c));
     for (const std::string& prompt : c.eval.sample_prompts)
         prompt_tokens(*tokenizer_, prompt);  // refused now, not later
     if (c.train.max_epochs > 0) check_schedule(c, total_steps_);
@@ -221,6 +226,7 @@ Exit TrainingRun::run() {
         if (bad_steps_ > 0 && !last && !stop) continue;  // nothing is saved until a step is good again
         if (bad_steps_ > 0) fail(Exit::numeric, "the run ends on {} bad step(s) in a row", bad_steps_);
         if (stop || due(c.checkpoint.interval)) save();
+        if (stop && x_.comm.rank() == 0) x_.log.info("run.max_minutes are over; saved, --resume goes on");
         if (stop) return finish(Exit::stopped);
     }
     return finish(Exit::complete);
@@ -266,6 +272,8 @@ void TrainingRun::start(OpenMode mode) {
     announce();
     if (!x_.device.bus_id.empty())
         gpu_.emplace(x_.device.bus_id, [this](const std::string& why) { x_.log.info("{}", why); });
+    if (state_.step == total_steps_ && state_.step > 0)
+        x_.log.info("the checkpoint is at step {}, which is the last: a larger train.max_steps goes on", state_.step);
     if (state_.step > total_steps_)
         x_.log.warn("the checkpoint is at step {}, beyond train.max_steps = {}: nothing to do", state_.step,
                     total_steps_);
@@ -285,8 +293,8 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     for (const std::string& key : differing_keys(before, x_.config))
         if (!may_change_on_resume(key))
             fail(Exit::usage,
-                 "{} is not what {} was trained with; restore it, or start another run with model.init_from", key,
-                 checkpoint.string());
+                 "{} is {}, and {} was trained with {}; restore it, or start another run with model.init_from", key,
+                 value_of(x_.config, key), checkpoint.string(), value_of(before, key));
     if (before.train.micro_batch_size != x_.config.train.micro_batch_size)
         x_.log.warn("train.micro_batch_size changed from {} to {}: the run goes on, but not bit for bit",
                     before.train.micro_batch_size, x_.config.train.micro_batch_size);
@@ -368,8 +376,13 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
 
 void TrainingRun::record_step(const StepResult& r, double learning_rate, double ms, bool last) {
     const double rate = double(tokens_per_step()) / ms * 1e3;
-    std::optional<double> mfu;
-    if (peak_.flops()) mfu = flops_per_token(trainer_.config()) * rate / *peak_.flops();
+    const std::optional<double> mfu = share_of(peak_, flops_per_token(trainer_.config()) * rate);
+    if (!mfu && peak_.flops() && !std::exchange(peak_is_doubted_, true))
+        x_.log.warn(
+            "step {} is faster than the measured peak allows: other programs had the processors when it was measured; "
+            "the "
+            "MFU of such steps is left out",
+            state_.step);
     const std::optional<GpuSample> gpu = gpu_ ? gpu_->latest() : std::nullopt;
     dir_->record(step_record(state_, r, learning_rate, {.ms = ms, .tokens_per_s = rate, .mfu = mfu}, gpu));
     const double seconds_left =

@@ -93,4 +93,5 @@ class TrainingRun {
     Stopwatch run_clock_;
     int64_t first_step_ = 0;  // where this process began
     int bad_steps_ = 0;
+    bool peak_is_doubted_ = false;
 };

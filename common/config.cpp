@@ -255,6 +255,26 @@ void check_reads_back(const Config& c, const std::string& name) {
         parse_yaml(to_yaml(c), "config.yaml", Exit::usage);
     } catch (const Error& e) { fail(Exit::usage, "{}: too large to be written as one file: {}", name, e.what()); }
 }
+// Empty: not written.
+std::string yaml_value(Config& c, const Key& key) {
+    const auto block = [](const std::vector<std::string>& list) {  // an item a line: the reader bounds the line
+        std::string items;
+        for (const std::string& s : list) items += "\n    - " + yaml_quoted(s);
+        return items.empty() ? "[]" : items;
+    };
+    return std::visit(
+        [&]<class T>(T* member) {
+            if constexpr (std::is_same_v<T, std::vector<std::string>>) {
+                return block(*member);
+            } else if constexpr (std::is_same_v<T, std::string>) {
+                return key.values.empty() ? yaml_quoted(*member) : *member;
+            } else {
+                if (key.one_of_two && *member == T(0)) return std::string();
+                return *key.zero_word && *member == T(0) ? key.zero_word : fmt::format("{}", *member);
+            }
+        },
+        key.member(c));
+}
 }  // namespace
 
 Config parse_config(const std::string& text, const std::string& name, const std::vector<std::string>& overrides) {
@@ -274,30 +294,29 @@ Config load_config(const std::string& path, const std::vector<std::string>& over
 std::string to_yaml(const Config& config) {
     Config c = config;  // the table's members are not const
     std::string out, section;
-    const auto block = [](const std::vector<std::string>& list) {  // an item a line: the reader bounds the line
-        std::string items;
-        for (const std::string& s : list) items += "\n    - " + yaml_quoted(s);
-        return items.empty() ? "[]" : items;
-    };
     for (const Key& key : config_keys()) {
         if (!key.member) continue;
-        const std::string value = std::visit(
-            [&]<class T>(T* member) {
-                if constexpr (std::is_same_v<T, std::vector<std::string>>) {
-                    return block(*member);
-                } else if constexpr (std::is_same_v<T, std::string>) {
-                    return key.values.empty() ? yaml_quoted(*member) : *member;
-                } else {
-                    if (key.one_of_two && *member == T(0)) return std::string();
-                    return *key.zero_word && *member == T(0) ? key.zero_word : fmt::format("{}", *member);
-                }
-            },
-            key.member(c));
+        const std::string value = yaml_value(c, key);
         if (value.empty()) continue;
         if (key.section() != section) section = key.section(), out += section + ":\n";
         out += fmt::format("  {}:{}{}\n", key.key(), value.starts_with('\n') ? "" : " ", value);
     }
     return out;
+}
+
+std::string value_of(const Config& config, const std::string& name) {
+    Config c = config;
+    for (const Key& key : config_keys())
+        if (key.name == name && key.member)
+            return std::visit(
+                [&]<class T>(T* member) {
+                    if constexpr (std::is_same_v<T, std::vector<std::string>>)
+                        return fmt::format("[{}]", fmt::join(*member, ", "));
+                    else
+                        return yaml_value(c, key);
+                },
+                key.member(c));
+    fail(Exit::internal, "value_of: no key {}", name);
 }
 
 std::vector<std::string> differing_keys(const Config& a, const Config& b) {

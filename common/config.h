@@ -76,6 +76,8 @@ Config load_config(const std::string& path, const std::vector<std::string>& over
 Config parse_config(const std::string& text, const std::string& name, const std::vector<std::string>& overrides);
 // The resolved config as YAML that load_config reads back to the same values: config.yaml of a run.
 std::string to_yaml(const Config& config);
+// For messages: value_of(c, "model.n_layer") is "4", value_of(c, "data.train") "[a.bin, b.bin]".
+std::string value_of(const Config& config, const std::string& key);
 // Names every key whose value differs ("optimizer.learning_rate"), for resume.
 std::vector<std::string> differing_keys(const Config& a, const Config& b);
 // The keys of that list that a resume may change (design: sizes of the run, not of the model).

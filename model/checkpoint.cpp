@@ -3,6 +3,7 @@
 #include <sys/statvfs.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "common/hash.h"
 #include "common/json.h"
@@ -93,6 +94,22 @@ ordered_json state_json(const RunState& s) {
     return {{"step", s.step},           {"tokens", s.tokens},           {"updates", s.updates},
             {"sequences", s.sequences}, {"train", parts_json(s.train)}, {"val", parts_json(s.val)},
             {"config", s.config},       {"attention", s.attention},     {"choices", s.choices}};
+}
+
+// Sizes that differ, and what would mend it.
+void require_same_model(const fs::path& directory, const GPT2Config& theirs, const GPT2Config& ours) {
+    std::vector<std::string> differ;
+    const auto compare = [&](const char* key, int there, int here) {
+        if (there != here) differ.push_back(fmt::format("model.{}: {} (the config has {})", key, there, here));
+    };
+    compare("n_layer", theirs.L, ours.L);
+    compare("n_head", theirs.NH, ours.NH);
+    compare("n_embd", theirs.C, ours.C);
+    compare("context_length", theirs.T, ours.T);
+    compare("vocab_size", theirs.V, ours.V);
+    if (!differ.empty())
+        fail(Exit::checkpoint, "{}: weights of another model; use {}", (directory / "config.json").string(),
+             fmt::join(differ, ", "));
 }
 
 void require_space(const fs::path& root, uint64_t n_bytes) {
@@ -199,10 +216,7 @@ GPT2Config read_model_config(const fs::path& directory) {
 }
 
 void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer) {
-    if (const int theirs = read_model_config(directory).NH, ours = trainer.config().NH; theirs != ours)
-        fail(Exit::checkpoint, "{}/config.json: n_head = {}, the config has model.n_head = {}", directory.string(),
-             theirs,
-             ours);  // the only size that no tensor's shape shows
+    require_same_model(directory, read_model_config(directory), trainer.config());
     const SafetensorsFile file(directory / "model.safetensors");
     const std::string path = file.path().string();
     std::map<std::string, SafetensorsEntry> left = file.entries();
@@ -211,7 +225,9 @@ void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer)
         std::string name = t.name;
         if (!left.contains(name)) name = "transformer." + t.name;
         const auto entry = left.find(name);
-        if (entry == left.end()) fail(Exit::checkpoint, "{}: has no tensor {}", path, t.name);
+        if (entry == left.end())
+            fail(Exit::checkpoint, "{}: has no tensor {}{}", path, t.name,
+                 t.name.ends_with(".bias") ? "; use model.bias: false" : "");
         if (entry->second.shape != t.shape)
             fail(Exit::checkpoint, "{}: {} has shape {}, the config's model needs {}", path, name,
                  shape_text(entry->second.shape), shape_text(t.shape));
@@ -230,7 +246,7 @@ void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer)
         const bool zero_bias = !trainer.config().bias && name.ends_with(".bias") && all_zero(file, entry);
         if (!buffer && !zero_bias)
             fail(Exit::checkpoint, "{}: the config's model has no tensor {}{}", path, name,
-                 name.ends_with(".bias") ? " (not all zero); use model.bias: true" : "");
+                 name.ends_with(".bias") && !trainer.config().bias ? " (not all zero); use model.bias: true" : "");
     }
 }
 

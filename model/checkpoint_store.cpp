@@ -155,7 +155,10 @@ void verify(const fs::path& dir) {
 }  // namespace
 
 void verify_checkpoint(const fs::path& directory) {
-    if (fs::path manifest = directory / kManifest; ::access(manifest.c_str(), F_OK) == 0) verify(directory);
+    if (fs::path manifest = directory / kManifest; ::access(manifest.c_str(), F_OK) == 0) return verify(directory);
+    if (fs::is_directory(directory / "checkpoints"))
+        fail(Exit::checkpoint, "{}: a run, expected a checkpoint; use {}", directory.string(),
+             (directory / "checkpoints" / "latest").string());
 }
 
 void store_checkpoint(const fs::path& root, int64_t step, int keep,

@@ -171,6 +171,11 @@ std::optional<double> vendor_peak(const std::string& device_name, DType real) {
     return found != std::end(kVendorPeaks) ? std::optional(found->bf16) : std::nullopt;
 }
 
+std::optional<double> share_of(const Peak& peak, double flops) {
+    if (!peak.flops() || flops > *peak.flops()) return std::nullopt;
+    return flops / *peak.flops();
+}
+
 Peak sum_peaks(std::span<const DevicePeak> ranks) {
     Peak sum;
     const auto total = [&](double DevicePeak::*figure) -> std::optional<double> {

@@ -39,6 +39,10 @@ struct Peak {
 };
 Peak sum_peaks(std::span<const DevicePeak> ranks);
 
+// The share of the peak at this many FLOP/s: MFU.  None where no peak is known, nor above 1: such a peak was measured
+// while other programs had the processors.
+std::optional<double> share_of(const Peak& peak, double flops);
+
 // Measures, on all ranks at the same time, and sums up; the same on every rank.
 //   GPUs    `counts` is true on one rank of each GPU.  It measures alone: the others wait, so it sees the whole GPU once.
 //   CPUs    every rank counts.  Each measures with its own threads while the others do, as in a step: they share the

@@ -32,6 +32,14 @@ TEST_CASE("config: the smallest file, and the defaults") {
     CHECK(differing_keys(c, parse_config(to_yaml(c), "g.yaml", {})) == std::vector<std::string>{});
 }
 
+TEST_CASE("config: a value as a message names it") {
+    const Config c = parse_config(kSmall, "f.yaml", {});
+    CHECK(value_of(c, "data.train") == "[a*.bin, b.bin]");
+    CHECK(value_of(c, "model.n_embd") == "64");
+    CHECK(value_of(c, "device.threads") == "auto");
+    CHECK(value_of(c, "device.attention") == "auto");
+}
+
 TEST_CASE("config: every key survives to_yaml, and differing_keys names it") {
     const Config small = parse_config(kSmall, "f.yaml", {});
     const Config c = parse_config(kLarge, "f.yaml", {}), again = parse_config(to_yaml(c), "g.yaml", {});

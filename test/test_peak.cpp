@@ -218,3 +218,13 @@ TEST_CASE("peak: of a run, each device once; the vendor's figure where all have 
     const std::vector<DevicePeak> unmeasured = {{.measured = 7}, {}};
     CHECK(!sum_peaks(unmeasured).flops());
 }
+
+TEST_CASE("peak: the share of one is none above it, which something else had slowed") {
+    Peak p = sum_peaks(std::vector<DevicePeak>{{.measured = 2e12}, {.measured = 2e12}});
+    CHECK(share_of(p, 1e12) == 0.25);
+    CHECK(share_of(p, 4e12) == 1);
+    CHECK(share_of(p, 4.1e12) == std::nullopt);
+    p.vendor_flops = 8e12;
+    CHECK(share_of(p, 4e12) == 0.5);
+    CHECK(share_of({}, 1e12) == std::nullopt);
+}

@@ -111,12 +111,11 @@ def test_a_classifier_of_its_own_is_refused(base: Lab, foreign: Path, how: str) 
 @pytest.mark.parametrize(
     "settings, needles",
     [
-        ({"model.n_embd": 64}, ("wte.weight has shape [257, 32]", "[257, 64]")),
-        ({"model.n_layer": 1}, ("h.1.",)),
-        ({"model.n_layer": 3}, ("no tensor h.2.",)),
-        ({"model.vocab_size": 300}, ("wte.weight", "[300, 32]")),
-        ({"model.context_length": 8}, ("wpe.weight", "[8, 32]")),
-        ({"model.n_head": 4}, ("n_head = 2", "model.n_head = 4")),
+        ({"model.n_embd": 64}, ("use model.n_embd: 32 (the config has 64)",)),
+        ({"model.n_layer": 1, "model.n_head": 4},
+         ("use model.n_layer: 2 (the config has 1), model.n_head: 2 (the config has 4)",)),
+        ({"model.vocab_size": 300}, ("use model.vocab_size: 257 (the config has 300)",)),
+        ({"model.context_length": 8}, ("use model.context_length: 16 (the config has 8)",)),
         ({"model.bias": False}, ("bias", "model.bias: true")),
     ],
 )
