@@ -28,10 +28,12 @@ NVCC_FLAGS  = -std=c++20 -O3 -lineinfo -I. -DKILN_CUDA=1 -DFMT_USE_CONSTEXPR=1 -
               -gencode arch=compute_$(lastword $(ARCH)),code=compute_$(lastword $(ARCH))
 NATIVE     := $(addprefix $(B)/,train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_attention)
 
-gpu-check: $(NATIVE) ## on a machine with a GPU: tests, op times, speed beside PyTorch; STAGE=... chooses
+gpu-there:
+	@KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh --gpu
+gpu-check: gpu-there $(NATIVE) ## on a machine with a GPU: tests, op times, speed beside PyTorch; STAGE=... chooses
 	KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh
 
-bench-gpu: $(NATIVE) ## on a machine with a GPU: the whole step beside PyTorch, and the goals; writes benchmarks/results/
+bench-gpu: gpu-there $(NATIVE) ## on a machine with a GPU: the whole step beside PyTorch, and the goals; writes benchmarks/results/
 	KILN_BUILD=$(abspath $(B)) KILN_CUDA_LIBRARIES=$$(scripts/cuda_libraries.sh) $(PYTHON) scripts/bench_gpu.py; \
 	    code=$$?; $(PYTHON) scripts/performance_page.py && exit $$code
 
@@ -124,4 +126,4 @@ build/mutants/obj/%.o: build/mutants/src/%.cu
 cudnn-found:
 	@echo "cudnn.h=$(call has_header,cudnn.h,$(CUDNN)) cudnn_frontend.h=$(call has_header,cudnn_frontend.h,$(CUDNN_FRONTEND)) "
 
-.PHONY: emulated gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found
+.PHONY: emulated gpu-there gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found

@@ -272,7 +272,7 @@ def main() -> None:
         print("OpenBLAS not found: PyTorch runs with the machine's own BLAS only (--help says how to get it)")
     if os.getloadavg()[0] > 0.5:
         print(f"warning: the machine is not idle (load {os.getloadavg()[0]:.1f}): two threads that wait for each other "
-              "lose far more than their share")
+              "lose far more than their share; above 1 docs/performance.md judges no goal")
     chosen = [MODELS[args.only]] if args.only else list(MODELS.values())
     report = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **environment(),
               "rounds": args.rounds, "threads": THREADS, "blas_folders": blas_dirs}

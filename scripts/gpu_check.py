@@ -201,7 +201,22 @@ def asked_for(names: list[str]) -> list[list[str]]:
     return [group for i, group in enumerate(groups) if group not in groups[:i]]
 
 
+def usable_gpu() -> Gpu:
+    gpu = find_gpu()
+    if not gpu.why and not LIBRARIES:
+        gpu = gpu._replace(why="libcublasLt.so.13 and libnccl.so.2 are nowhere; set CUDA_HOME or LD_LIBRARY_PATH")
+    return gpu
+
+
+def no_gpu(gpu: Gpu) -> str:
+    return f"error: no usable GPU: {gpu.why}; without one: make test, make emulated"
+
+
 def main() -> int:
+    if sys.argv[1:] == ["--gpu"]:
+        gpu = usable_gpu()
+        print(gpu.name if not gpu.why else no_gpu(gpu), file=sys.stderr if gpu.why else sys.stdout)
+        return int(bool(gpu.why))
     try:
         asked = asked_for(os.environ.get("STAGE", "").replace(",", " ").split() or list(DEFAULT))
         for name in gpu_stages.OPTIONS:
@@ -213,9 +228,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that what is running is ended too
     wanted = [stage for group in asked for stage in group]
     if wanted:
-        gpu = find_gpu()
-        if not gpu.why and not LIBRARIES:
-            gpu = gpu._replace(why="libcublasLt.so.13 and libnccl.so.2 are nowhere; set CUDA_HOME or LD_LIBRARY_PATH")
+        gpu = usable_gpu()
         here = environment(gpu) | {"code": code_hash()}
         print(f"{gpu.name or 'no GPU'}; results in {OUT}", flush=True)
         if any(name in gpu_speed.QUALITY for name in wanted) and not gpu_speed.TEXT.exists():
@@ -236,7 +249,10 @@ def main() -> int:
     print(f"\n{'stage':20} {'result':9} {'seconds':>8}  headline")
     for r in results:
         print(f"{r['stage']:20} {r['result']:9} {r['seconds']:8.1f}  {r['headline']}")
-    print(goals.table(json.loads(path.read_text())))
+    if wanted and gpu.why:
+        print(no_gpu(gpu), file=sys.stderr)
+    else:
+        print(goals.table(json.loads(path.read_text())))
     print(path)
     return 0 if all(r["result"] in ("passed", "skipped") for r in results) else 1
 

@@ -4,6 +4,7 @@
 #
 #   scripts/gpu_check.sh                        tests, attention, ops-124m, pytorch-124m
 #   STAGE=sanitize scripts/gpu_check.sh         one stage, or several: STAGE="tests train"
+#   scripts/gpu_check.sh --gpu                  names the GPU, or says why there is none (exit code 1), and runs nothing
 #
 #   tests            instruction conformance, op and model tests, two ranks on one GPU
 #   sanitize         compute-sanitizer's four tools over the op tests, those that have not passed yet, in equal shares
@@ -31,6 +32,11 @@
 # Exit code: 0 all passed (or skipped, in words), 1 something did not, 2 usage.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+case "${1:-}" in
+    "" | --gpu) ;;
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "scripts/gpu_check.sh: unknown option $1; stages and options come from the environment, see --help" >&2; exit 2 ;;
+esac
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "scripts/gpu_check.sh needs python3, 3.10 or newer, on the PATH" >&2
     exit 2
@@ -38,4 +44,4 @@ fi
 # The script says which library is missing; the stages then report it.
 KILN_CUDA_LIBRARIES=$("$root/scripts/cuda_libraries.sh")
 export KILN_CUDA_LIBRARIES
-exec python3 "$root/scripts/gpu_check.py"
+exec python3 "$root/scripts/gpu_check.py" "$@"

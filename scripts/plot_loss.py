@@ -170,9 +170,12 @@ def write_png(picture: Any, out: str) -> None:
     """Whole or not at all: a viewer that watches the file never sees half a picture."""
     png = io.BytesIO()  # metadata: without matplotlib's version the same run gives the same bytes
     picture.savefig(png, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.2)
-    with open(out + ".tmp", "wb") as f:
-        f.write(png.getvalue())
-    os.replace(out + ".tmp", out)
+    try:
+        with open(out + ".tmp", "wb") as f:
+            f.write(png.getvalue())
+        os.replace(out + ".tmp", out)
+    except OSError as e:
+        raise Failure(IO, f"{out}: {e.strerror}; give --out a place that can be written") from e
 
 
 def main() -> int:
@@ -189,9 +192,10 @@ def main() -> int:
     except Failure as e:
         code, message = e.args
     except ImportError as e:
-        code, message = USAGE, f"{e}; install matplotlib (Debian, Ubuntu: python3-matplotlib)"
+        code, message = USAGE, (f"{e} in {sys.executable}; install matplotlib (Debian, Ubuntu: python3-matplotlib, for "
+                                "/usr/bin/python3)")
     except OSError as e:
-        code, message = IO, f"{e}; make it readable, or give --out a place that can be written"
+        code, message = IO, f"{e}; make it readable"
     print("plot_loss: " * (code != 0) + message, file=sys.stderr if code else sys.stdout)
     return code
 

@@ -13,6 +13,7 @@ import test_bench
 from conftest import REPO, run
 
 sys.path.insert(0, str(REPO / "scripts"))
+import performance_page  # noqa: E402
 import roofline  # noqa: E402
 
 SCRIPT = [sys.executable, REPO / "scripts" / "performance_page.py"]
@@ -22,6 +23,13 @@ PAGE = ["performance.md", "step.svg", "roofline.svg"]
 def test_the_page_is_what_the_committed_results_say() -> None:
     done = run([*SCRIPT, "--check"])
     assert done.code == 0, done.err
+
+
+def test_goals_are_not_judged_where_other_programs_ran() -> None:
+    cpu = json.loads(next((REPO / "benchmarks" / "results").glob("cpu-*.json")).read_text())
+    assert "| met |" in performance_page.cpu_section("a.json", cpu) and cpu["load_1min_at_start"] < 1
+    busy = performance_page.cpu_section("a.json", cpu | {"load_1min_at_start": 6.2})
+    assert "met |" not in busy and "Not judged: other programs were running (load 6.2)." in busy
 
 
 @pytest.mark.parametrize("kind, dtype, item, B", [("cpu", "fp32", 4, 64), ("cuda", "bf16", 2, 2)])
