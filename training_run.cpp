@@ -332,7 +332,10 @@ void TrainingRun::announce() {
     x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
                 c.C, c.T, c.V);
     x_.log.info("{} training sequences; {} steps of {} tokens", train_.n_sequences(), total_steps_, tokens_per_step());
-    x_.log.info("memory of one rank\n{}total: {}", trainer_.memory().table(), human_bytes(trainer_.memory().n_bytes()));
+    const TrainerMemory& memory = trainer_.memory();
+    x_.log.info("memory of one rank: {} ({}; train.log has the tensors)", human_bytes(memory.n_bytes()),
+                memory.summary());
+    x_.log.detail("memory of one rank\n" + memory.table());
     const RunDevice& d = x_.device;
     if (d.memory.n_total)
         x_.log.info(

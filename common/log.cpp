@@ -74,11 +74,13 @@ void Log::write(const char* prefix, const std::string& message) {
     to_file(prefix + message);
 }
 
-void Log::failure(const std::string& message) {
+void Log::detail(const std::string& message) {
     if (rank_ != 0) return;
     const std::lock_guard lock(mutex_);
-    to_file("error: " + message);
+    to_file(message);
 }
+
+void Log::failure(const std::string& message) { detail("error: " + message); }
 
 void Log::progress(const std::string& line, bool always) {
     if (rank_ != 0) return;

@@ -27,6 +27,8 @@ class Log {
     void warn(fmt::format_string<A...> f, A&&... a) {
         write("warning: ", fmt::format(f, std::forward<A>(a)...));
     }
+    // For the file alone: what would fill the terminal.
+    void detail(const std::string& message);
     // The error that ends the run, for the file: main() tells the terminal.
     void failure(const std::string& message);
     // A line that replaces itself on a terminal; elsewhere it is printed when `always` or ten seconds after the last.

@@ -1,6 +1,8 @@
 #include "model/trainer_memory.h"
 
 #include <array>
+#include <utility>
+#include <vector>
 
 #include "comm/run_fold.h"
 
@@ -115,6 +117,17 @@ size_t TrainerMemory::n_bytes() const {
     size_t n = 0;
     for (const Arena* a : arenas()) n += room_of(*a);
     return n;
+}
+
+std::string TrainerMemory::summary() const {
+    std::vector<std::pair<std::string, size_t>> parts;
+    for (const Arena* a : arenas()) {
+        if (parts.empty() || parts.back().first != a->name()) parts.emplace_back(a->name(), 0);
+        parts.back().second += room_of(*a);
+    }
+    std::string out;
+    for (const auto& [name, n] : parts) out += fmt::format("{}{} {}", out.empty() ? "" : ", ", name, human_bytes(n));
+    return out;
 }
 
 std::string TrainerMemory::table() const {

@@ -35,7 +35,8 @@ class TrainerMemory {
     void allocate(const Backend& k, Stream s);
 
     size_t n_bytes() const;
-    std::string table() const;  // a line for each kind of tensor
+    std::string table() const;    // a line for each kind of tensor
+    std::string summary() const;  // "parameters 237 MiB, gradients 475 MiB, ..."
     Buf flat_masters() const { return has_masters() ? master_arena.flat(DType::f32) : param_arena.flat(o_.real); }
     Buf flat_moments() const { return moment_arena.flat(stat()); }
     Buf flat_gradient(int buffer) const { return grad_arenas[size_t(buffer)].flat(stat()); }

@@ -83,7 +83,9 @@ def test_memory_that_does_not_suffice_is_refused_with_a_change_that_does(gpus: L
 
 def test_the_plan_is_what_the_device_lacks(gpus: Lab) -> None:
     """What is printed before step 0 against what the device says after it: 2 %, as promised."""
-    gpus.train("run", {"parallel.allreduce": "ordered"}, 2)
+    out = gpus.train("run", {"parallel.allreduce": "ordered"}, 2).out
+    totals = re.search(r"memory of one rank: .* \(parameters .* KiB, .*gradients .* KiB, .*; train.log has the tensors\)", out)
+    assert totals and "wte" not in out and "wte" in (gpus.run("run").path / "train.log").read_text()
     memory = gpus.run("run").records("run")[0]["memory"]
     event = [e for e in gpus.run("run").records("event") if e["event"] == "memory"][0]
     assert memory["libraries"] == 0  # the emulated ones take none, so the plan stands alone
