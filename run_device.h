@@ -24,8 +24,8 @@ struct RunDevice {
     std::string note;                // why `auto` is the CPU, or what the attention kernels do not compute
 };
 
-// By device.kind: `auto` takes a GPU where every rank finds one, else the CPU with a note; `cuda` without a usable device
-// is Error(Exit::usage), and so is a device that cannot be opened, or a dtype or device.attention that it cannot compute
-// with.  Ranks of a host take its GPUs in turn; all use the same attention kernels (attention_choice.h).
+// By device.kind: `auto` takes a GPU where every rank finds one, else the CPU with a note; `cuda` without a usable
+// device is Error(Exit::usage), and so is a device that cannot be opened, or a dtype or device.attention that it cannot
+// compute with.  Ranks of a host take its GPUs in turn; all use the same attention kernels (attention_choice.h).
 // `training`: gradients will be reduced, by NCCL where parallel.allreduce and the devices allow it.
 RunDevice choose_device(const Config& config, Comm& comm, Log& log, bool training);

@@ -261,8 +261,8 @@ void TrainingRun::start(OpenMode mode) {
     x_.place.step = first_step_ = state_.step;
     state_.choices = agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
     if (!root) return;
-    // Every product has run by now, and the reduction: what is taken beyond our own are the libraries' handles, buffers and
-    // loaded kernels, or another process's.
+    // Every product has run by now, and the reduction: what is taken beyond our own are the libraries' handles, buffers
+    // and loaded kernels, or another process's.
     const size_t ours = trainer_.memory().n_bytes() + x_.device.workspace_bytes, taken = memory_taken(x_.device);
     if (x_.device.own) libraries_.all = taken - std::min(taken, ours);
     libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.reduction_bytes());

@@ -26,8 +26,8 @@ struct Fd {  // closes on every way out
     }
 };
 
-// What the system refuses says nothing about the file: Exit::io.  What the file is (absent, a directory, not permitted to
-// this user) is the caller's kind of error.
+// What the system refuses says nothing about the file: Exit::io.  What the file is (absent, a directory, not permitted
+// to this user) is the caller's kind of error.
 Exit refusal(Exit code) {
     const bool about_the_file = errno == ENOENT || errno == ENOTDIR || errno == EACCES || errno == ELOOP ||
                                 errno == ENAMETOOLONG || errno == EISDIR;
@@ -104,8 +104,8 @@ void MappedFile::read(size_t offset, void* to, size_t n) const {
     std::memcpy(to, data_ + offset, n);
     std::atomic_signal_fence(std::memory_order_seq_cst);
     bus_jump = nullptr;
-    // Within the last page a truncated file reads as zeros, without a signal.  A deleted or replaced file (another inode)
-    // stays whole under the map.
+    // Within the last page a truncated file reads as zeros, without a signal.  A deleted or replaced file (another
+    // inode) stays whole under the map.
     struct stat st {};
     if (::stat(path_.c_str(), &st) == 0 && st.st_dev == device_ && st.st_ino == inode_ &&
         size_t(st.st_size) < offset + n)

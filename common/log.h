@@ -16,7 +16,8 @@ class Log {
     Log(const Log&) = delete;
     Log& operator=(const Log&) = delete;
 
-    // From now on also append to this file, beginning with what was said before.  Rank 0 only; failure is Error(Exit::io).
+    // From now on also append to this file, beginning with what was said before.  Rank 0 only; failure is
+    // Error(Exit::io).
     void open(const std::string& path);
 
     template <class... A>

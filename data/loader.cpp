@@ -67,8 +67,8 @@ const Loader::MicroBatch& Loader::next() {
     return slot_[(taken_ - 1) % slot_.size()];
 }
 
-// Slot k % slot_.size() holds micro-batch k of this loader.  The caller's hands hold taken_ - 1, so [taken_ - 1, filled_) are
-// in use; only this thread writes the slot at filled_, without the lock.
+// Slot k % slot_.size() holds micro-batch k of this loader.  The caller's hands hold taken_ - 1, so [taken_ - 1,
+// filled_) are in use; only this thread writes the slot at filled_, without the lock.
 void Loader::run() {
     try {
         while (true) {

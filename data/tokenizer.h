@@ -1,7 +1,8 @@
 // Text <-> tokens for generate and samples, described by a tokenizer.json that the data prep script writes beside the
 // shards.  Other keys are not read.  "end_of_text": null says that there is none.
 //   bytes   {"type": "bytes", "vocab_size": 257, "end_of_text": 256}      0..255, and end-of-text
-//   chars   {"type": "chars", "vocab_size": 65, "end_of_text": null, "characters": "\n !..."}      the place in that list
+//   chars   {"type": "chars", "vocab_size": 65, "end_of_text": null, "characters": "\n !..."}      the place in that
+//           list
 #pragma once
 #include <cstdint>
 #include <string>

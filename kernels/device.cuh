@@ -33,9 +33,9 @@ __device__ __forceinline__ void store(T* p, const float (&in)[N]) {
     simt::st_global(p, v);
 }
 
-// Where 16-byte vector v of an array in shared memory lies, so that lanes that each write two vectors in a row meet no bank
-// conflict: the hardware takes eight lanes at a time, and without this every second group of four banks would serve two.
-// Reading 32 numbers in a row stays free of conflicts, and so does one vector per lane.
+// Where 16-byte vector v of an array in shared memory lies, so that lanes that each write two vectors in a row meet no
+// bank conflict: the hardware takes eight lanes at a time, and without this every second group of four banks would
+// serve two.  Reading 32 numbers in a row stays free of conflicts, and so does one vector per lane.
 __device__ __forceinline__ int spread(int v) { return v ^ (v >> 3 & 1); }
 
 // Butterfly over the warp: every lane gets the sum (largest), the same bits in all lanes.

@@ -65,9 +65,9 @@ __device__ __forceinline__ void store_some(T* p, const float (&in)[N], int count
     }
 }
 
-// For tensors of different widths: a lane owns two quads of its warp's 256 elements, 4 lane and 128 + 4 lane.  Each fp32
-// access of a warp is then 512 bytes in a row; eight neighbouring elements per lane would touch every sector twice, for
-// half of it each.
+// For tensors of different widths: a lane owns two quads of its warp's 256 elements, 4 lane and 128 + 4 lane.  Each
+// fp32 access of a warp is then 512 bytes in a row; eight neighbouring elements per lane would touch every sector
+// twice, for half of it each.
 struct Quads {
     size_t warp_first, n;  // the warp's first element; of the tensor
     int lane;

@@ -13,12 +13,12 @@ struct GpuSample {  // what this GPU does not tell is absent
     std::optional<double> utilization;     // percent of the last sampling period (up to a second) in which a kernel ran
 };
 
-// Samples one GPU about once a second from a thread of its own: NVML's calls take up to milliseconds, and no step waits for
-// them.
+// Samples one GPU about once a second from a thread of its own: NVML's calls take up to milliseconds, and no step waits
+// for them.
 class GpuMonitor {
   public:
-    // The GPU by its PCI bus id ("0000:01:00.0"), because NVML numbers GPUs otherwise than CUDA does.  `say` gets one line
-    // from the thread where there is nothing to sample, with the reason; it is not called after the destructor.
+    // The GPU by its PCI bus id ("0000:01:00.0"), because NVML numbers GPUs otherwise than CUDA does.  `say` gets one
+    // line from the thread where there is nothing to sample, with the reason; it is not called after the destructor.
     GpuMonitor(const std::string& bus_id, std::function<void(const std::string&)> say);
     GpuMonitor(const GpuMonitor&) = delete;
     GpuMonitor& operator=(const GpuMonitor&) = delete;

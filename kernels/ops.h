@@ -4,15 +4,15 @@
 //   V vocabulary   Vp vocabulary padded to a multiple of 128   L layers   F = 4C feed-forward width
 //
 // One struct per op, outputs first, named fields; each op is a free function of the struct and a stream.  `=`
-// overwrites, `+=` adds.  Buffers are in the backend's memory; `real` is the computing type: f32 or bf16 (f64 in the double
-// instance of the CPU backend, which is the tests' reference).  `stat` is f32 (f64 in the double instance); gradients of
-// parameters are stat.  A null Buf
-// is an absent optional argument.  Every backend checks every size before it touches memory and throws
-// Error(Exit::internal); the CPU backend also checks tokens and targets, Error(Exit::data).
+// overwrites, `+=` adds.  Buffers are in the backend's memory; `real` is the computing type: f32 or bf16 (f64 in the
+// double instance of the CPU backend, which is the tests' reference).  `stat` is f32 (f64 in the double instance);
+// gradients of parameters are stat.  A null Buf is an absent optional argument.  Every backend checks every size before
+// it touches memory and throws Error(Exit::internal); the CPU backend also checks tokens and targets,
+// Error(Exit::data).
 //
 // What changes from step to step reaches an op as a Buf in backend memory, never by value, so that a step can be
-// captured as a graph.  No op allocates backend memory (the CPU's keep a little host scratch per thread), and none depends
-// on the number of threads: all partition their work by shape alone.
+// captured as a graph.  No op allocates backend memory (the CPU's keep a little host scratch per thread), and none
+// depends on the number of threads: all partition their work by shape alone.
 #pragma once
 #include "common/arena.h"
 #include "common/buf.h"
@@ -260,14 +260,14 @@ struct Backend {
     void (*optimizer_update)(const OptimizerUpdate&, Stream);
     void (*grad_norm)(const GradNorm&, Stream);
 
-    // Choices made by timing: how a GPU computes each kind of matrix product (kernels/cuda/gemm_choice.h).  While tuning
-    // is on, the first call of a kind chooses; what it leaves in its outputs is meaningless.  Returns notes since the
-    // last call, a line each: algorithms that were rejected.
+    // Choices made by timing: how a GPU computes each kind of matrix product (kernels/cuda/gemm_choice.h).  While
+    // tuning is on, the first call of a kind chooses; what it leaves in its outputs is meaningless.  Returns notes
+    // since the last call, a line each: algorithms that were rejected.
     std::string (*tune)(bool on);
     // Those in use, as common/choices.h has it.  The CPU makes none: "".
     std::string (*choices)();
-    // From now on these, and no others, "" for none.  Returns why they cannot be used, and nothing has changed then: made
-    // for another GPU or library version.  A text that is damaged is Error(Exit::data).
+    // From now on these, and no others, "" for none.  Returns why they cannot be used, and nothing has changed then:
+    // made for another GPU or library version.  A text that is damaged is Error(Exit::data).
     std::string (*set_choices)(const std::string& text);
 };
 const Backend& cpu_backend();
@@ -279,14 +279,15 @@ enum class AttentionKernel : uint8_t {
     cudnn,     // the library's, deterministic, for comparison; only where it was there when kiln was built
     cudnn_fastest  // the library's fastest, whose bits may differ from run to run: for benchmarks only
 };
-// What all but `portable` compute themselves: bf16, heads of these sizes, no dropout.  The rest they give to `portable`.
+// What all but `portable` compute themselves: bf16, heads of these sizes, no dropout.  The rest they give to
+// `portable`.
 constexpr int kFastHeadSizes[] = {64, 128};
 constexpr bool is_fast_head(int HS) { return HS == kFastHeadSizes[0] || HS == kFastHeadSizes[1]; }
-// The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary without
-// it has none of these four; KILN_CUDA tells run_device.cpp.  The tables differ in attention only.
+// The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary
+// without it has none of these four; KILN_CUDA tells run_device.cpp.  The tables differ in attention only.
 const Backend& cuda_backend(AttentionKernel attention = AttentionKernel::portable);
-// Why these kernels cannot run on the open device, or are not in this binary; empty: they can.  They refuse nothing that
-// `portable` takes: a call with dropout, in fp32 or of another head size goes to the portable kernels.
+// Why these kernels cannot run on the open device, or are not in this binary; empty: they can.  They refuse nothing
+// that `portable` takes: a call with dropout, in fp32 or of another head size goes to the portable kernels.
 std::string cuda_attention_refusal(AttentionKernel attention);
 // Usable devices; 0 on a machine without a driver, with the reason in `why`.
 int cuda_device_count(std::string* why);

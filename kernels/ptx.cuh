@@ -304,8 +304,8 @@ __device__ __forceinline__ void wgmma_fence() {
 __device__ __forceinline__ void wgmma_commit() {
     PTX(emulator::wgmma_commit(), "wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Waits until at most N groups are in flight.  What they read and wrote may be touched behind it; the compiler knows that
-// only of registers given to wgmma_done after it.
+// Waits until at most N groups are in flight.  What they read and wrote may be touched behind it; the compiler knows
+// that only of registers given to wgmma_done after it.
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     PTX(emulator::wgmma_wait(N), "wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");

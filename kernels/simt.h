@@ -1,5 +1,5 @@
-// The one header through which kernel files see CUDA.  nvcc compiles them for the GPU; a C++ compiler alone runs them on
-// the CPU, by the emulator that test/emulator/include puts on the include path.
+// The one header through which kernel files see CUDA.  nvcc compiles them for the GPU; a C++ compiler alone runs them
+// on the CPU, by the emulator that test/emulator/include puts on the include path.
 //
 //   SIMT_SHARED(float, tile, [32][33]);     a static shared array
 //   SIMT_DYN_SHARED(smem);                  dynamic shared memory: uint8_t* smem, 1024-byte aligned

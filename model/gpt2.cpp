@@ -159,8 +159,8 @@ void gpt2_backward(const Backend& k, const GPT2Config& c, const GPT2Params& p, G
     const bool acc = accumulate;
     k.linear_backward({.dx = a.d_ln, .dw = g.wte, .dy = a.logits, .x = a.lnf, .w = p.wte,
                        .BT = BT, .C = C, .OC = c.Vp(), .w_transposed = true, .accumulate = acc}, s);
-    // Without dropout a projection's output gradient is the residual stream's, and its bias gradient the column sums that
-    // the LayerNorm's backward takes along as it writes it.
+    // Without dropout a projection's output gradient is the residual stream's, and its bias gradient the column sums
+    // that the LayerNorm's backward takes along as it writes it.
     const bool dropout = c.dropout > 0;
     const auto sums = [&](Buf bias) { return dropout ? Buf() : bias; };  // (C) of the LayerNorm
     const auto own = [&](Buf bias) { return dropout ? bias : Buf(); };   // (C) of the projection

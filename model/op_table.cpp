@@ -21,8 +21,8 @@ std::vector<int32_t> some_tokens(const StepShape& z) {
     return v;
 }
 
-// Calls add(suffix, accumulate, calls) for the gradients that are written and for those that are added, where a step has
-// such.
+// Calls add(suffix, accumulate, calls) for the gradients that are written and for those that are added, where a step
+// has such.
 template <class F>
 void for_both_gradients(const StepShape& z, int per_micro_batch, F&& add) {
     add("", false, per_micro_batch * (z.n_micro - z.n_accumulating));

@@ -2,8 +2,8 @@
 //
 // Bytes are what an op cannot avoid moving between memory and chip: every operand once, twice where it is read and
 // written, and for the two products of a linear layer's gradient dy twice.  FLOP are the useful ones of the matrix
-// products: 2 per multiply-add, attention's causal half, with the scores computed again in its backward.  `calls` is how
-// often one training step calls the op; rows with 0 are parts of another row, or ops that this step has no use for.
+// products: 2 per multiply-add, attention's causal half, with the scores computed again in its backward.  `calls` is
+// how often one training step calls the op; rows with 0 are parts of another row, or ops that this step has no use for.
 #pragma once
 #include <functional>
 #include <string>

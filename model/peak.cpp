@@ -38,8 +38,8 @@ class Timer {
         k_.wait_mark(to_.get());
         return k_.ms_between(from_.get(), to_.get());
     }
-    // The shortest of as many calls as take budget_ms by the device's clock or the host's, at least one.  What else runs
-    // on a machine only makes calls longer.
+    // The shortest of as many calls as take budget_ms by the device's clock or the host's, at least one.  What else
+    // runs on a machine only makes calls longer.
     template <class Work>
     double best_ms(const Work& work, double budget_ms, int most) const {
         const Stopwatch host;

@@ -19,8 +19,8 @@ double measured_peak(const Backend& k, DType real);
 // both together are 1 GiB: larger than any cache.  Memory as above.
 double measured_bandwidth(const Backend& k);
 
-// The vendor's dense rate for products of `real` with sums in fp32, by the name that CUDA gives the GPU.  None for fp32,
-// for a GPU that is not in the table, and for a part of one (MIG).
+// The vendor's dense rate for products of `real` with sums in fp32, by the name that CUDA gives the GPU.  None for
+// fp32, for a GPU that is not in the table, and for a part of one (MIG).
 std::optional<double> vendor_peak(const std::string& device_name, DType real);
 
 // What one rank knows of its device.
@@ -44,8 +44,9 @@ Peak sum_peaks(std::span<const DevicePeak> ranks);
 std::optional<double> share_of(const Peak& peak, double flops);
 
 // Measures, on all ranks at the same time, and sums up; the same on every rank.
-//   GPUs    `counts` is true on one rank of each GPU.  It measures alone: the others wait, so it sees the whole GPU once.
+//   GPUs    `counts` is true on one rank of each GPU.  It measures alone: the others wait, so it sees the whole GPU
+//           once.
 //   CPUs    every rank counts.  Each measures with its own threads while the others do, as in a step: they share the
-//           machine's clocks, caches and memory.  Where device.threads gives the ranks more threads than there are cores,
-//           each reports its best moments, and the sum is more than the cores can do.
+//           machine's clocks, caches and memory.  Where device.threads gives the ranks more threads than there are
+//           cores, each reports its best moments, and the sum is more than the cores can do.
 Peak measure_run_peak(Comm& comm, const Backend& k, DType real, const std::string& device_name, bool counts);

@@ -82,8 +82,8 @@ Trainer::~Trainer() {
         }
 }
 
-// A reduction of the gradient while it is zero.  NCCL connects the ranks, and takes memory for it, at the first call of a
-// size: before the first step, and before that memory is counted.
+// A reduction of the gradient while it is zero.  NCCL connects the ranks, and takes memory for it, at the first call of
+// a size: before the first step, and before that memory is counted.
 void Trainer::connect() {
     if (!reducer_ || reducer_->needs_host()) return;
     const size_t before = k_.memory_state().n_free;

@@ -60,13 +60,14 @@ class Trainer {
     // ranks.
     void broadcast_state();
 
-    // The work of a step and of an evaluation on random tokens, with the backend tuning: every kind of matrix product is
-    // met.  Rank-local: nothing is reduced, and nothing is updated; call it between steps.  Returns the backend's notes.
+    // The work of a step and of an evaluation on random tokens, with the backend tuning: every kind of matrix product
+    // is met.  Rank-local: nothing is reduced, and nothing is updated; call it between steps.  Returns the backend's
+    // notes.
     std::string tune();
 
     // `step` counts all global batches taken before, skipped updates included; it selects the dropout masks.  `next` is
-    // called for each micro-batch of this rank.  `more`: the next call will be for step + 1, whose tokens are fetched and
-    // sent while the device works on this one; what goes wrong with them is thrown by that call.
+    // called for each micro-batch of this rank.  `more`: the next call will be for step + 1, whose tokens are fetched
+    // and sent while the device works on this one; what goes wrong with them is thrown by that call.
     StepResult step(int64_t step, double learning_rate, const NextMicroBatch& next, bool more = false);
     // Mean loss over sequences [0, n) without dropout: batches of micro_batch_size, dealt to ranks, summed in order.
     EvalResult evaluate(uint64_t n_sequences, const ReadSequence& read);

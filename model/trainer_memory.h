@@ -28,8 +28,8 @@ class TrainerMemory {
     TrainerMemory(const TrainerMemory&) = delete;
     TrainerMemory& operator=(const TrainerMemory&) = delete;
 
-    // Error(Exit::memory) when the plan does not fit into what is free, with the changes of micro_batch_size and recompute
-    // that would, for `size` ranks.
+    // Error(Exit::memory) when the plan does not fit into what is free, with the changes of micro_batch_size and
+    // recompute that would, for `size` ranks.
     void require(const MemoryState& now, int size) const;
     // Takes the memory, zeroed.  The stream that is given to must be waited for before others use it.
     void allocate(const Backend& k, Stream s);

@@ -35,8 +35,9 @@ TEST_CASE("attention sm90 backward: directional finite difference of the double 
             const Doubles u = normal(qkv.size(), 6);
             const auto J = [&](const Doubles& v) { return dot(forward(reference(), c, v).y, dy); };
             const double want = directional(J, qkv, u), got = dot(backward(t, c, qkv, forward(t, c, qkv), dy), u);
-            // Each element of the gradient is off by at most what `round` and its own store allow (attention_reference.h).
-            // The errors are of independent signs, so their sum is about the root of the squares; 4 of them is certain.
+            // Each element of the gradient is off by at most what `round` and its own store allow
+            // (attention_reference.h).  The errors are of independent signs, so their sum is about the root of the
+            // squares; 4 of them is certain.
             const Naive n = naive(c, qkv, dy);
             const Doubles off = tolerance(t, 0, n.dqkv_size, n.dqkv_round, n.dqkv);
             double squares = 0;

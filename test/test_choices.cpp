@@ -1,6 +1,6 @@
-// The text and the cache of choices made by timing.  Whole runs: test/system/test_choices.py.  Made to fail by: the hash
-// not compared, not of the first line, or of the hash line too; a file for another GPU used; what others have added lost;
-// the temporary file left behind.
+// The text and the cache of choices made by timing.  Whole runs: test/system/test_choices.py.  Made to fail by: the
+// hash not compared, not of the first line, or of the hash line too; a file for another GPU used; what others have
+// added lost; the temporary file left behind.
 #include "common/choices.h"
 
 #include <doctest/doctest.h>

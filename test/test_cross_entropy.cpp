@@ -100,7 +100,8 @@ TEST_CASE("cross_entropy: loss, accuracy and gradient against the formula") {
 
 TEST_CASE("cross_entropy: a row that is read twice gives the same bits as one that stays in shared memory") {
     for (const Target& t : targets())
-        // The last two fill, in fp32 and in bf16, what a block may have without asking for it, but for the static arrays.
+        // The last two fill, in fp32 and in bf16, what a block may have without asking for it, but for the static
+        // arrays.
         for (const Case& c :
              {Case{3, 127, 128, 3}, Case{2, 2999, 3072, 5}, Case{1, 12280, 12288, 3}, Case{1, 24570, 24576, 3}}) {
             CAPTURE(t.name);

@@ -1,5 +1,5 @@
-// The whole model on the CUDA backend - emulated, or native on a GPU - against the CPU's double instance: loss and every
-// gradient of one step, and the losses of twenty.
+// The whole model on the CUDA backend - emulated, or native on a GPU - against the CPU's double instance: loss and
+// every gradient of one step, and the losses of twenty.
 #include <cstring>
 
 #include "model/trainer.h"
@@ -38,8 +38,8 @@ class Source {
     std::vector<int32_t> in_, out_;
 };
 
-// Parameters that bf16 holds exactly, larger than the initialisation so that every gradient is felt; smaller for a wider
-// model, so that its scores are no steeper.
+// Parameters that bf16 holds exactly, larger than the initialisation so that every gradient is felt; smaller for a
+// wider model, so that its scores are no steeper.
 void set_parameters(const Backend& k, Trainer& trainer, int C) {
     const double scale = 0.8 / std::sqrt(double(C));
     unsigned seed = 10;
@@ -91,9 +91,9 @@ std::vector<Target> cuda_targets() {
     return out;
 }
 
-// A gradient's error is measured against its tensor's norm: the roundings of single elements are independent and average
-// out, an op that is wrong does not.  fp32: a few hundred roundings of 2^-24 lie on the longest path.  bf16: about 30 roundings
-// of 2^-9 each; sqrt(30) 2^-9 = 1.1 %, and 3 % leaves room for the steepest softmax.
+// A gradient's error is measured against its tensor's norm: the roundings of single elements are independent and
+// average out, an op that is wrong does not.  fp32: a few hundred roundings of 2^-24 lie on the longest path.  bf16:
+// about 30 roundings of 2^-9 each; sqrt(30) 2^-9 = 1.1 %, and 3 % leaves room for the steepest softmax.
 void check_one_step(const Target& t, const GPT2Config& c, const OneStep& want) {
     CAPTURE(t.name);
     const double bound = t.real == DType::bf16 ? 0.03 : 1e-5;

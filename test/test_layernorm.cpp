@@ -1,7 +1,7 @@
 // Broken on purpose and seen to fail: variance divided by C - 1; dw of the last chunk of rows left out.
 // On CUDA: the columns past a row's end counted in the variance; a group of warps left out of dw; rows past a chunk's
-// end added; dx_sum of dx before it is rounded, or of what dx held before; each barrier left out, and one buffer instead
-// of two for the sums of a row's warps (a race).
+// end added; dx_sum of dx before it is rounded, or of what dx held before; each barrier left out, and one buffer
+// instead of two for the sums of a row's warps (a race).
 #include "test/slice.h"
 
 namespace {

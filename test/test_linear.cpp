@@ -1,10 +1,10 @@
 // Linear.  Broken on purpose once, each seen to fail here: bias left out (with GELU and without), a tile's row or
 // column offset one too small, a tile one row short, the last k skipped, accumulate ignored (dw, db), residual added
 // twice when it is y, gelu' left out of dx, the last row left out of db, w not transposed for dx, operands of dw
-// mixed up, OneThread removed.  On the GPU: the barrier of the column sums removed, a row, a warp or a column left out of
-// them, the second pass not adding, vectors where a tensor is not aligned, the unfused bias or GELU left out, an epilogue
-// mistaken for another, a plan used for another product or with old addresses, beta always 0 or 1, the key's alignment
-// wrong, fuse_gelu ignored.
+// mixed up, OneThread removed.  On the GPU: the barrier of the column sums removed, a row, a warp or a column left out
+// of them, the second pass not adding, vectors where a tensor is not aligned, the unfused bias or GELU left out, an
+// epilogue mistaken for another, a plan used for another product or with old addresses, beta always 0 or 1, the key's
+// alignment wrong, fuse_gelu ignored.
 #include <omp.h>
 
 #include <cstring>
@@ -275,8 +275,8 @@ TEST_CASE("linear backward: every backend agrees with the fp64 reference") {
     }
 }
 
-// Whatever the library's algorithms and epilogues do when they have been chosen by timing.  The choices of the machine's
-// own clock, so another run may see others.
+// Whatever the library's algorithms and epilogues do when they have been chosen by timing.  The choices of the
+// machine's own clock, so another run may see others.
 TEST_CASE("linear: what was chosen by timing agrees with the fp64 reference") {
     for (const Target& t : targets()) {
         CAPTURE(t.name);

@@ -1,12 +1,12 @@
-// What each memory-bound kernel moves, counted by the emulator's race build: no more than the `traffic` line at the head
-// of its file says, in requests that fill the sectors they touch, and without bank conflicts.
+// What each memory-bound kernel moves, counted by the emulator's race build: no more than the `traffic` line at the
+// head of its file says, in requests that fill the sectors they touch, and without bank conflicts.
 //
 // A sector is 32 bytes; a request is one instruction of a warp.  Counted is what leaves the multiprocessor's registers,
 // whatever cache answers: rows of `cached` are read again from L1 or L2, and do not count against the memory.
 //
 // Broken on purpose and seen to fail: GELU reading one element at a time; the logits read a second time; sums in shared
-// memory without device::spread (conflicts); eight neighbouring fp32 to a thread in the cast, in the embedding's gradient and
-// in the sums of wide rows (every sector touched twice, or eight times).
+// memory without device::spread (conflicts); eight neighbouring fp32 to a thread in the cast, in the embedding's
+// gradient and in the sums of wide rows (every sector touched twice, or eight times).
 #ifdef KILN_RACE  // only this build counts
 #include <functional>
 #include <map>

@@ -12,8 +12,8 @@
 //
 // libcudnn.so.9 is loaded when it is first asked for: a binary that was built with it starts without.
 //
-// cuda.mk defines KILN_CUDNN where it found the headers, else KILN_CUDNN_MISSING: what was not found.  Over the emulator
-// it defines neither.
+// cuda.mk defines KILN_CUDNN where it found the headers, else KILN_CUDNN_MISSING: what was not found.  Over the
+// emulator it defines neither.
 #include "kernels/cuda/attention.h"
 
 #ifdef KILN_CUDNN
@@ -27,9 +27,9 @@
 #include <tuple>
 #include <unordered_map>
 
-// The frontend finds cuDNN's functions by dlsym() in cudnn_dlhandle.  CUDA's it would look for in a libcudart.so that it
-// loads itself, of CUDA 12 or 13, and it gives up where both are there.  Ours is linked statically: these two are found
-// before libc's and hand it out.
+// The frontend finds cuDNN's functions by dlsym() in cudnn_dlhandle.  CUDA's it would look for in a libcudart.so that
+// it loads itself, of CUDA 12 or 13, and it gives up where both are there.  Ours is linked statically: these two are
+// found before libc's and hand it out.
 namespace cudnn_frontend {
 void* cudnn_dlhandle = nullptr;
 

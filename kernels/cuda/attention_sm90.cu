@@ -9,14 +9,15 @@
 //   shapes     qkv, dqkv (B, T, 3, NH, HS)    y, dy (B, T, NH, HS)    lse, scratch (B, NH, T) f32
 //   kernels    attention_sm90_forward.cuh; attention_sm90_backward.cuh: dq and D, then dk and dv
 //   rounding   p and ds are rounded to bf16 before the products with v, dy, q and k; all else is fp32
-//   traffic    every tile arrives by TMA, straight from the packed layouts and back into them, from L2 but for the first
-//              time; forward reads k, v once per 128 queries; backward likewise k, v, and q, dy once per 128 keys.
-//              bound: compute, 2 products forward and 7 backward.  Five would do for a backward that adds up dq in
-//              memory, in a fixed order; which of the two is faster is not measured (docs/log.md)
-//   work       persistent blocks, one per multiprocessor, take tiles of 128 rows in pairs of equal work; a warpgroup has
-//              64 of the rows and skips the keys that none of them sees: at T = 1024 6 % more scores than the causal half
-//   limits     any B, T, NH with B NH ceil(T/256) <= 2^30; tensors on 16-byte boundaries.  Shared memory: 225 KiB a block
-//              at most
+//   traffic    every tile arrives by TMA, straight from the packed layouts and back into them, from L2 but for the
+//              first time; forward reads k, v once per 128 queries; backward likewise k, v, and q, dy once per 128
+//              keys.   bound: compute, 2 products forward and 7 backward.  Five would do for a backward that adds up
+//              dq in memory, in a fixed order; which of the two is faster is not measured (docs/log.md)
+//   work       persistent blocks, one per multiprocessor, take tiles of 128 rows in pairs of equal work; a warpgroup
+//              has 64 of the rows and skips the keys that none of them sees: at T = 1024 6 % more scores than the
+//              causal half
+//   limits     any B, T, NH with B NH ceil(T/256) <= 2^30; tensors on 16-byte boundaries.  Shared memory: 225 KiB a
+//              block at most
 //   order      forward and dq from the diagonal down to key 0, dk and dv from the diagonal up; one thread writes each
 //              element, once: the bits depend on no schedule and on no number of multiprocessors
 #include "kernels/cuda/attention.h"

@@ -17,8 +17,8 @@ constexpr int kRows = 64, kTile = kConsumers * kRows;  // rows of a warpgroup, o
 constexpr unsigned kConsumerWarps = kConsumers * kGroup / 32;
 constexpr int kPanel = 64;  // columns of a panel: 128 bytes, what the swizzle spans
 // Registers of a thread after setmaxnreg: of the first warpgroup, and of the others.  A block is launched with as many
-// for each thread as 65,536 allow, in steps of 8, and these are all that it can share out: an increase beyond them would
-// wait for ever.
+// for each thread as 65,536 allow, in steps of 8, and these are all that it can share out: an increase beyond them
+// would wait for ever.
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // 168
 template <int kOfProducer>
 struct Registers {
@@ -51,8 +51,8 @@ struct Tile {
 };
 
 // The tiles of the calling block, in the order in which all of its warps walk them: always a tile and its mirror image
-// (t and tiles - 1 - t), the longer one first.  Under the causal mask every such pair is the same work (the middle tile of
-// an odd number is half of it), so that blocks which take pairs in turn differ by one pair at the end; neighbouring
+// (t and tiles - 1 - t), the longer one first.  Under the causal mask every such pair is the same work (the middle tile
+// of an odd number is half of it), so that blocks which take pairs in turn differ by one pair at the end; neighbouring
 // blocks work on one head, whose rows come from L2.
 class Work {
   public:

@@ -25,8 +25,9 @@ void hash(const Hash&, Stream);
 void optimizer_update(const OptimizerUpdate&, Stream);
 void grad_norm(const GradNorm&, Stream);
 
-// Throws Error(Exit::internal): the error, the call's text, and the kernels launched last (a kernel's own fault shows at
-// a later call; KILN_CUDA_SYNC=1 waits after each launch and names the guilty one).  Exit::memory when memory ran out.
+// Throws Error(Exit::internal): the error, the call's text, and the kernels launched last (a kernel's own fault shows
+// at a later call; KILN_CUDA_SYNC=1 waits after each launch and names the guilty one).  Exit::memory when memory ran
+// out.
 void check_cuda(cudaError_t error, const char* call);
 bool waits_for_each_launch();  // KILN_CUDA_SYNC=1
 #define CUDA_CHECK(call) ::cuda::check_cuda((call), #call)

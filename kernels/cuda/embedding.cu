@@ -5,8 +5,8 @@
 //
 //   shapes     y, dy (B, T, C) real    tokens, order (B, T) i32    wte (Vp, C), wpe (>= T, C) real    dwte, dwpe f32
 //   traffic    forward 3 BT C elements (rows of wpe and of frequent tokens from L2); backward dy twice, the rows of
-//              dwte that occur, and at most two partial rows of fp32 for each 32 rows of dy.  A thread of the backward has
-//              four columns: eight of bf16 would leave their fp32 sums in half sectors.   bound: memory
+//              dwte that occur, and at most two partial rows of fp32 for each 32 rows of dy.  A thread of the backward
+//              has four columns: eight of bf16 would leave their fp32 sums in half sectors.   bound: memory
 //   limits     any C from 1 to 2^22.  Tokens are checked on the host before they are uploaded: one outside [0, V) reads
 //              and writes nothing out of bounds; its row of y becomes NaN, and the backward leaves it out of dwte
 //   order      dwte: `order` lists the rows sorted by token, equal tokens ascending.  It is cut into chunks of 32 rows

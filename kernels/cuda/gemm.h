@@ -28,9 +28,9 @@ struct Gemm {      // d = a b + c + bias, and then at most one of the two GELUs
     bool a_transposed = false, b_transposed = false;
 };
 
-// The product.  Error(Exit::internal), with cuBLASLt's status and the shape, where bias, GELUs and sums cannot be fused: a
-// row or an address off the 16-byte boundary, GELU in fp32, or no algorithm in the library.  Without them it takes any
-// size >= 1.
+// The product.  Error(Exit::internal), with cuBLASLt's status and the shape, where bias, GELUs and sums cannot be
+// fused: a row or an address off the 16-byte boundary, GELU in fp32, or no algorithm in the library.  Without them it
+// takes any size >= 1.
 void gemm(const Gemm&, Stream);
 // There, and where it was chosen, `apart` instead: it gives the stream kernels that compute the same, up to rounding.
 // Sums are fused only where that was chosen.

@@ -1,10 +1,11 @@
 // Which algorithm computes a kind of product, and whether what can be fused to it is.
 //
-// While tuning is on, the first call of a kind asks the library for its kMaxCandidates best guesses, adds some with k split
-// otherwise where they are fewer than 16, runs each on the call's own operands with the real workspace, and keeps the fastest that repeats its bits: it is run twice, and what
-// it writes is hashed on the device.  A call that could also be computed apart then times both ways and keeps the
-// faster.  What a tuned call leaves in its outputs is meaningless: a product that adds to its own output has done so
-// many times.  So tuning is for a step whose results nobody uses.
+// While tuning is on, the first call of a kind asks the library for its kMaxCandidates best guesses, adds some with k
+// split otherwise where they are fewer than 16, runs each on the call's own operands with the real workspace, and keeps
+// the fastest that repeats its bits: it is run twice, and what it writes is hashed on the device.  A call that could
+// also be computed apart then times both ways and keeps the faster.  What a tuned call leaves in its outputs is
+// meaningless: a product that adds to its own output has done so many times.  So tuning is for a step whose results
+// nobody uses.
 //
 // Outside of it a kind without a choice takes the first guess that runs.  A stream that is being captured never tunes.
 #pragma once

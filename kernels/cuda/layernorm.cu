@@ -294,8 +294,8 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_kernel(SIMT_
     }
 }
 
-// dw, db and dx_sum of chunk blockIdx.y for such rows: a thread has four columns (so that the sums leave in full sectors)
-// and walks over the rows.
+// dw, db and dx_sum of chunk blockIdx.y for such rows: a thread has four columns (so that the sums leave in full
+// sectors) and walks over the rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_columns_kernel(SIMT_PARAM Backward<T> a) {
     constexpr int N = kWideColumns;

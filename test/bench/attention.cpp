@@ -4,7 +4,8 @@
 //     bench_attention                                        the shapes that the goals below are for
 //     bench_attention --shape 8x16x2048x64 --kernel sm90 --kernel portable --json attention.jsonl
 //
-// How a sample is taken: kernels/bench.h.  In each round every kernel has one sample, so that a change of clocks hits all.
+// How a sample is taken: kernels/bench.h.  In each round every kernel has one sample, so that a change of clocks hits
+// all.
 //
 // FLOP are the useful ones: 2 per multiply-add, the causal half of T^2; forward two products, backward 2.5 times that,
 // the scores computed again.  What a kernel computes beyond them does not make it faster.

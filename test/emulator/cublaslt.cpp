@@ -13,7 +13,8 @@
 //   4, 5      3 parts that meet in D's type, in place and in the workspace
 //   6         5 parts and 6 parts in turn: the same call gives other bits when it is repeated
 //   7         plain: any alignment, no epilogue, no workspace
-//   100 + n   algorithm 0 told to take the sum in n parts, which meet in fp32 in the workspace; on a machine that splits
+//   100 + n   algorithm 0 told to take the sum in n parts, which meet in fp32 in the workspace; on a machine that
+//             splits
 //
 // The workspace is filled with NaNs.  A product of one column (a row of activations) has no epilogues, so that both
 // answers of the search occur in tests.  Operands that lie outside of device memory, or that overlap what is written,

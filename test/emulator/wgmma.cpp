@@ -1,6 +1,6 @@
 // wgmma: asynchronous products of a warpgroup.  A warp's part runs at its wait_group; until then the accumulator's
-// registers are NaN, and neither they nor the operands, in registers or in shared memory, may be written.  Whose warp of
-// the group reads which rows of A is not promised: each counts as a reader of all 64.
+// registers are NaN, and neither they nor the operands, in registers or in shared memory, may be written.  Whose warp
+// of the group reads which rows of A is not promised: each counts as a reader of all 64.
 #include <algorithm>
 #include <cstring>
 

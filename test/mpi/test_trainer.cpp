@@ -17,7 +17,8 @@ struct Outcome {
     std::vector<bool> updated;
 };
 
-// Three steps of a tiny model; every rank draws its own tokens.  `hook` sees the gradient of step `at` on the last rank only.
+// Three steps of a tiny model; every rank draws its own tokens.  `hook` sees the gradient of step `at` on the last rank
+// only.
 Outcome train(Reduction reduction, const Hook& hook, int at = 0) {
     TrainerOptions o;
     o.model = {.L = 1, .NH = 2, .C = 8, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};

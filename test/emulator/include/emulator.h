@@ -67,8 +67,8 @@ struct Stats {
 Stats& stats();
 
 // One request is one instruction of one warp.  Ideal: 4 sectors per request of 32 lanes x 4 bytes, no conflict cycles.
-// Bytes are those that the lanes asked for, a byte that several want counted once: a request is coalesced when they fill
-// its sectors.
+// Bytes are those that the lanes asked for, a byte that several want counted once: a request is coalesced when they
+// fill its sectors.
 struct KernelCounters {
     uint64_t launches = 0;
     uint64_t global_loads = 0, global_load_sectors = 0, global_load_bytes = 0;  // sectors of 32 bytes

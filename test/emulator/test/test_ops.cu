@@ -255,8 +255,8 @@ std::vector<OpCase> ops(const Target& t) {
                                               {1, 130, 1, 128, 0.2f}, {1, 200, 1, 32, 0.2f}};
     for (const auto& d : t.real == DType::bf16 ? bf16 : fp32)
         add(d.T > 100, attention, d, fmt::format("attention B={} T={} HS={} p={}", d.B, d.T, d.HS, d.p));
-    // Three tiles of 128 rows, the last one nearly empty; two heads: 4 pairs of tiles for the 4 multiprocessors, and with
-    // six heads a second and a third pair for some, which turn every ring of buffers.
+    // Three tiles of 128 rows, the last one nearly empty; two heads: 4 pairs of tiles for the 4 multiprocessors, and
+    // with six heads a second and a third pair for some, which turn every ring of buffers.
     const std::vector<AttentionShape> sm90 = {{1, 260, 2, 64, 0}, {1, 260, 2, 128, 0}, {2, 260, 3, 64, 0}};
     if (t.real == DType::bf16)
         for (const auto& d : sm90)
