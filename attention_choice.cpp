@@ -1,6 +1,7 @@
 #include "attention_choice.h"
 
 #include <cstdlib>
+#include <string_view>
 
 #include "common/error.h"
 
@@ -35,7 +36,8 @@ const char* attention_name(AttentionKernel kernel) {
 AttentionKernel preferred_attention(const Config& config) {
     if (config.device.attention == "portable") return AttentionKernel::portable;
     if (config.device.attention != "cudnn") return AttentionKernel::sm90;
-    return std::getenv("KILN_CUDNN_FASTEST") ? AttentionKernel::cudnn_fastest : AttentionKernel::cudnn;
+    const char* fastest = std::getenv("KILN_CUDNN_FASTEST");
+    return fastest && std::string_view(fastest) == "1" ? AttentionKernel::cudnn_fastest : AttentionKernel::cudnn;
 }
 
 AttentionChoice choose_attention(const Config& config, const std::string& refusal, bool training) {

@@ -12,8 +12,8 @@ struct AttentionChoice {
 
 // As in device.attention: "sm90".
 const char* attention_name(AttentionKernel kernel);
-// The kernels that device.attention would have: those it names, and for `auto` the fastest, sm90.  Where
-// KILN_CUDNN_FASTEST is set, `cudnn` means the library's fastest, which may give other bits from run to run: a
+// The kernels that device.attention would have: those it names, and for `auto` the fastest, sm90.  Under
+// KILN_CUDNN_FASTEST=1 `cudnn` means the library's fastest, which may give other bits from run to run: a
 // benchmark asks for it.
 AttentionKernel preferred_attention(const Config& config);
 // `refusal`: why some rank's device cannot run preferred_attention(); empty: all can.  `auto` then takes `portable`, as

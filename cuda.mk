@@ -30,10 +30,12 @@ NATIVE     := $(addprefix $(B)/,train test_native test_mpi_native test_isa_nativ
 
 gpu-there:
 	@KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh --gpu
-gpu-check: gpu-there $(NATIVE) ## on a machine with a GPU: tests, op times, speed beside PyTorch; STAGE=... chooses
+gpu-check: gpu-there ## on a machine with a GPU: tests, op times, speed beside PyTorch; STAGE=... chooses
+	@$(MAKE) --no-print-directory native
 	KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh
 
-bench-gpu: gpu-there $(NATIVE) ## on a machine with a GPU: the whole step beside PyTorch, and the goals; writes benchmarks/results/
+bench-gpu: gpu-there ## on a machine with a GPU: the whole step beside PyTorch, and the goals; writes benchmarks/results/
+	@$(MAKE) --no-print-directory native
 	KILN_BUILD=$(abspath $(B)) KILN_CUDA_LIBRARIES=$$(scripts/cuda_libraries.sh) $(PYTHON) scripts/bench_gpu.py; \
 	    code=$$?; $(PYTHON) scripts/performance_page.py && exit $$code
 

@@ -184,7 +184,9 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
              "data.train holds {} sequences of {} tokens, fewer than train.global_batch_size = {}; use more data, "
              "a shorter context_length or a smaller batch",
              train_.n_sequences(), c.model.context_length, c.train.global_batch_size);
-    if (!c.eval.sample_prompts.empty() || !c.data.tokenizer.empty()) tokenizer_.emplace(open_tokenizer(c));
+    // Without prompts only generate will need it: one that is wrong is told now, by the rank whose files count.
+    if (!c.eval.sample_prompts.empty() || (!c.data.tokenizer.empty() && x.comm.rank() == 0))
+        tokenizer_.emplace(open_tokenizer(c));
     for (const std::string& prompt : c.eval.sample_prompts)
         prompt_tokens(*tokenizer_, prompt);  // refused now, not later
     if (c.train.max_epochs > 0) check_schedule(c, total_steps_);
@@ -273,7 +275,8 @@ void TrainingRun::start(OpenMode mode) {
     if (!x_.device.bus_id.empty())
         gpu_.emplace(x_.device.bus_id, [this](const std::string& why) { x_.log.info("{}", why); });
     if (state_.step == total_steps_ && state_.step > 0)
-        x_.log.info("the checkpoint is at step {}, which is the last: a larger train.max_steps goes on", state_.step);
+        x_.log.info("the checkpoint is at step {}, which is the last: a larger train.max_steps or max_epochs goes on",
+                    state_.step);
     if (state_.step > total_steps_)
         x_.log.warn("the checkpoint is at step {}, beyond train.max_steps = {}: nothing to do", state_.step,
                     total_steps_);
@@ -381,11 +384,10 @@ void TrainingRun::record_step(const StepResult& r, double learning_rate, double 
     const double rate = double(tokens_per_step()) / ms * 1e3;
     const std::optional<double> mfu = share_of(peak_, flops_per_token(trainer_.config()) * rate);
     if (!mfu && peak_.flops() && !std::exchange(peak_is_doubted_, true))
-        x_.log.warn(
-            "step {} is faster than the measured peak allows: other programs had the processors when it was measured; "
-            "the "
-            "MFU of such steps is left out",
-            state_.step);
+        x_.log.warn("step {} is faster than the {} peak allows: {}; the MFU of such steps is left out", state_.step,
+                    peak_.used(),
+                    peak_.vendor_flops ? "the vendor's figure is not this device's"
+                                       : "other programs had the processors when it was measured");
     const std::optional<GpuSample> gpu = gpu_ ? gpu_->latest() : std::nullopt;
     dir_->record(step_record(state_, r, learning_rate, {.ms = ms, .tokens_per_s = rate, .mfu = mfu}, gpu));
     const double seconds_left =

@@ -38,7 +38,7 @@ std::vector<Key> table() {
         {KEY(data.train), .required = true},
         {KEY(data.val)},
         {KEY(data.shuffle)},
-        {KEY(data.tokenizer)},
+        {KEY(data.tokenizer), .may_change = true},
         {KEY(data.format), .values = {"auto", "nanogpt"}},
         {KEY(train.max_steps), .may_change = true, .low = 1, .high = kMaxSteps, .one_of_two = true},
         {KEY(train.max_epochs), .may_change = true, .low = 0, .high = kMaxSteps, .exclusive_low = true,

@@ -117,7 +117,7 @@ void require_space(const fs::path& root, uint64_t n_bytes) {
     if (::statvfs(root.c_str(), &vfs) != 0) return;  // not every file system tells
     const uint64_t available = uint64_t(vfs.f_bavail) * vfs.f_frsize;
     if (available < n_bytes)
-        fail(Exit::io, "{}: a checkpoint needs {}, the disk has {} left; earlier ones stand: free space, then --resume",
+        fail(Exit::io, "{}: a checkpoint needs {}, the disk has {} left; free space, then start it again with --resume",
              root.string(), human_bytes(n_bytes), human_bytes(available));
 }
 

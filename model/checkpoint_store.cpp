@@ -156,7 +156,8 @@ void verify(const fs::path& dir) {
 
 void verify_checkpoint(const fs::path& directory) {
     if (fs::path manifest = directory / kManifest; ::access(manifest.c_str(), F_OK) == 0) return verify(directory);
-    if (fs::is_directory(directory / "checkpoints"))
+    std::error_code ignored;
+    if (fs::is_directory(directory / "checkpoints", ignored) && !fs::exists(directory / "model.safetensors", ignored))
         fail(Exit::checkpoint, "{}: a run, expected a checkpoint; use {}", directory.string(),
              (directory / "checkpoints" / "latest").string());
 }

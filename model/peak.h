@@ -40,7 +40,7 @@ struct Peak {
 Peak sum_peaks(std::span<const DevicePeak> ranks);
 
 // The share of the peak at this many FLOP/s: MFU.  None where no peak is known, nor above 1: such a peak was measured
-// while other programs had the processors.
+// while other programs had the processors, or is another device's.
 std::optional<double> share_of(const Peak& peak, double flops);
 
 // Measures, on all ranks at the same time, and sums up; the same on every rank.

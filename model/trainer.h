@@ -86,9 +86,8 @@ class Trainer {
     const BatchShare& share() const { return share_; }
     const GPT2Config& config() const { return o_.model; }
     const char* reduction() const;  // how gradients are summed: "ordered through host memory"
-    size_t reduction_bytes() const {
-        return reduction_bytes_;
-    }  // of the device's memory, that its library took for itself
+    // Of the device's memory, that the library which sums them has taken for itself.
+    size_t reduction_bytes() const { return reduction_bytes_; }
     const TrainerMemory& memory() const { return memory_; }
     // Whether steps are replayed from graphs, and why not where they could have been.
     bool uses_graphs() const { return use_graphs_; }

@@ -121,8 +121,8 @@ def ops(a: argparse.Namespace, c: gpt2_torch.GPT2Config) -> dict:
 
 
 def attention(shape: str, a: argparse.Namespace) -> dict:
-    """Forward and backward of causal attention alone; q, k and v are views of one packed (B, T, 3, NH, HS) tensor, their
-    gradients are not packed."""
+    """Forward and backward of causal attention alone; q, k and v are views of one packed (B, T, 3, NH, HS) tensor,
+    their gradients are not packed."""
     B, NH, T, HS = (int(x) for x in shape.split("x"))
     dtype = torch.bfloat16 if a.device == "cuda" else torch.float32
     packed = torch.randn(B, T, 3, NH, HS, device=a.device, dtype=dtype)

@@ -35,7 +35,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 case "${1:-}" in
     "" | --gpu) ;;
     -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-    *) echo "scripts/gpu_check.sh: unknown option $1; stages and options come from the environment, see --help" >&2; exit 2 ;;
+    *) echo "scripts/gpu_check.sh: unknown option $1; stages come from the environment: --help" >&2; exit 2 ;;
 esac
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "scripts/gpu_check.sh needs python3, 3.10 or newer, on the PATH" >&2

@@ -145,7 +145,7 @@ def kiln_speed(s: Stage, size: str, batch: int, settings: Optional[Data] = None,
     return {"step_ms": ms, "tokens_per_s": 1e3 * batch * 1024 / ms,
             "step_ms_all": [round(r["step_ms"], 4) for r in taken],
             "phase_ms": {p: median(r["phase_ms"][p] for r in taken) for p in taken[0]["phase_ms"]},
-            "mfu": median(r["mfu"] for r in taken) if taken[0].get("mfu") else None,
+            "mfu": median(known) if (known := [r["mfu"] for r in taken if r.get("mfu") is not None]) else None,
             **{key: run.get(key) for key in ("flops_per_token", "attention", "gemm_choices", "memory", "peak")},
             "graph": run.get("graph") and "graph" not in events,    # the event: recording it has failed
             "memory_taken": memory.get("taken"), "memory_named": memory.get("named"),
@@ -184,11 +184,15 @@ def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
     data["B"] = batch
     longest = 0.0
     for _ in range(option("ROUNDS") - 1):
-        # Later rounds have compiled before; after one of them its length is known.
-        if time_left(s) < (1.3 * longest or 0.6 * (time.monotonic() - start)):
+        # The first may have compiled, and a later one is shorter then; after one of them its length is known.
+        if time_left(s) < (1.3 * longest or time.monotonic() - start):
             break                                               # a round more would be cut off
         start = time.monotonic()
-        data["kiln"].append(kiln_speed(s, size, batch))
+        try:
+            data["kiln"].append(kiln_speed(s, size, batch))
+        except (Failed, MemoryError) as e:                      # what has been measured stays
+            data["later_round_failed"] = str(e)
+            break
         there = there and torch(batch)
         longest = max(longest, time.monotonic() - start)
     data["rounds"] = len(data["kiln"])
@@ -237,8 +241,8 @@ def modes(s: Stage) -> tuple[str, Data]:
 
 
 def busy_ms(report: Path, n_steps: int, step_ms: float) -> float:
-    """How long the GPU works on a step, of the middle half of a run's. `report`: what Nsight Systems has exported as SQLite;
-    step_ms: a step's length in that very run, whose steps are the last that the GPU did."""
+    """How long the GPU works on a step, of the middle half of a run's. `report`: what Nsight Systems has exported as
+    SQLite; step_ms: a step's length in that very run, whose steps are the last that the GPU did."""
     with sqlite3.connect(report) as db:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
         kinds = [f"CUPTI_ACTIVITY_KIND_{kind}" for kind in ("KERNEL", "MEMCPY", "MEMSET")]
@@ -276,6 +280,8 @@ def gaps(s: Stage) -> tuple[str, Data]:
                     steps = [r["step_ms"] for r in s.records("speed") if r["type"] == "step"]
                     row["profiled_step_ms"] = median(steps[len(steps) // 3:])
                     row["busy_ms"] = busy_ms(out.with_suffix(".sqlite"), len(steps), row["profiled_step_ms"])
+                    if row["busy_ms"] > row["step_ms"]:
+                        raise Failed(f"the profiler's {row['busy_ms']:.3f} ms of work are more than the step")
                     row["idle"] = 1 - row["busy_ms"] / row["step_ms"]
             except (Failed, MemoryError, sqlite3.Error, ValueError, IndexError) as e:
                 row["failed"] = f"{type(e).__name__}: {e}"

@@ -26,7 +26,7 @@ from roofline import H200, Device, Op, Shape, bound_ms, step_ops  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = "not measured"
-BUSY = 1.0                                                      # load of a CPU's machine before its bench from which nothing counts
+BUSY = 1.0                                                      # a machine's load before its bench, above which nothing counts
 MFU = ("MFU: PaLM's FLOP of a token, 6 N + 12 L C T, over the vendor's peak where the run knows it, else over the one "
        "that it measured.\n")
 Result = dict[str, Any]
@@ -158,7 +158,8 @@ def cpu_section(name: str, r: Result) -> str:
     rows = [[g["goal"], f"{g['value']:.3g}", "not judged" if busy else "met" if g["met"] else "not met"]
             for g in r["goals"]]
     return (f"`{name}`: commit {r['commit'][:12]}, {m['cores']} cores of {m['cpu']}, {r['threads']} threads, medians of "
-            f"{r['rounds']}." + (f" Not judged: other programs were running (load {load})." if busy else "") + "\n\n" + table(["goal", "value", "result"], rows))
+            f"{r['rounds']}." + (f" Not judged: other programs were running (load {load})." if busy else "") + "\n\n"
+            + table(["goal", "value", "result"], rows))
 
 
 def page(gpus: Sequence[Gpu], cpus: Sequence[tuple[str, Result]]) -> dict[str, str]:

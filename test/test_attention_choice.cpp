@@ -59,6 +59,8 @@ TEST_CASE("attention choice: the kernels that the devices are asked about") {
     setenv("KILN_CUDNN_FASTEST", "1", 1);
     CHECK(attention({"device.attention=cudnn"}) == "cudnn_fastest");
     CHECK(attention({}) == "sm90");
+    setenv("KILN_CUDNN_FASTEST", "0", 1);
+    CHECK(attention({"device.attention=cudnn"}) == "cudnn");
     unsetenv("KILN_CUDNN_FASTEST");
 }
 

@@ -234,11 +234,12 @@ void destroy(const GemmPlan& p) {
 void add_splits(std::vector<GemmAlgorithm>& all, const GemmPlan& p) {
     constexpr size_t kEnough = 16;
     const std::vector<GemmAlgorithm> found = all;
-    for (const GemmAlgorithm& a : found)
-        for (const int32_t parts : {2, 3, 4, 6, 8, 12, 16}) {
-            GemmAlgorithm other = a;
-            if (all.size() < kEnough && split(other, parts) && check_algorithm(p, other) == CUBLAS_STATUS_SUCCESS)
-                all.push_back(other);
+    for (const int32_t parts : {2, 3, 4, 6, 8, 12, 16})
+        for (GemmAlgorithm a : found) {
+            const auto is_a = [&](const GemmAlgorithm& b) { return std::ranges::equal(a.opaque.data, b.opaque.data); };
+            if (all.size() < kEnough && split(a, parts) && std::ranges::none_of(all, is_a) &&
+                check_algorithm(p, a) == CUBLAS_STATUS_SUCCESS)
+                all.push_back(a);
         }
 }
 

@@ -13,8 +13,8 @@
 //   4, 5      3 parts that meet in D's type, in place and in the workspace
 //   6         5 parts and 6 parts in turn: the same call gives other bits when it is repeated
 //   7         plain: any alignment, no epilogue, no workspace
-//   100 + n   algorithm 0 told to take the sum in n parts, which meet in fp32 in the workspace; on a machine that
-//             splits
+//   100 + n   algorithm 0 or 2 told to take the sum in n parts, which meet in fp32 in the workspace; 200 + n  algorithm 1;
+//             on a machine that splits
 //
 // The workspace is filled with NaNs.  A product of one column (a row of activations) has no epilogues, so that both
 // answers of the search occur in tests.  Operands that lie outside of device memory, or that overlap what is written,
@@ -517,8 +517,7 @@ cublasStatus_t cublasLtMatmulAlgoCapGetAttribute(const cublasLtMatmulAlgo_t* alg
                                                  cublasLtMatmulAlgoCapAttributes_t attribute, void* value,
                                                  size_t n_bytes, size_t* n_written) {
     if (!algo || !value || !n_written || n_bytes != 4) return CUBLAS_STATUS_INVALID_VALUE;
-    const int number = algorithm_of(*algo).number;
-    const bool can = emulator::machine().splits && (number == 0 || number >= kSplit);
+    const bool can = emulator::machine().splits && algorithm_of(*algo).number <= 2;
     const uint32_t answer =
         attribute == CUBLASLT_ALGO_CAP_SPLITK_SUPPORT ? can : uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
     std::memcpy(value, &answer, *n_written = sizeof answer);
@@ -541,7 +540,7 @@ cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t* algo,
     const bool parts = attribute == CUBLASLT_ALGO_CONFIG_SPLITK_NUM;
     const cublasStatus_t s = parts ? store(a.parts, value, n_bytes) : store(a.reduction, value, n_bytes);
     if (s != CUBLAS_STATUS_SUCCESS) return s;
-    if (parts) a.number = kSplit + a.parts;
+    if (parts) a.number = (a.number == 1 ? 2 : 1) * kSplit + a.parts, a.workspace_bytes = 0;
     std::memcpy(algo, &a, sizeof a);
     return CUBLAS_STATUS_SUCCESS;
 }

@@ -13,6 +13,7 @@
 //
 // To see failures, KILN_EMULATOR_NCCL_FAIL=<n> has a communicator's n-th call (making it is the first) end with
 // ncclRemoteError, KILN_EMULATOR_NCCL_HANG=<n> never; neither takes part, so that the other ranks wait.
+// KILN_EMULATOR_NCCL_FAIL_RUN=<n>: the n-th time that the stream comes to a call, which a replayed graph does too.
 //
 // Messages are point-to-point in MPI_COMM_WORLD with tags that nothing else uses: whatever a rank leaves undone can be
 // dropped, and no MPI call waits for others.
@@ -41,11 +42,6 @@ struct UniqueId {
     int root, number;  // rank in MPI_COMM_WORLD, how many it made before
 };
 constexpr char kMagic[8] = "kilnfnc";
-
-int number_in(const char* variable) {
-    const char* text = std::getenv(variable);
-    return text ? std::atoi(text) : 0;
-}
 
 // What two threads may touch.
 struct Shared {
@@ -78,6 +74,11 @@ void drain_abandoned() {
     }
 }
 }  // namespace
+
+int number_in(const char* variable) {
+    const char* text = std::getenv(variable);
+    return text ? std::atoi(text) : 0;
+}
 
 std::shared_ptr<ncclComm> find(ncclComm_t c) {
     const std::lock_guard lock(shared().mutex);
@@ -222,12 +223,12 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
     const auto c = find(comm);
     if (!c) return ncclInvalidArgument;
     c->destroyed = true;
+    cudaFree(c->buffer);
     const std::lock_guard lock(shared().mutex);
     std::erase(shared().live, c);
     return ncclSuccess;
 }
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
-    record("ncclCommAbort");
     const auto c = find(comm);
     if (!c) return ncclInvalidArgument;
     c->at_end = nullptr;
@@ -238,6 +239,7 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
         shared().abandoned.push_back(c);
     }
     while (c->in_graphs.use_count() > 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    record("ncclCommAbort");
     return ncclSuccess;
 }
 

@@ -56,6 +56,10 @@ struct Op {
             return true;
         }
         if (c->state != ncclSuccess && c->state != ncclInProgress) return false;
+        if (phase == start && number_in("KILN_EMULATOR_NCCL_FAIL_RUN") == ++c->n_runs) {
+            c->fail(ncclRemoteError, "fault injected at run " + std::to_string(c->n_runs));
+            return false;
+        }
         if (phase == start) send_descriptions();
         if (!messages.done()) return false;
         if (phase == comparing) {
@@ -160,6 +164,7 @@ ncclResult_t give_to_stream(const std::shared_ptr<Op>& op, const char* name, cud
         cudaStreamIsCapturing(stream, &status);
         std::shared_ptr<void> held;
         if (status == cudaStreamCaptureStatusActive) held = op->c->in_graphs;
+        if (!op->c->buffer && status == cudaStreamCaptureStatusNone) cudaMalloc(&op->c->buffer, kBufferBytes);
         if (emulator::enqueue_polled(stream, [op, held] { return op->advance(); }) != cudaSuccess)
             op->c->fail(ncclUnhandledCudaError, "the stream takes no work");
     });

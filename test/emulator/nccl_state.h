@@ -63,7 +63,9 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
     std::atomic<bool> aborted = false;                           // by another thread, perhaps
     std::shared_ptr<void> in_graphs = std::make_shared<char>();  // each captured call holds a copy
     int n_calls = 1;                                             // making it is the first
+    int n_runs = 0;                                              // of calls, on the stream
     int looks = 0;                                               // until the call that is under way ends
+    void* buffer = nullptr;  // device memory, from the first call that moves data; what is aborted keeps it
     std::function<void()> at_end;
 
     ncclResult_t fail(ncclResult_t r, const std::string& text) {
@@ -83,5 +85,7 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
 
 namespace emulator::nccl {
 std::shared_ptr<ncclComm> find(ncclComm_t c);  // null: not a communicator, or not any more
+constexpr size_t kBufferBytes = size_t(1) << 20;
+int number_in(const char* variable);  // of the environment; 0 without
 void record(const char* name, size_t count = 0, const char* type = "");
 }  // namespace emulator::nccl

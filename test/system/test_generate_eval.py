@@ -66,6 +66,20 @@ def test_tokenizer_that_is_none(trained: Lab, tmp_path: object) -> None:
     assert "absent.json" in message
 
 
+def test_tokenizer_that_is_none_is_told_before_the_training(lab: Lab, tmp_path: Path) -> None:
+    """Not after it, by generate.  On a resume it may be another, or none."""
+    lab.train("run", {"train.max_steps": 2, "checkpoint.interval": 2})
+    for np in (1, 2):
+        message = lab.train("new", {"data.tokenizer": f"{tmp_path}/absent.json"}, np, expect=3).error()
+        assert message.startswith("data.tokenizer: ") and "absent.json" in message
+        assert not lab.run("new").path.exists()
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text('{"type": "bytes", "vocab_size": 257, "end_of_text": 256}')
+    lab.train("run", {"train.max_steps": 3, "data.tokenizer": str(tokenizer)}, flags=["--resume"])
+    tokenizer.unlink()
+    assert lab.train("run", {"train.max_steps": 4, "data.tokenizer": ""}, flags=["--resume"]).code == 0
+
+
 @pytest.mark.parametrize("flags", [[], ["generate"]])
 def test_tokenizer_with_tokens_that_the_model_has_not(trained: Lab, tmp_path: Path, flags: list[str]) -> None:
     """Refused at the start, not at the first evaluation or where text has such a token."""

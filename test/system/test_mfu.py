@@ -19,6 +19,9 @@ def check_arithmetic(run: Run) -> dict:
     steps = run.records("step")
     assert len(steps) == 3
     for step in steps:
+        if step["mfu"] is None:                                 # other programs had the processors as the peak was measured
+            assert record["flops_per_token"] * step["tokens_per_s"] > used
+            continue
         # Three roundings to double on either side.
         assert step["mfu"] * used == pytest.approx(record["flops_per_token"] * step["tokens_per_s"], rel=1e-15)
         tokens = step["tokens"] / step["step"]
@@ -35,7 +38,7 @@ def test_the_cpu_s_mfu_is_of_the_measured_peak_of_all_ranks(lab: Lab, np: int) -
     assert 1e8 < peak["measured_flops"] < 1e15
     last = lab.run("run").records("step")[-1]
     shown = re.findall(r"step 3/3 .* ([\d.]+)% MFU", out)
-    assert shown == [f"{100 * last['mfu']:.1f}"]
+    assert shown == ([] if last["mfu"] is None else [f"{100 * last['mfu']:.1f}"])
 
 
 def test_flops_per_token_is_palm_s_formula(lab: Lab) -> None:

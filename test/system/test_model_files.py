@@ -98,6 +98,45 @@ def test_a_model_that_computes_something_else_is_refused_by_the_field(base: Lab,
     use(base, how, foreign, 0)
 
 
+def edit_header(directory: Path, change: Callable[[dict], object]) -> None:
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    (n,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + n])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + n :])
+
+
+@pytest.mark.parametrize("how", USES)
+@pytest.mark.parametrize("change, said", [
+    (lambda h: h["wte.weight"].update(shape=[32, 257]), "wte.weight has shape [32, 257], the config's model needs [257, 32]"),
+    (lambda h: h.update({"h.7.ln_1.weight": h.pop("h.1.ln_1.weight")}), "has no tensor h.1.ln_1.weight"),
+    (lambda h: h.update({"h.7.ln_1.bias": h.pop("h.1.ln_1.bias")}), "has no tensor h.1.ln_1.bias; use model.bias: false"),
+])
+def test_tensors_that_are_not_the_configs(base: Lab, foreign: Path, how: str, change: Callable[[dict], object],
+                                          said: str) -> None:
+    """config.json is right, what lies beside it is not."""
+    edit_header(foreign, change)
+    message = use(base, how, foreign, 4)
+    assert "gpt2/model.safetensors: " in message and message.endswith(said), message
+
+
+@pytest.mark.parametrize("how", USES)
+@pytest.mark.parametrize("name, like", [("h.2.ln_1.weight", "h.1.ln_1.weight"), ("h.2.ln_1.bias", "h.1.ln_1.bias")])
+def test_tensors_that_the_config_has_not(base: Lab, foreign: Path, how: str, name: str, like: str) -> None:
+    add_tensor(foreign, name, like)
+    assert use(base, how, foreign, 4).endswith(f"the config's model has no tensor {name}")  # and nothing about biases
+
+
+@pytest.mark.parametrize("how", USES)
+def test_a_run_is_no_checkpoint_and_a_model_with_checkpoints_is_one(base: Lab, foreign: Path, how: str) -> None:
+    run = base.run("base").path
+    assert use(base, how, run, 4).endswith(f"a run, expected a checkpoint; use {run}/checkpoints/latest")
+    (foreign / "checkpoints").mkdir()
+    use(base, how, foreign, 0)
+
+
 @pytest.mark.parametrize("how", USES)
 def test_a_classifier_of_its_own_is_refused(base: Lab, foreign: Path, how: str) -> None:
     same = Path(shutil.copytree(foreign, foreign.parent / "same"))
@@ -128,7 +167,8 @@ def test_other_model_shape(base: Lab, settings: dict[str, object], needles: tupl
         message = base.train("base", settings, flags=flags, expect=4).error()
         assert str(checkpoint) in message and all(needle in message for needle in needles)
     message = base.train("base", settings, np=2, flags=["--resume"], expect=2).error()
-    assert next(iter(settings)) in message
+    key, value = next(iter(settings.items()))
+    assert message.startswith(f"{key} is {str(value).lower()}, and ") and " was trained with " in message
     assert base.run("base").everything() == before
 
 

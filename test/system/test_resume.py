@@ -69,7 +69,8 @@ def test_resume_with_nothing_saved_starts_at_step_0_and_says_so(lab: Lab) -> Non
 def test_resume_of_a_complete_run_changes_nothing(lab: Lab) -> None:
     lab.train("run")
     before, losses = lab.run("run").snapshot(), lab.run("run").losses()
-    lab.train("run", flags=["--resume"])
+    out = lab.train("run", flags=["--resume"]).out
+    assert "which is the last: a larger train.max_steps or max_epochs goes on" in out
     assert lab.run("run").snapshot() == before and lab.run("run").losses() == losses
     assert lab.run("run").status()["state"] == "complete"
 
@@ -119,7 +120,7 @@ def test_overwrite_removes_nothing_before_the_new_run_is_sure(lab: Lab, tmp_path
 def test_out_of_time_saves_and_exits_85(lab: Lab, np: int) -> None:
     lab.train("straight")
     out = lab.train("run", {"run.max_minutes": 1e-6}, np, expect=85).out
-    assert "stopped at step 1" in out
+    assert "stopped at step 1" in out and "run.max_minutes are over; saved, --resume goes on" in out
     assert lab.run("run").steps_saved() == [1] and lab.run("run").status() == {
         "state": "stopped",
         "step": 1,

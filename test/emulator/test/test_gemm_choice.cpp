@@ -4,6 +4,7 @@
 // a capture, the way that is slower taken.
 #include <algorithm>
 #include <cmath>
+#include <set>
 #include <utility>
 
 #include "common/choices.h"
@@ -93,26 +94,34 @@ TEST_CASE("gemm choice: where the library has few guesses, k is also split as it
     Product p;
     p.run();
     const Doubles guess = p.d.host();
-    for (int parts : {2, 12}) {
-        CAPTURE(parts);
-        Clocked::set(100 + parts);
+    for (int number : {102, 208}) {
+        CAPTURE(number);
+        Clocked::set(number);
         k.set_choices("");
         tuned([&] { p.run(); });
-        CHECK(p.run() == 100 + parts);
-        CHECK(p.d.host() != guess);
+        CHECK(p.run() == number);
         const Doubles now = p.d.host();
+        CHECK(now != guess);
         for (size_t i = 0; i < now.size(); i++)
             CHECK(std::abs(now[i] - guess[i]) < 1e-4);  // 96 fp32 roundings of about 20
         const std::string text = k.choices();           // and it is kept like the others
         k.set_choices(text);
-        CHECK(p.run() == 100 + parts);
+        CHECK(p.run() == number);
     }
-    // Seven guesses, and nine more: 16 in all.  Parts that k is too short for are none of them.
-    CHECK(count(100 + 16) > 0);
-    Product brief(DType::f32, 16);
-    Clocked::set(100 + 16);
-    tuned([&] { brief.run(); });
-    CHECK(brief.run() < 100);
+    const auto tried = [&](const Product& product) {
+        Clocked::set(0);
+        k.set_choices("");
+        emulator::products_run().clear();
+        tuned([&] { cuda::gemm(product.g, nullptr); });
+        return std::set<int>(emulator::products_run().begin(), emulator::products_run().end());
+    };
+    // Up to 16, each once: 2 splits as 0 does, and 1 and 2 have 2 and 4 parts of their own.
+    CHECK(tried(p) == std::set<int>{0, 1, 2, 3, 4, 6, 7, 102, 103, 203, 104, 204, 106, 206, 108, 208});
+    CHECK(count(103) == 2);
+    CHECK(tried(Product(DType::f32, 8)) ==
+          std::set<int>{0, 1, 2, 4, 7, 102, 103, 203, 104, 204});  // k has no more parts
+    emulator::machine().splits = false;
+    CHECK(tried(p) == std::set<int>{0, 1, 2, 3, 4, 6, 7});
 }
 
 TEST_CASE("gemm choice: parts meet in bf16 never, in fp32 also in place") {
