@@ -255,7 +255,8 @@ void check_reads_back(const Config& c, const std::string& name) {
         parse_yaml(to_yaml(c), "config.yaml", Exit::usage);
     } catch (const Error& e) { fail(Exit::usage, "{}: too large to be written as one file: {}", name, e.what()); }
 }
-// Empty: not written.
+
+// As to_yaml writes it; empty: the key is not written.
 std::string yaml_value(Config& c, const Key& key) {
     const auto block = [](const std::vector<std::string>& list) {  // an item a line: the reader bounds the line
         std::string items;

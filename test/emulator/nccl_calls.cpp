@@ -11,6 +11,8 @@
 using namespace emulator::nccl;
 
 namespace {
+constexpr size_t kBufferBytes = size_t(1) << 20;  // that the first call takes of the device's memory
+
 const char* type_name(int t) {
     static const char* const names[] = {"int8",   "uint8",   "int32",   "uint32",  "int64",
                                         "uint64", "float16", "float32", "float64", "bfloat16"};

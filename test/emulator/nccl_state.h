@@ -85,7 +85,6 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
 
 namespace emulator::nccl {
 std::shared_ptr<ncclComm> find(ncclComm_t c);  // null: not a communicator, or not any more
-constexpr size_t kBufferBytes = size_t(1) << 20;
-int number_in(const char* variable);  // of the environment; 0 without
+int number_in(const char* variable);           // of the environment; 0 without
 void record(const char* name, size_t count = 0, const char* type = "");
 }  // namespace emulator::nccl

@@ -40,6 +40,17 @@ def test_graphs_do_not_change_a_run(gpus: Lab, np: int, devices: int, allreduce:
     assert [on.records("run")[0]["graph"], off.records("run")[0]["graph"]] == [True, False]
 
 
+def test_a_step_that_is_not_replayed_is_an_event(gpus: Lab) -> None:
+    """1200 micro-batches are more launches than a graph holds.  The run record is written before a step is recorded, so
+    what came of it is told by an event alone."""
+    many: dict[str, object] = {"model.n_layer": 1, "model.context_length": 1, "train.global_batch_size": 1200,
+                               "train.micro_batch_size": 1, "train.max_steps": 1, "checkpoint.interval": 0}
+    out = gpus.train("many", many).out
+    gpus.train("few", many | {"train.global_batch_size": 2, "train.max_steps": 5})
+    told = [[e["message"] for e in gpus.run(name).records("event") if e["event"] == "graph"] for name in ("many", "few")]
+    assert len(told[0]) == 1 and "are not recorded as a graph" in told[0][0] and told[0][0] in out and not told[1]
+
+
 def test_a_network_error_in_a_replayed_step_ends_the_run(gpus: Lab) -> None:
     """The graph holds NCCL's calls then, and holds up its abort: exit 75, no hang.  Runs: connecting, then one a step."""
     env = {"KILN_EMULATOR_DEVICES": 2, "KILN_EMULATOR_NCCL_FAIL_RUN": 5}

@@ -27,7 +27,8 @@ def test_the_page_is_what_the_committed_results_say() -> None:
 
 def test_goals_are_not_judged_where_other_programs_ran() -> None:
     cpu = json.loads(next((REPO / "benchmarks" / "results").glob("cpu-*.json")).read_text())
-    assert "| met |" in performance_page.cpu_section("a.json", cpu) and cpu["load_1min_at_start"] < 1
+    cpu["goals"] = [{"goal": "speed", "value": 2.0, "met": True}]
+    assert "| met |" in performance_page.cpu_section("a.json", cpu | {"load_1min_at_start": 0.7})
     busy = performance_page.cpu_section("a.json", cpu | {"load_1min_at_start": 6.2})
     assert "met |" not in busy and "Not judged: other programs were running (load 6.2)." in busy
 
