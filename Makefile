@@ -30,11 +30,15 @@ OPT         = $(if $(DEBUG)$(SANITIZE),-O1,-O3 -DNDEBUG)
 CXXFLAGS   += -std=c++20 -I. -Wall -Wextra -Werror -Wno-missing-field-initializers -Wno-restrict -fopenmp -march=$(CPU) \
               -fno-math-errno -fno-trapping-math $(OPT) $(if $(SANITIZE),-g1,-g) $(SAN)
 LIBS       := -ldnnl -lyaml-cpp -lfmt -lxxhash
-LIB_SRC    := $(filter-out comm/nccl.cpp,$(wildcard common/*.cpp kernels/*.cpp kernels/cpu/*.cpp model/*.cpp data/*.cpp comm/*.cpp)) attention_choice.cpp
+# The library that programs and tests share; then what only ./train has, of which MAIN depends on the device (KILN_CUDA).
+LIB_SRC    := $(filter-out comm/nccl.cpp bench/bench_%,$(wildcard $(addsuffix /*.cpp,common kernels kernels/cpu model trainer \
+                checkpoint data comm bench))) run/attention_kernels.cpp
 LIB_OBJ    := $(LIB_SRC:%.cpp=$(O)/%.o)
-MAIN       := train training_run run_records run_device
+RUN_OBJ    := $(patsubst %.cpp,$(O)/%.o,$(filter-out $(LIB_SRC) run/device.cpp,$(wildcard run/*.cpp)))
+MAIN       := train run/device
 TRAIN      := $(B)/train$(if $(filter 1,$(CUDA)),,-cpu)
-TEST_OBJ   := $(patsubst %.cpp,$(O)/%.o,$(wildcard test/*.cpp))
+TEST_SRC   := $(filter-out test/mpi/%,$(wildcard test/*.cpp test/*/*.cpp))
+TEST_OBJ   := $(TEST_SRC:%.cpp=$(O)/%.o)
 MPI_TESTS  := $(patsubst %.cpp,$(O)/%.o,$(wildcard test/mpi/*.cpp))
 .DEFAULT_GOAL := all
 include cuda.mk
@@ -81,15 +85,15 @@ deps:
 LINK = @echo "link $@"; $(MPICXX) -fopenmp $(SAN) $(filter %.o,$^) $(LIBS) -o $@
 COMPILE = @[ -n "$(MPICXX)" ] || { echo "mpicxx not found; run scripts/install_deps.sh first"; exit 2; }; \
           mkdir -p $(@D); echo "compile $<"; $(CCACHE) $(MPICXX) $(CXXFLAGS) -MMD -MP
-$(B)/train-cpu: $(MAIN:%=$(O)/%.o) $(LIB_OBJ); $(LINK)
+$(B)/train-cpu: $(MAIN:%=$(O)/%.o) $(RUN_OBJ) $(LIB_OBJ); $(LINK)
 $(B)/test: $(TEST_OBJ) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(B)/test_mpi: $(MPI_TESTS) $(EMU_MPI_TESTS) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
-$(B)/bench_gemm: $(O)/test/bench/gemm.o $(LIB_OBJ); $(LINK)
+$(B)/bench_gemm: $(O)/bench/bench_gemm.o $(LIB_OBJ); $(LINK)
 COMMIT = -DKILN_COMMIT='"$(shell cat build/commit)"'
 $(O)/%.o: %.cpp; $(COMPILE) -c $< -o $@
 # Under sanitizers what computes little is not optimised, which takes a third of the time to compile.
 ifdef SANITIZE
-$(patsubst %,$(O)/%/%.o,comm common data model) $(filter-out $(RACE_TESTS:$(RACE)%=$(B)%),$(TEST_OBJ)): OPT = -O0
+$(patsubst %,$(O)/%/%.o,bench checkpoint comm common data model run trainer) $(filter-out $(RACE_TESTS:$(RACE)%=$(B)%),$(TEST_OBJ)): OPT = -O0
 endif
 $(O)/train.o: train.cu build/commit; $(COMPILE) $(COMMIT) -x c++ -c $< -o $@
 $(B)/fault_shim.so: test/system/fault_shim.c; $(CC) -shared -fPIC -O1 -Wall -Werror $< -o $@ -ldl

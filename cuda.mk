@@ -1,5 +1,5 @@
 # Everything about CUDA: the backend built by nvcc for GPUs, and the same sources built by the host compiler over the
-# emulator (test/emulator/): plain, with sanitizers, and with the race check.  The Makefile includes it.
+# emulator (emulator/): plain, with sanitizers, and with the race check.  The Makefile includes it.
 
 # ---- by nvcc ----
 CUDA_SRC   := $(wildcard kernels/cuda/*.cu kernels/cuda/*.cpp) comm/nccl.cpp
@@ -52,12 +52,12 @@ kernel-table-check: $(KERNEL_OBJ)
 sass-check: $(KERNEL_OBJ) ## rules that the machine code of Hopper's and the memory-bound kernels keeps; needs a disassembler
 	$(PYTHON) scripts/sass_check.py --objects $(N)
 
-$(B)/train: $(MAIN:%=$(O)/cuda/%.o) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/train: $(MAIN:%=$(O)/cuda/%.o) $(RUN_OBJ) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_native: $(TEST_OBJ) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_mpi_native: $(MPI_TESTS) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
-$(B)/test_isa_native: $(O)/test/main.o $(N)/test/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
-$(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/test/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
-$(B)/bench_attention: $(O)/cuda/test/bench/attention.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/test_isa_native: $(O)/test/main.o $(N)/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
+$(B)/bench_attention: $(O)/cuda/bench/bench_attention.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 # What ptxas says of each kernel stays beside the object, for scripts/kernel_table.py; anything else is shown.  That it
 # has serialized wgmma or ignored setmaxnreg is to ptxas information, which --warning-as-error leaves alone.
 LOSS   := Potential Performance Loss|setmaxnreg'? ignored
@@ -83,22 +83,22 @@ $(CUDNN_OBJ): $(O)/cuda/cudnn.flags
 $(CUDNN_OBJ): CUDA_FLAGS := $(CUDNN_FLAGS) $(CUDA_FLAGS) -O1 -g0
 
 # ---- over the emulator ----
-EMU_SRC    := $(CUDA_SRC) $(wildcard test/emulator/*.cpp)
+EMU_SRC    := $(CUDA_SRC) $(wildcard emulator/*.cpp)
 EMU_OBJ    := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_SRC)))
-EMU_FLAGS  := -Itest/emulator/include -DKILN_CUDA=1
+EMU_FLAGS  := -Iemulator/include -DKILN_CUDA=1
 # The emulator's core is fast in every variant and never instrumented: in a sanitizer build it poisons by hand.
-EMU_CORE   := $(patsubst %,$(O)/emulated/test/emulator/%.o,async counters fiber hooks launch memory mma race report scheduler sync tma wgmma)
-EMU_KERNEL_TESTS := $(wildcard test/emulator/test/*.cu)
-EMU_TESTS        := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_KERNEL_TESTS) $(wildcard test/emulator/test/*.cpp)))
-EMU_MPI_TESTS    := $(patsubst %.cpp,$(O)/emulated/%.o,$(wildcard test/emulator/mpi/*.cpp))
+EMU_CORE   := $(patsubst %,$(O)/emulated/emulator/%.o,async counters fiber hooks launch memory mma race report scheduler sync tma wgmma)
+EMU_KERNEL_TESTS := $(wildcard emulator/test/*.cu)
+EMU_TESTS        := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_KERNEL_TESTS) $(wildcard emulator/test/*.cpp)))
+EMU_MPI_TESTS    := $(patsubst %.cpp,$(O)/emulated/%.o,$(wildcard emulator/test/mpi/*.cpp))
 
 emulated: $(B)/train-emulated ## build ./train-emulated: the whole GPU program on an emulated GPU
 	@ln -sf $(B)/train-emulated train-emulated
 
-$(B)/train-emulated: $(MAIN:%=$(O)/emulated/%.o) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
+$(B)/train-emulated: $(MAIN:%=$(O)/emulated/%.o) $(RUN_OBJ) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(B)/test_emulator: $(O)/test/main.o $(EMU_TESTS) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 BENCH_EMULATED := $(B)/bench_attention-emulated
-$(BENCH_EMULATED): $(O)/emulated/test/bench/attention.o $(LIB_OBJ) $(EMU_OBJ); $(LINK)
+$(BENCH_EMULATED): $(O)/emulated/bench/bench_attention.o $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(EMU_CORE): SAN = $(if $(SANITIZE),-DEMULATOR_ASAN=1)
 $(EMU_CORE): EMU_OPT = -O3
 $(O)/emulated/%.o: %.cu; $(COMPILE) $(EMU_FLAGS) $(if $(SANITIZE),,-O2) -x c++ -c $< -o $@
@@ -113,13 +113,13 @@ RACE_FLAGS := $(EMU_FLAGS) -O1 -fsanitize=thread
 TO_HOOKS   := $(foreach f,memcpy memmove memset,--redefine-sym $(f)=__tsan_$(f))
 RACE_CUDA  := $(patsubst %.cu,$(RACE)/obj/emulated/%.o,$(filter %.cu,$(CUDA_SRC)))
 RACE_HOST  := $(filter-out $(patsubst %.cu,$(O)/emulated/%.o,$(filter %.cu,$(CUDA_SRC))),$(EMU_OBJ))
-RACE_TESTS := $(patsubst %.cpp,$(RACE)/obj/%.o,test/main.cpp $(shell grep -lE 'targets\(\)|cuda_backend' test/*.cpp))
+RACE_TESTS := $(patsubst %.cpp,$(RACE)/obj/%.o,test/main.cpp $(shell grep -lE 'targets\(\)|cuda_backend' $(TEST_SRC)))
 
 $(RACE)/test_emulator: $(O)/test/main.o $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA) $(EMU_KERNEL_TESTS:%.cu=$(RACE)/obj/emulated/%.o); $(LINK)
 $(RACE)/test_race: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA); $(LINK)
 $(RACE)/obj/emulated/%.o: %.cu; $(COMPILE) $(RACE_FLAGS) -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
 $(RACE)/obj/%.o: %.cpp; $(COMPILE) $(EMU_FLAGS) -O1 -DKILN_RACE=1 -c $< -o $@
-# test/emulator/mutate.py writes a copy of the kernels whose barriers can be left out one by one.
+# emulator/test/mutate.py writes a copy of the kernels whose barriers can be left out one by one.
 build/mutants/test_mutants: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(patsubst %.cu,build/mutants/obj/%.o,$(filter %.cu,$(CUDA_SRC))); $(LINK)
 build/mutants/obj/%.o: build/mutants/src/%.cu
 	$(COMPILE) -iquote build/mutants/src $(RACE_FLAGS) -include left_out.h -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@

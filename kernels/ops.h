@@ -260,11 +260,11 @@ struct Backend {
     void (*optimizer_update)(const OptimizerUpdate&, Stream);
     void (*grad_norm)(const GradNorm&, Stream);
 
-    // Choices made by timing: how a GPU computes each kind of matrix product (kernels/cuda/gemm_choice.h).  While
+    // Choices made by timing: how a GPU computes each kind of matrix product (kernels/cuda/gemm_tuning.h).  While
     // tuning is on, the first call of a kind chooses; what it leaves in its outputs is meaningless.  Returns notes
     // since the last call, a line each: algorithms that were rejected.
     std::string (*tune)(bool on);
-    // Those in use, as common/choices.h has it.  The CPU makes none: "".
+    // Those in use, as common/tuning_cache.h has it.  The CPU makes none: "".
     std::string (*choices)();
     // From now on these, and no others, "" for none.  Returns why they cannot be used, and nothing has changed then:
     // made for another GPU or library version.  A text that is damaged is Error(Exit::data).
@@ -284,7 +284,7 @@ enum class AttentionKernel : uint8_t {
 constexpr int kFastHeadSizes[] = {64, 128};
 constexpr bool is_fast_head(int HS) { return HS == kFastHeadSizes[0] || HS == kFastHeadSizes[1]; }
 // The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary
-// without it has none of these four; KILN_CUDA tells run_device.cpp.  The tables differ in attention only.
+// without it has none of these four; KILN_CUDA tells run/device.cpp.  The tables differ in attention only.
 const Backend& cuda_backend(AttentionKernel attention = AttentionKernel::portable);
 // Why these kernels cannot run on the open device, or are not in this binary; empty: they can.  They refuse nothing
 // that `portable` takes: a call with dropout, in fp32 or of another head size goes to the portable kernels.

@@ -1,8 +1,8 @@
 // Every PTX instruction that kernels use, wrapped once: the device body is the instruction, the host body calls the
 // emulator.  Kernel files contain no inline asm.
 //
-// An instruction is added in three places: a wrapper here, its emulation in test/emulator, and a case of
-// test/emulator/test/test_isa.cu, written from the PTX manual, which also runs on a GPU.
+// An instruction is added in three places: a wrapper here, its emulation in emulator, and a case of
+// emulator/test/test_isa.cu, written from the PTX manual, which also runs on a GPU.
 //
 // Everything above the line "Hopper" needs compute capability 8.0; what is below it, 9.0a.  stmatrix needs 9.0.
 #pragma once

@@ -1,5 +1,5 @@
 // The one header through which kernel files see CUDA.  nvcc compiles them for the GPU; a C++ compiler alone runs them
-// on the CPU, by the emulator that test/emulator/include puts on the include path.
+// on the CPU, by the emulator that emulator/include puts on the include path.
 //
 //   SIMT_SHARED(float, tile, [32][33]);     a static shared array
 //   SIMT_DYN_SHARED(smem);                  dynamic shared memory: uint8_t* smem, 1024-byte aligned
@@ -30,7 +30,7 @@
 #define SIMT_NO_UNROLL
 #endif
 
-// 1 where the compiler calls the emulator's hooks at each memory access (test/emulator/hooks.cpp).
+// 1 where the compiler calls the emulator's hooks at each memory access (emulator/hooks.cpp).
 #if defined(__SANITIZE_THREAD__)
 #define SIMT_HOOKED 1
 #elif defined(__has_feature)

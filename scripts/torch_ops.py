@@ -29,7 +29,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class Clock:
-    """Median of samples, with nothing in the caches before each, as kiln's kernels/bench.h does it."""
+    """Median of samples, with nothing in the caches before each, as kiln's bench/timing.h does it."""
 
     def __init__(self, device: str, samples: int) -> None:
         self.device, self.samples, self.cuda = device, samples, device == "cuda"

@@ -1,7 +1,7 @@
 // The table of the CUDA backend, its memory, streams and marks.  The device itself: device.cu.
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda.h"
-#include "kernels/cuda/gemm_choice.h"
+#include "kernels/cuda/gemm_tuning.h"
 
 #include <string_view>
 

@@ -1,4 +1,4 @@
-// cuBLASLt: descriptors of a kind of product, made once, and the call.  Which algorithm: gemm_choice.cu.
+// cuBLASLt: descriptors of a kind of product, made once, and the call.  Which algorithm: gemm_tuning.cu.
 //
 // cuBLASLt is column-major, where a row-major matrix is its own transpose.  So d^T = b^T a^T is asked for: the
 // library's A is our b, its B our a, its m our N, and the rows of its D, which carry the bias, are our columns.
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda.h"
-#include "kernels/cuda/gemm_choice.h"
+#include "kernels/cuda/gemm_tuning.h"
 
 namespace {
 using cuda::Gemm;

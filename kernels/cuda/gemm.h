@@ -6,7 +6,7 @@
 // What a kind of product needs (descriptors, layouts, the algorithm) is made at its first use and kept as long as the
 // process; a training step has about twenty kinds, text generation a few for each length.  A kind is shape, dtypes,
 // what is fused, and the alignment of the addresses up to 16 bytes.  Its algorithm is the library's best guess, which
-// depends on nothing else, or one chosen by timing or given: gemm_choice.h.
+// depends on nothing else, or one chosen by timing or given: gemm_tuning.h.
 // One thread, one stream: products share one workspace.
 #pragma once
 #include <functional>

@@ -5,7 +5,7 @@
 //
 //   shapes     x, dx (BT, C)    y, dy (BT, OC)    w, dw (C, OC), or (OC, C) when w_transposed    b, db (OC)
 //   traffic    products: see gemm.h; bias, residual and both GELUs cost no pass of their own where they can be fused;
-//              where not, or where that was chosen by timing (gemm_choice.h), one more write and read of y, and GELU's
+//              where not, or where that was chosen by timing (gemm_tuning.h), one more write and read of y, and GELU's
 //              own 2n or 3n.  db: 1 read of dy, and at most 1/16 of its bytes for the partial sums; or none, where its
 //              sums were chosen to be part of the product
 //   bound      products: compute.  db: memory

@@ -5,8 +5,8 @@
 #include <limits>
 
 #include "common/rng.h"
-#include "model/trainer.h"
 #include "test/mpi/world.h"
+#include "trainer/trainer.h"
 
 namespace {
 using Hook = std::function<void(std::span<double>)>;

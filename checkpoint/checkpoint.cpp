@@ -1,0 +1,266 @@
+#include "checkpoint/checkpoint.h"
+
+#include <sys/statvfs.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "checkpoint/safetensors.h"
+#include "common/hash.h"
+#include "common/json.h"
+
+namespace {
+using nlohmann::ordered_json;
+constexpr size_t kMaxJson = 64 << 20;
+
+FileRecord write_json(const fs::path& dir, const char* name, const ordered_json& j) {
+    const std::string text = j.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n";
+    OutFile out(dir / name);
+    out.write(text);
+    out.close();
+    return {name, text.size(), hash64(text)};
+}
+
+size_t n_elements(const StateTensor& t) {
+    size_t n = 1;
+    for (size_t d : t.shape) n *= d;
+    return n;
+}
+
+// Hugging Face's GPT-2 has no switch for biases: a model without them is saved with biases of zero.
+std::vector<StateTensor> with_all_biases(std::vector<StateTensor> tensors, GPT2Config c) {
+    if (c.bias) return tensors;
+    c.bias = true;
+    GPT2Params unused;
+    std::vector<StateTensor> all;
+    size_t next = 0;
+    visit(unused, c, [&](const ParamInfo& info, Buf&) {
+        const bool present = next < tensors.size() && tensors[next].name == info.name;
+        all.push_back(present ? tensors[next++] : StateTensor{info.name, info.shape, {}});
+    });
+    return all;
+}
+
+// A tensor without data is written as zeros.
+FileRecord write_tensors(const fs::path& dir, const char* name, const Backend& k,
+                         const std::vector<StateTensor>& tensors) {
+    std::vector<SafetensorsWriter::Tensor> list;
+    for (const StateTensor& t : tensors) list.push_back({t.name, t.shape});
+    SafetensorsWriter out(dir / name, list);
+    std::vector<float> host(size_t(1) << 20);
+    for (const StateTensor& t : tensors) {
+        if (!t.data) {
+            const std::vector<float> zeros(n_elements(t));
+            out.write(zeros.data(), zeros.size());
+        }
+        for (size_t i = 0; i < t.data.count; i += host.size()) {
+            const Buf part = t.data.slice(i, std::min(host.size(), t.data.count - i));
+            k.download(host.data(), part.data, part.n_bytes(), nullptr);
+            k.synchronize(nullptr);
+            out.write(host.data(), part.count);
+        }
+    }
+    const auto written = out.close();
+    return {name, written.n_bytes, written.hash};
+}
+
+// Hugging Face's GPT2Config, plus kiln_bias.
+ordered_json model_json(const GPT2Config& c) {
+    return {{"model_type", "gpt2"},
+            {"architectures", {"GPT2LMHeadModel"}},
+            {"vocab_size", c.V},
+            {"n_positions", c.T},
+            {"n_ctx", c.T},
+            {"n_embd", c.C},
+            {"n_layer", c.L},
+            {"n_head", c.NH},
+            {"activation_function", "gelu_new"},
+            {"layer_norm_epsilon", 1e-5},
+            {"resid_pdrop", c.dropout},
+            {"embd_pdrop", c.dropout},
+            {"attn_pdrop", c.dropout},
+            {"tie_word_embeddings", true},
+            {"kiln_bias", c.bias}};
+}
+
+ordered_json parts_json(const std::vector<DataPart>& parts) {
+    ordered_json list = ordered_json::array();
+    for (const DataPart& p : parts)
+        list.push_back({{"file", p.file}, {"tokens", p.tokens}, {"fingerprint", hash_text(p.fingerprint)}});
+    return list;
+}
+
+ordered_json state_json(const RunState& s) {
+    return {{"step", s.step},           {"tokens", s.tokens},           {"updates", s.updates},
+            {"sequences", s.sequences}, {"train", parts_json(s.train)}, {"val", parts_json(s.val)},
+            {"config", s.config},       {"attention", s.attention},     {"choices", s.choices}};
+}
+
+// Sizes that differ, and what would mend it.
+void require_same_model(const fs::path& directory, const GPT2Config& theirs, const GPT2Config& ours) {
+    std::vector<std::string> differ;
+    const auto compare = [&](const char* key, int there, int here) {
+        if (there != here) differ.push_back(fmt::format("model.{}: {} (the config has {})", key, there, here));
+    };
+    compare("n_layer", theirs.L, ours.L);
+    compare("n_head", theirs.NH, ours.NH);
+    compare("n_embd", theirs.C, ours.C);
+    compare("context_length", theirs.T, ours.T);
+    compare("vocab_size", theirs.V, ours.V);
+    if (!differ.empty())
+        fail(Exit::checkpoint, "{}: weights of another model; use {}", (directory / "config.json").string(),
+             fmt::join(differ, ", "));
+}
+
+void require_space(const fs::path& root, uint64_t n_bytes) {
+    struct statvfs vfs {};
+    if (::statvfs(root.c_str(), &vfs) != 0) return;  // not every file system tells
+    const uint64_t available = uint64_t(vfs.f_bavail) * vfs.f_frsize;
+    if (available < n_bytes)
+        fail(Exit::io, "{}: a checkpoint needs {}, the disk has {} left; free space, then start it again with --resume",
+             root.string(), human_bytes(n_bytes), human_bytes(available));
+}
+
+std::vector<DataPart> parts_of(const nlohmann::json& list) {
+    std::vector<DataPart> parts;
+    for (const auto& p : list)
+        parts.push_back(
+            {p.at("file"), p.at("tokens"), std::stoull(p.at("fingerprint").get<std::string>(), nullptr, 16)});
+    return parts;
+}
+
+std::string shape_text(const std::vector<size_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+
+void read_tensor(const SafetensorsFile& file, const SafetensorsEntry& e, const Backend& k, const StateTensor& t) {
+    std::vector<float> host(std::min(t.data.count, size_t(1) << 20));
+    for (size_t i = 0; i < t.data.count; i += host.size()) {
+        const Buf part = t.data.slice(i, std::min(host.size(), t.data.count - i));
+        file.read(e, i, part.count, host.data());
+        k.upload(part.data, host.data(), part.n_bytes(), nullptr);
+        k.synchronize(nullptr);
+    }
+}
+std::vector<float> whole_tensor(const SafetensorsFile& file, const SafetensorsEntry& e) {
+    size_t n = 1;
+    for (size_t d : e.shape) n *= d;
+    std::vector<float> values(n);
+    file.read(e, 0, n, values.data());
+    return values;
+}
+bool all_zero(const SafetensorsFile& file, const SafetensorsEntry& e) {
+    const std::vector<float> values = whole_tensor(file, e);
+    return std::all_of(values.begin(), values.end(), [](float v) { return v == 0; });
+}
+bool same_tensor(const SafetensorsFile& file, const SafetensorsEntry& a, const SafetensorsEntry& b) {
+    return a.shape == b.shape && whole_tensor(file, a) == whole_tensor(file, b);
+}
+}  // namespace
+
+void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, const RunState& state, int keep,
+                     const std::function<void()>& before_rename) {
+    const std::vector<StateTensor> weights = with_all_biases(trainer.parameters(), trainer.config());
+    const std::vector<StateTensor> moments = trainer.moments();
+    uint64_t n_bytes = 1 << 20;  // headers and JSON
+    for (const auto* list : {&weights, &moments})
+        for (const StateTensor& t : *list) n_bytes += n_elements(t) * sizeof(float);
+    make_directories(root);
+    require_space(root, n_bytes);
+    const auto write_files = [&](const fs::path& dir) -> std::vector<FileRecord> {
+        return {write_tensors(dir, "model.safetensors", k, weights),
+                write_json(dir, "config.json", model_json(trainer.config())),
+                write_tensors(dir, "optimizer.safetensors", k, moments),
+                write_json(dir, "state.json", state_json(state))};
+    };
+    store_checkpoint(root, state.step, keep, write_files, before_rename);
+}
+
+RunState read_state(const fs::path& checkpoint) {
+    const std::string name = (checkpoint / "state.json").string();
+    const nlohmann::json j = parse_json(read_text(name, kMaxJson, Exit::checkpoint), name, Exit::checkpoint);
+    try {
+        return {.step = j.at("step"),
+                .tokens = j.at("tokens"),
+                .updates = j.at("updates"),
+                .sequences = j.at("sequences"),
+                .config = j.at("config"),
+                .attention = j.value("attention", "portable"),  // all that there was before it was written down
+                .choices = j.value("choices", ""),              // older ones took the library's guesses
+                .train = parts_of(j.at("train")),
+                .val = parts_of(j.at("val"))};
+    } catch (const std::exception& e) { fail(Exit::checkpoint, "{}: not a kiln state: {}", name, e.what()); }
+}
+
+GPT2Config read_model_config(const fs::path& directory) {
+    const std::string name = (directory / "config.json").string();
+    const nlohmann::json j = parse_json(read_text(name, kMaxJson, Exit::checkpoint), name, Exit::checkpoint);
+    // What kiln's GPT-2 computes; a model trained otherwise would run and give wrong numbers.
+    const auto require = [&](const char* key, const nlohmann::json& expected) {
+        if (j.contains(key) && j[key] != expected)
+            fail(Exit::checkpoint, "{}: {} = {}, kiln's GPT-2 has {}", name, key, j[key].dump(), expected.dump());
+    };
+    try {
+        require("model_type", "gpt2");
+        require("layer_norm_epsilon", 1e-5);
+        require("scale_attn_weights", true);
+        require("scale_attn_by_inverse_layer_idx", false);
+        require("tie_word_embeddings", true);
+        if (j.value("activation_function", "gelu_new") != "gelu_pytorch_tanh")
+            require("activation_function", "gelu_new");
+        GPT2Config c{.L = j.at("n_layer"), .NH = j.at("n_head"), .C = j.at("n_embd"), .V = j.at("vocab_size")};
+        c.T = j.contains("n_positions") ? j.at("n_positions") : j.at("n_ctx");
+        c.bias = j.value("kiln_bias", true);
+        return c;
+    } catch (const nlohmann::json::exception& e) {
+        fail(Exit::checkpoint, "{}: not a GPT-2 config: {}", name, e.what());
+    }
+}
+
+void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer) {
+    require_same_model(directory, read_model_config(directory), trainer.config());
+    const SafetensorsFile file(directory / "model.safetensors");
+    const std::string path = file.path().string();
+    std::map<std::string, SafetensorsEntry> left = file.entries();
+    SafetensorsEntry wte;
+    for (const StateTensor& t : trainer.parameters()) {
+        std::string name = t.name;
+        if (!left.contains(name)) name = "transformer." + t.name;
+        const auto entry = left.find(name);
+        if (entry == left.end())
+            fail(Exit::checkpoint, "{}: has no tensor {}{}", path, t.name,
+                 t.name.ends_with(".bias") ? "; use model.bias: false" : "");
+        if (entry->second.shape != t.shape)
+            fail(Exit::checkpoint, "{}: {} has shape {}, the config's model needs {}", path, name,
+                 shape_text(entry->second.shape), shape_text(t.shape));
+        read_tensor(file, entry->second, k, t);
+        if (t.name == "wte.weight") wte = entry->second;
+        left.erase(entry);
+    }
+    trainer.parameters_changed();
+    // Hugging Face files carry these beside the parameters; with bias: false, biases of zero are dropped.
+    for (const auto& [name, entry] : left) {
+        const bool buffer = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
+        if (name == "lm_head.weight") {
+            if (same_tensor(file, entry, wte)) continue;
+            fail(Exit::checkpoint, "{}: lm_head.weight differs from wte.weight; kiln's classifier is tied to it", path);
+        }
+        const bool zero_bias = !trainer.config().bias && name.ends_with(".bias") && all_zero(file, entry);
+        if (!buffer && !zero_bias)
+            fail(Exit::checkpoint, "{}: the config's model has no tensor {}{}", path, name,
+                 name.ends_with(".bias") && !trainer.config().bias ? " (not all zero); use model.bias: true" : "");
+    }
+}
+
+void load_optimizer(const fs::path& directory, const Backend& k, Trainer& trainer) {
+    const fs::path path = directory / "optimizer.safetensors";
+    if (!fs::exists(path))
+        fail(Exit::checkpoint, "{}: has no optimizer state; to start a new run from its weights use model.init_from",
+             directory.string());
+    const SafetensorsFile file(path);
+    for (const StateTensor& t : trainer.moments()) {
+        const auto entry = file.entries().find(t.name);
+        if (entry == file.entries().end() || entry->second.shape != t.shape)
+            fail(Exit::checkpoint, "{}: {} is missing or of another shape than {}", path.string(), t.name,
+                 shape_text(t.shape));
+        read_tensor(file, entry->second, k, t);
+    }
+}

@@ -1,0 +1,47 @@
+// Checkpoints: a directory step_N that is complete and verified, or not there at all.
+//
+//   model.safetensors, config.json    weights in Hugging Face GPT-2 names and layout
+//   optimizer.safetensors             moments: m.<name>, v.<name>
+//   state.json                        step, tokens seen, updates, position in the data, what the data was, the config,
+//                                     the choices made by timing
+//   manifest.json                     format version, size and XXH3 of each file, XXH3 of itself; written last
+//
+// checkpoint_store.h has the protocol that makes a directory complete; this is what is in it.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "checkpoint/store.h"
+#include "common/file.h"
+#include "model/gpt2.h"
+#include "trainer/trainer.h"
+
+struct DataPart {  // a shard as it was: name without folders, tokens, fingerprint
+    std::string file;
+    uint64_t tokens = 0, fingerprint = 0;
+    bool operator==(const DataPart&) const = default;
+};
+
+struct RunState {
+    int64_t step = 0;        // global batches taken
+    uint64_t tokens = 0;     // cumulative
+    uint64_t updates = 0;    // optimizer updates: step minus the skipped ones
+    uint64_t sequences = 0;  // position in the endless stream of sequences
+    std::string config;      // config.yaml as resolved
+    std::string attention;   // the kernels, as in device.attention; empty: on the CPU
+    std::string choices;     // how matrix products are computed, as common/tuning_cache.h has it; empty: on the CPU
+    std::vector<DataPart> train, val;
+};
+
+// Saves under root/step_N and keeps the newest `keep` good ones.  Rank 0 only.  `before_rename` runs when all is on
+// disk but the name: the place to make the logs durable.
+void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, const RunState& state, int keep,
+                     const std::function<void()>& before_rename);
+
+RunState read_state(const fs::path& checkpoint);
+void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer);    // model.safetensors
+void load_optimizer(const fs::path& directory, const Backend& k, Trainer& trainer);  // optimizer.safetensors
+// The shape that a directory's config.json describes (kiln's or Hugging Face's).
+GPT2Config read_model_config(const fs::path& directory);

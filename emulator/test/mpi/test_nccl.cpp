@@ -1,0 +1,247 @@
+// The reduction by NCCL on the emulated one: which calls it makes, and what becomes of ranks that fail.
+// Seen to fail, or to hang, with: no abort after a failure; no deadline in a call, or in the wait; no look at the
+// asynchronous error in the wait; a group left open; ncclCommDestroy while an exception flies.
+#include <cuda_emulator_host.h>
+#include <doctest/doctest.h>
+#include <nccl_emulator.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <optional>
+
+#include "trainer/trainer.h"
+#include "test/mpi/device_gradient.h"
+
+namespace {
+constexpr double kTimeout = 60;  // of communicators that are not expected to fail
+
+// Sets a variable of the environment for a while.
+class Setting {
+  public:
+    Setting(const char* name, const std::string& value) : name_(name) { setenv(name, value.c_str(), 1); }
+    ~Setting() { unsetenv(name_); }
+
+  private:
+    const char* name_;
+};
+
+// A call of the emulated runtime would else last until the device is done: nothing to give up on.
+class LateStreams {
+  public:
+    LateStreams() : before_(emulator::machine().mode) { emulator::machine().mode = emulator::StreamMode::late; }
+    ~LateStreams() { emulator::machine().mode = before_; }
+
+  private:
+    emulator::StreamMode before_;
+};
+
+// Runs f, which must throw, and returns what; fails the test when it took longer than `limit` seconds.
+template <class F>
+Error thrown_within(double limit, F&& f) {
+    const auto start = std::chrono::steady_clock::now();
+    Error thrown(Exit::complete, "nothing was thrown");
+    try {
+        f();
+    } catch (const Error& e) { thrown = e; }
+    CHECK(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < limit);
+    return thrown;
+}
+bool says(const Error& e, const std::string& text) { return std::string(e.what()).find(text) != std::string::npos; }
+
+using Calls = std::vector<emulator::NcclCall>;
+Calls calls_of(const std::function<void()>& f) {
+    emulator::nccl_calls().clear();
+    f();
+    return emulator::nccl_calls();
+}
+}  // namespace
+
+TEST_CASE("nccl: exactly one call for a gradient") {
+    const Backend& k = *gpu();
+    NcclComm nccl(world(), kTimeout);
+    const auto reducer = make_reducer(k, world(), Reduction::nccl, 1001, &nccl);
+    const Calls want = {{"ncclAllReduce", 1001, "float32"}};
+    for (int step = 0; step < 2; step++)
+        CHECK(calls_of([&] { summed(k, *reducer, 1001); }) == (world().size() == 1 ? Calls{} : want));
+}
+
+TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction of the whole gradient") {
+    NcclComm nccl(world(), kTimeout);
+    TrainerOptions o;
+    o.model = {.L = 1, .NH = 2, .C = 16, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
+    o.micro_batch_size = 1;
+    o.global_batch_size = 2 * world().size();
+    o.reduction = Reduction::nccl;
+    o.nccl = &nccl;
+    o.real = DType::bf16;
+    std::optional<Trainer> made;
+    const Calls connecting = calls_of([&] { made.emplace(*gpu(), world(), o); });
+    Trainer& trainer = *made;
+    trainer.initialize();
+    trainer.broadcast_state();
+    size_t n = 0;  // elements of the flat gradient
+    trainer.before_reduce = [&](std::span<double> g) { n = g.size(); };
+    const std::vector<int32_t> tokens = {1, 2, 3, 4, 5};
+    const auto next = [&]() -> Trainer::Tokens { return {std::span(tokens).first(4), std::span(tokens).last(4)}; };
+    for (int step = 0; step < 2; step++) {
+        const Calls calls = calls_of([&] { trainer.step(step, 1e-2, next); });
+        if (world().size() == 1) CHECK(calls.empty());
+        if (world().size() > 1) CHECK(calls == Calls{{"ncclAllReduce", n, "float32"}});
+    }
+    CHECK(n >= count_params(o.model));
+    // What NCCL takes at its first call is there before the first step.
+    CHECK(connecting == (world().size() == 1 ? Calls{} : Calls{{"ncclAllReduce", n, "float32"}}));
+}
+
+TEST_CASE("ordered, moved by nccl: which calls, and how long") {
+    if (!power_of_two_ranks() || world().size() == 1) return;
+    const Backend& k = *gpu();
+    NcclComm nccl(world(), kTimeout);
+    const size_t size = size_t(world().size()), n = size * 24 + 5;  // two pieces of shards of 16 and 8, and a tail
+    const auto reducer = make_reducer(k, world(), Reduction::ordered, n, &nccl, 16);
+    Calls want;
+    for (const size_t shard : {16, 8}) {
+        for (size_t r = 0; r < size; r++) {
+            want.push_back({"ncclSend", shard, "float32"});
+            want.push_back({"ncclRecv", shard, "float32"});
+        }
+        want.push_back({"ncclAllGather", shard, "float32"});
+    }
+    const size_t tail = n % (4 * size);
+    if (tail) want.push_back({"ncclAllGather", tail, "float32"});
+    CHECK(calls_of([&] { summed(k, *reducer, n); }) == want);
+}
+
+TEST_CASE("a clean end destroys the communicator, an exception aborts it") {
+    gpu();  // opens it
+    const Calls clean = calls_of([] { NcclComm nccl(world(), kTimeout); });
+    CHECK(clean.back().name == "ncclCommDestroy");
+    const Calls unwound = calls_of([] {
+        try {
+            NcclComm nccl(world(), kTimeout);
+            fail(Exit::data, "elsewhere");
+        } catch (const Error&) {}
+    });
+    CHECK(unwound.back().name == "ncclCommAbort");
+}
+
+TEST_CASE("a network error ends the wait on every rank, and names the call") {
+    const Backend& k = *gpu();
+    const Setting fault("KILN_EMULATOR_NCCL_FAIL", "2");
+    NcclComm nccl(world(), kTimeout);
+    StreamOwner stream(k);
+    Gradient grad(k, my_addends(100));
+    grad.upload(stream.get());
+    const Error e = thrown_within(kTimeout / 2, [&] {
+        nccl.all_reduce_sum(grad.buf(), stream.get());
+        nccl.wait(stream.get());
+    });
+    CHECK(e.code == Exit::peer_lost);
+    CHECK(says(e, fmt::format("in ncclAllReduce of 100 floats over {} ranks", world().size())));
+    CHECK(says(e, "remote process exited"));
+    const Error again = thrown_within(1, [&] { nccl.all_reduce_sum(grad.buf(), stream.get()); });
+    CHECK(again.code == Exit::internal);
+    CHECK(says(again, "after a failure"));
+    k.synchronize(stream.get());
+}
+
+// The rank with the fault hangs in the call itself, the others in the wait: their stream never gets past it.
+TEST_CASE("a rank that hangs is a lost rank after the deadline") {
+    const LateStreams late;
+    const Backend& k = *gpu();
+    NcclComm nccl(world(), 0.5);
+    const Setting fault("KILN_EMULATOR_NCCL_HANG", world().rank() == 0 ? "2" : "0");
+    StreamOwner stream(k);
+    Gradient grad(k, my_addends(100));
+    grad.upload(stream.get());
+    const Error e = thrown_within(kTimeout / 2, [&] {
+        nccl.all_reduce_sum(grad.buf(), stream.get());
+        nccl.wait(stream.get());
+    });
+    CHECK(e.code == Exit::peer_lost);
+    CHECK(says(e, "within 0.5 s"));
+    CHECK(says(e, "in ncclAllReduce of 100 floats"));
+    k.synchronize(stream.get());  // aborted: nothing is left on the stream
+}
+
+// As in a step that is replayed: the graph goes only when the exception has unwound as far.
+TEST_CASE("a rank that is lost while a graph holds calls is no hang") {
+    const LateStreams late;
+    const Backend& k = *gpu();
+    const bool lost = world().rank() == 0;
+    StreamOwner stream(k);
+    Gradient grad(k, my_addends(100));
+    grad.upload(stream.get());
+    const auto give_up = [&](NcclComm& nccl) {
+        const GraphOwner graph(k, stream.get(), [&] { nccl.all_reduce_sum(grad.buf(), stream.get()); });
+        graph.launch(stream.get());
+        nccl.wait(stream.get());  // all ranks are here
+        if (lost) return;
+        graph.launch(stream.get());
+        const Error e = thrown_within(kTimeout / 2, [&] { nccl.wait(stream.get()); });
+        CHECK(e.code == Exit::peer_lost);
+        CHECK(says(e, "in ncclAllReduce of 100 floats"));
+        k.synchronize(stream.get());
+    };
+    auto nccl = std::make_unique<NcclComm>(world(), 0.5);
+    give_up(*nccl);
+    nccl.reset();  // waits for the end of the abort, which the graph held up
+    CHECK(emulator::nccl_calls().back().name == (lost ? "ncclCommDestroy" : "ncclCommAbort"));
+}
+
+TEST_CASE("a communicator that does not come about is an error after the deadline") {
+    gpu();  // opens it
+    const Setting fault("KILN_EMULATOR_NCCL_HANG", world().rank() == world().size() - 1 ? "1" : "0");
+    const Error e = thrown_within(kTimeout / 2, [&] { NcclComm(world(), 0.5); });
+    CHECK(e.code == Exit::peer_lost);
+    CHECK(says(e, "ncclCommInitRankConfig"));
+    CHECK(emulator::nccl_calls().back().name == "ncclCommAbort");
+}
+
+TEST_CASE("ranks that call different things are told what") {
+    if (world().size() == 1) return;
+    const LateStreams late;
+    const Backend& k = *gpu();
+    StreamOwner stream(k);
+    Gradient grad(k, my_addends(100));
+    grad.upload(stream.get());
+    const size_t size = size_t(world().size());
+    const auto told = [&](const std::string& text, const std::function<void(NcclComm&)>& f) {
+        NcclComm nccl(world(), kTimeout);
+        const Error e = thrown_within(kTimeout / 2, [&] {
+            f(nccl);
+            nccl.wait(stream.get());
+        });
+        CAPTURE(e.what());
+        CHECK(e.code == Exit::internal);
+        CHECK(says(e, text));
+    };
+    const bool odd = world().rank() == 1;
+    told(
+        "rank 0 calls ncclAllReduce as call 2 with count 100 of float32, rank 1 calls ncclAllReduce as call 2 with "
+        "count 99 of float32",
+        [&](NcclComm& c) { c.all_reduce_sum(grad.buf().slice(0, odd ? 99 : 100), stream.get()); });
+    told("rank 1 calls ncclAllGather", [&](NcclComm& c) {
+        if (odd) return c.all_gather(grad.buf().slice(0, 3), grad.buf().slice(10, 3 * size), stream.get());
+        c.all_reduce_sum(grad.buf().slice(0, 3), stream.get());
+    });
+    told("sends 1 elements to rank 1, which expects 2 elements", [&](NcclComm& c) {
+        const size_t n = odd ? 2 : 1;
+        c.all_to_all(grad.buf().slice(0, n * size), grad.buf().slice(50, n * size), stream.get());
+    });
+}
+
+TEST_CASE("a shared device is refused by nccl, and the sum goes through host memory") {
+    if (world().size() == 1) return;
+    const Backend& k = *gpu();
+    cudaSetDevice(0);
+    const Error e = thrown_within(kTimeout / 2, [&] { NcclComm(world(), kTimeout); });
+    CHECK(e.code == Exit::internal);
+    CHECK(says(e, "Duplicate GPU"));
+    const auto reducer = make_reducer(k, world(), Reduction::mpi, 1000);
+    CHECK(std::string(reducer->name()) == "mpi through host memory");
+    CHECK(summed(k, *reducer, 1000) == host_sum(1000, Reduction::mpi));
+    cudaSetDevice(world().local_rank());
+}

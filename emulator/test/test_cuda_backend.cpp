@@ -1,0 +1,126 @@
+// The CUDA backend where only an emulated device can show it: devices refused, errors and what they name, out of
+// memory, uploads that do not wait.
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "kernels/cuda/cuda.h"
+#include "kernels/owners.h"
+#include "emulator/test/on_machine.h"
+
+namespace {
+using namespace emulated;
+using emulator::StreamMode;
+}  // namespace
+
+TEST_CASE("cuda backend: devices below 8.0 are not used, and opening one says so") {
+    OnMachine m(StreamMode::late);
+    std::string why;
+    CHECK(cuda_device_count(&why) == 16);
+    const CudaDevice d = open_cuda_device(3);
+    CHECK(d.ordinal == 3);
+    CHECK(d.capability == 90);
+    CHECK(d.bus_id == "0000:04:00.0");
+    CHECK(d.memory_bytes == emulator::machine().memory_bytes);
+    CHECK(cuda::n_multiprocessors() == emulator::machine().n_multiprocessors);
+    open_cuda_device(0);
+    const auto refused = [](int ordinal, const char* text) {
+        try {
+            open_cuda_device(ordinal);
+            FAIL("opened");
+        } catch (const Error& e) {
+            CHECK(e.code == Exit::usage);
+            CHECK(std::string(e.what()).find(text) != std::string::npos);
+        }
+    };
+    refused(16, "GPU 16 cannot be used: this machine has 16");
+    emulator::machine().capability = 75;
+    CHECK(cuda_device_count(&why) == 0);
+    CHECK(why.find("has compute capability 7.5, kiln needs 8.0 or newer") != std::string::npos);
+    refused(0, "GPU 0 (emulated GPU) has compute capability 7.5, kiln needs 8.0 or newer");
+    emulator::machine().n_devices = 0;
+    CHECK(cuda_device_count(&why) == 0);
+    CHECK(why == "no CUDA-capable device is detected");
+    refused(0, "GPU 0 cannot be used: no CUDA-capable device is detected");
+}
+
+TEST_CASE("cuda backend: an error names the call, what the kernel did and the kernels launched last") {
+    OnMachine late(StreamMode::late);
+    MayLeak abandoned;
+    const Backend& k = cuda_backend();
+    DeviceInts p(32);
+    k.zero(p, 128, nullptr);
+    CUDA_CHECK(simt::launch(twice_kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
+    // As launchers choose an instance: the name is the kernel's, not the text's.
+    const auto kernel = broken_kernel<int>;
+    CUDA_CHECK(simt::launch(kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
+    CUDA_CHECK(simt::launch(add_kernel, 1, 32, 0, nullptr, static_cast<int*>(p), 1));
+    try {
+        k.synchronize(nullptr);
+        FAIL("the kernel's failure is lost");
+    } catch (const Error& e) {
+        CHECK(e.code == Exit::internal);
+        for (const char* part :
+             {"CUDA: unspecified launch failure: kernel broken_kernel<int>", " in cudaStreamSynchronize(s)",
+              "; launched last: ", "twice_kernel, broken_kernel<int>, add_kernel"})
+            CHECK_MESSAGE(std::string(e.what()).find(part) != std::string::npos, e.what());
+    }
+    CHECK_THROWS_AS(k.zero(p, 128, nullptr), Error);  // it stays
+}
+
+TEST_CASE("cuda backend: with KILN_CUDA_SYNC=1 the launch that failed throws") {
+    OnMachine late(StreamMode::late);
+    MayLeak abandoned;
+    DeviceInts p(32);
+    setenv("KILN_CUDA_SYNC", "1", 1);
+    std::string text;
+    try {
+        const auto kernel = broken_kernel<int>;
+        CUDA_CHECK(simt::launch(kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
+    } catch (const Error& e) { text = e.what(); }
+    unsetenv("KILN_CUDA_SYNC");
+    CHECK_MESSAGE(text.find(" in broken_kernel<int>") != std::string::npos, text);
+    CHECK(text.find("launched last") == std::string::npos);
+}
+
+TEST_CASE("cuda backend: out of memory says how much there is, and is over when memory is back") {
+    OnMachine late(StreamMode::late);
+    const Backend& k = cuda_backend();
+    cuda::workspace_bytes(0, "test");
+    size_t n_free = 0, n_total = 0;
+    REQUIRE(cudaMemGetInfo(&n_free, &n_total) == cudaSuccess);
+    emulator::machine().memory_bytes = n_total - n_free + (3 << 20);
+    void* const half = k.memory.alloc(2 << 20);
+    try {
+        k.memory.alloc(5 << 20);
+        FAIL("allocated more than there is");
+    } catch (const Error& e) {
+        CHECK(e.code == Exit::memory);
+        const std::string text = e.what();
+        for (const char* part : {"out of memory: the device has 1.00 MiB of ", " free, 5242880 bytes (5.00 MiB) asked"})
+            CHECK_MESSAGE(text.find(part) != std::string::npos, text);
+    }
+    DeviceInts p(1);
+    CUDA_CHECK(simt::launch(add_kernel, 1, 1, 0, nullptr, static_cast<int*>(p), 1));  // the error has gone
+    k.memory.free(half);
+    k.memory.free(k.memory.alloc(2 << 20));
+    k.synchronize(nullptr);
+}
+
+TEST_CASE("cuda backend: an upload from pinned memory does not wait: the buffer must stay as it is") {
+    OnMachine late(StreamMode::late);
+    const Backend& k = cuda_backend();
+    StreamOwner s(k);
+    MarkOwner sent(k);
+    HostBuffer host(k, sizeof(int));
+    DeviceInts p(1);
+    *host.as<int>() = 1;
+    k.upload(p, host.as<void>(), sizeof(int), s.get());
+    *host.as<int>() = 2;  // too early
+    k.set_mark(sent.get(), s.get());
+    k.wait_mark(sent.get());
+    CHECK(value_of(p) == 2);
+    *host.as<int>() = 3;  // the mark is past
+    CHECK(value_of(p) == 2);
+}

@@ -1,0 +1,61 @@
+#include "run/attention_kernels.h"
+
+#include <cstdlib>
+#include <string_view>
+
+#include "common/error.h"
+
+namespace {
+constexpr const char* kDtype = "bf16";  // of all kernels but portable, with heads of kFastHeadSizes
+
+// What of the config these kernels cannot compute, and what they expect; empty: nothing.
+std::string misfit(const Config& c) {
+    if (c.device.dtype != kDtype)
+        return fmt::format("device.dtype = {}, expected {}; set device.dtype: {}", c.device.dtype, kDtype, kDtype);
+    const int head_size = c.model.n_embd / c.model.n_head;
+    if (is_fast_head(head_size)) return "";
+    return fmt::format("model.n_embd / model.n_head = {} / {} = {}, expected {}; change these", c.model.n_embd,
+                       c.model.n_head, head_size, fmt::join(kFastHeadSizes, " or "));
+}
+}  // namespace
+
+const char* attention_name(AttentionKernel kernel) {
+    switch (kernel) {
+        case AttentionKernel::portable:
+            return "portable";
+        case AttentionKernel::sm90:
+            return "sm90";
+        case AttentionKernel::cudnn:
+            return "cudnn";
+        case AttentionKernel::cudnn_fastest:
+            return "cudnn_fastest";
+    }
+    return "";
+}
+
+AttentionKernel preferred_attention(const Config& config) {
+    if (config.device.attention == "portable") return AttentionKernel::portable;
+    if (config.device.attention != "cudnn") return AttentionKernel::sm90;
+    const char* fastest = std::getenv("KILN_CUDNN_FASTEST");
+    return fastest && std::string_view(fastest) == "1" ? AttentionKernel::cudnn_fastest : AttentionKernel::cudnn;
+}
+
+AttentionChoice choose_attention(const Config& config, const std::string& refusal, bool training) {
+    const AttentionKernel preferred = preferred_attention(config);
+    if (preferred == AttentionKernel::portable) return {};
+    const char* name = attention_name(preferred);
+    const std::string unfit = misfit(config);
+    const bool asked_for = config.device.attention != "auto";
+    if (asked_for && !refusal.empty())
+        fail(Exit::usage, "device.attention: {} cannot be used: {}; use device.attention: auto", name, refusal);
+    if (asked_for && !unfit.empty())
+        fail(Exit::usage, "device.attention: {} cannot be used: {}, or use device.attention: auto", name, unfit);
+    if (!refusal.empty() || !unfit.empty()) return {};
+    AttentionChoice chosen{.kernel = preferred};
+    if (training && config.model.dropout > 0)
+        chosen.note = fmt::format(
+            "attention with dropout uses the portable kernels: with model.dropout = {} training does, and evaluation, "
+            "without dropout, uses {}",
+            config.model.dropout, name);
+    return chosen;
+}

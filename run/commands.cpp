@@ -1,0 +1,142 @@
+#include "run/commands.h"
+
+#include <omp.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "common/hash.h"
+#include "run/inputs.h"
+#include "run/options.h"
+#include "run/training_run.h"
+
+namespace {
+// This rank's share of the cores it may use, unless the config says how many.  Ranks of one host with the same affinity
+// mask share it; a launcher that binds each rank has shared the cores out already.
+int set_threads(const Config& c, Comm& comm) {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    sched_getaffinity(0, sizeof mask, &mask);
+    char host[256] = "";
+    gethostname(host, sizeof host - 1);
+    const std::string text = std::string(host) + '\0' + std::string(reinterpret_cast<const char*>(&mask), sizeof mask);
+    const uint64_t mine = hash64(text);
+    std::vector<uint64_t> all(size_t(comm.size()));
+    comm.all_gather(&mine, all.data(), sizeof mine);
+    const auto sharing = int(std::count(all.begin(), all.end(), mine));
+    const auto place = int(std::count(all.begin(), all.begin() + comm.rank(), mine));
+    const int threads = c.device.threads > 0 ? c.device.threads : core_share(omp_get_num_procs(), place, sharing);
+    omp_set_num_threads(threads);
+    return threads;
+}
+
+fs::path checkpoint_to_use(const Context& x, const CommandLine& line) {
+    if (!line.checkpoint.empty()) {
+        verify_checkpoint(line.checkpoint);
+        return line.checkpoint;
+    }
+    const fs::path root = x.run_dir / "checkpoints";
+    const auto found = find_checkpoint(root, x.log, false);
+    if (!found) fail(Exit::checkpoint, "{}: no checkpoint; train first, or give --checkpoint", root.string());
+    return *found;
+}
+
+TrainerOptions inference_options(const Context& x, int micro_batch_size) {
+    TrainerOptions o = model_options(x);
+    o.inference = true;
+    o.micro_batch_size = micro_batch_size;
+    const int64_t global = int64_t(micro_batch_size) * x.comm.size();
+    if (global > INT32_MAX)
+        fail(Exit::usage, "train.micro_batch_size = {} on {} ranks", micro_batch_size, x.comm.size());
+    o.global_batch_size = int(global);
+    return o;
+}
+
+Exit run_generate(const Context& x, const CommandLine& line) {
+    if (x.comm.size() > 1)
+        fail(Exit::usage, "generate runs on one rank; start it without mpirun -np {}", x.comm.size());
+    const Tokenizer tokenizer = open_tokenizer(x.config);
+    Trainer model(x.device.k, x.comm, inference_options(x, 1));
+    load_weights(checkpoint_to_use(x, line), x.device.k, model);
+    if (!x.device.note.empty()) std::fprintf(stderr, "%s\n", x.device.note.c_str());  // stdout is the text
+    SampleOptions options = line.sample;
+    options.stop_token = tokenizer.end_of_text();
+    std::fputs(line.prompt.c_str(), stdout);
+    generate(model, prompt_tokens(tokenizer, line.prompt), options, [&](int32_t token) {
+        const std::string text = tokenizer.decode({token});
+        std::fwrite(text.data(), 1, text.size(), stdout);
+        if (std::fflush(stdout) != 0) fail(Exit::io, "standard output: cannot write the text");
+    });
+    std::fputc('\n', stdout);
+    return Exit::complete;
+}
+
+Exit run_eval(const Context& x, const CommandLine& line) {
+    if (x.config.data.val.empty()) fail(Exit::usage, "eval needs data.val");
+    const TokenStream val = open_data(x, "data.val", x.config.data.val);
+    require_same(x.comm, val.fingerprint(), Exit::data, kOtherData);
+    Trainer model(x.device.k, x.comm, inference_options(x, x.config.train.micro_batch_size));
+    if (x.comm.rank() == 0) load_weights(checkpoint_to_use(x, line), x.device.k, model);
+    model.broadcast_state();
+    if (!x.device.note.empty()) x.log.info("{}", x.device.note);
+    const EvalResult r = evaluate_on(x, model, val);
+    x.log.info("val loss {:.6f}  perplexity {:.4f}  accuracy {:.4f}  tokens {}", r.loss, std::exp(r.loss), r.accuracy,
+               r.tokens);
+    return Exit::complete;
+}
+
+Exit run_bench(const Context& x, const CommandLine& line) {
+    if (x.comm.size() > 1) fail(Exit::usage, "bench runs on one rank; start it without mpirun -np {}", x.comm.size());
+    const TrainerOptions o = training_options(x);
+    check_model(o.model, o.real);
+    if (o.recompute != Recompute::none)
+        fail(Exit::usage, "bench times the ops of a step that keeps everything; use --set train.recompute=none");
+    const BatchShare share =
+        batch_share(o.global_batch_size, o.micro_batch_size, 0, 1, o.reduction == Reduction::ordered);
+    if (!x.device.note.empty()) x.log.info("{}", x.device.note);
+    run_op_bench(x.device.k, {.step = {.model = o.model,
+                                       .B = o.micro_batch_size,
+                                       .n_micro = share.n_micro,
+                                       .n_accumulating = share.n_micro - share.n_runs,
+                                       .n_folds = share.n_runs - 1,
+                                       .optimizer = o.optimizer.kind},
+                              .device = x.device.name,
+                              .attention = x.device.attention,
+                              .commit = x.commit,
+                              .real = o.real,
+                              .only = line.only,
+                              .settings = line.bench});
+    return Exit::complete;
+}
+}  // namespace
+
+Exit run_command(const CommandLine& line, Comm& comm, Log& log, Progress& progress, const std::string& commit) {
+    if (line.command != Command::train && (line.resume || line.overwrite))
+        fail(Exit::usage, "--resume and --overwrite are for training");
+    const Config config = load_config(line.config, line.set);
+    // Ranks read the file each for itself; a rank with another one would train another model.
+    require_same(comm, hash64(to_yaml(config)), Exit::usage,
+                 "another config than rank 0; give every host the same file and --set options");
+    const fs::path dir = fs::path(config.run.out_dir) / config.run.name;
+    const int threads = set_threads(config, comm);
+    // bench times the ops of a training step.
+    const bool training = line.command == Command::train || line.command == Command::bench;
+    const Context x{choose_device(config, comm, log, training), comm, log, config, dir, threads, commit, progress};
+    switch (line.command) {
+        case Command::generate:
+            return run_generate(x, line);
+        case Command::eval:
+            return run_eval(x, line);
+        case Command::bench:
+            return run_bench(x, line);
+        case Command::train:
+            break;
+    }
+    return TrainingRun(x, line.resume      ? OpenMode::resume
+                          : line.overwrite ? OpenMode::overwrite
+                                           : OpenMode::fresh)
+        .run();
+}

@@ -1,0 +1,27 @@
+// What every command works with.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "comm/comm.h"
+#include "common/config.h"
+#include "common/file.h"
+#include "common/log.h"
+#include "run/device.h"
+
+// How far a run has come.  status.json of a failed run tells it.
+struct Progress {
+    fs::path run_dir;  // empty until it is open
+    int64_t step = 0;
+};
+
+struct Context {
+    RunDevice device;
+    Comm& comm;
+    Log& log;
+    Config config;
+    fs::path run_dir;
+    int threads;         // of this rank
+    std::string commit;  // of the source this binary was built from
+    Progress& progress;
+};

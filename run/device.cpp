@@ -1,0 +1,121 @@
+#include "run/device.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <fstream>
+#include <vector>
+
+#include "common/hash.h"
+#include "run/attention_kernels.h"
+
+#ifndef KILN_CUDA
+#define KILN_CUDA 0
+#endif
+#if KILN_CUDA
+#include "comm/nccl.h"
+#endif
+
+namespace {
+// `why` says why it is not a GPU; empty where the CPU was asked for.
+RunDevice cpu(const Config& config, const std::string& why) {
+    if (config.device.dtype != "fp32")
+        fail(Exit::usage, "device.dtype: {} needs a GPU{}{}; the CPU computes in fp32", config.device.dtype,
+             why.empty() ? "" : "; ", why);
+    if (const std::string& kernels = config.device.attention; kernels != "auto" && kernels != "portable")
+        fail(Exit::usage, "device.attention: {} needs a GPU{}{}; use device.attention: auto", kernels,
+             why.empty() ? "" : "; ", why);
+    RunDevice chosen{.k = cpu_backend(), .name = "cpu"};
+    if (!why.empty()) chosen.note = "device.kind: auto uses the CPU; " + why;
+    return chosen;
+}
+
+#if KILN_CUDA
+// The ranks that have 0, in ascending order: "1, 3".
+std::string ranks_without(const std::vector<int>& all) {
+    std::string out;
+    for (size_t r = 0; r < all.size(); r++)
+        if (all[r] == 0) out += fmt::format("{}{}", out.empty() ? "" : ", ", r);
+    return out;
+}
+
+// The same for all processes of one running system, containers included; names of hosts may repeat.
+std::string this_host() {
+    std::string id;
+    std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
+    char name[256] = "";
+    gethostname(name, sizeof name - 1);
+    return id.empty() ? name : id;
+}
+
+// No rank before this one has the same value.
+bool first_with(Comm& comm, uint64_t mine) {
+    std::vector<uint64_t> all(size_t(comm.size()));  // (ranks)
+    comm.all_gather(&mine, all.data(), sizeof mine);
+    return std::ranges::find(all, mine) - all.begin() == comm.rank();
+}
+
+// Why these kernels cannot run on every rank's open device: the first such rank's reason.  The same on all ranks, whose
+// GPUs may differ.
+std::string attention_refusal(Comm& comm, AttentionKernel kernel) {
+    using Text = std::array<char, 256>;
+    Text mine{};
+    cuda_attention_refusal(kernel).copy(mine.data(), mine.size() - 1);
+    std::vector<Text> all(size_t(comm.size()));  // (ranks) why not
+    comm.all_gather(mine.data(), all.data(), sizeof mine);
+    const auto first = std::ranges::find_if(all, [](const Text& why) { return why[0] != 0; });
+    if (first == all.end()) return "";
+    if (comm.size() == 1) return first->data();
+    std::vector<int> able;  // (ranks)
+    for (const Text& why : all) able.push_back(why[0] == 0);
+    return fmt::format("rank(s) {}: {}", ranks_without(able), first->data());
+}
+
+RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool training) {
+    const CudaDevice device = open_cuda_device(comm.local_rank() % n_devices);
+    const AttentionChoice attention =
+        choose_attention(config, attention_refusal(comm, preferred_attention(config)), training);
+    RunDevice chosen{.k = cuda_backend(attention.kernel), .name = device.name};
+    chosen.attention = attention_name(attention.kernel);
+    chosen.note = attention.note;
+    chosen.workspace_bytes = device.workspace_bytes;
+    chosen.bus_id = device.bus_id;
+    const std::string place = this_host() + "/" + device.bus_id;
+    chosen.own = every_rank_has_its_own_device(comm, place);
+    chosen.counts = first_with(comm, hash64(place));
+    if (!chosen.own)
+        log.warn(
+            "ranks share GPUs (on rank 0's host {} ranks share {} GPU(s)): gradients are reduced through host memory",
+            comm.local_size(), n_devices);
+    const std::string& how = config.parallel.allreduce;
+    if (training && chosen.own && comm.size() > 1 && (how == "auto" || how == "nccl" || how == "ordered")) {
+        const size_t before = chosen.k.memory_state().n_free;
+        chosen.nccl = std::make_shared<NcclComm>(comm);
+        chosen.nccl_bytes = before - std::min(before, chosen.k.memory_state().n_free);
+    }
+    chosen.memory = device.memory;
+    return chosen;
+}
+#endif
+}  // namespace
+
+RunDevice choose_device(const Config& config, [[maybe_unused]] Comm& comm, [[maybe_unused]] Log& log,
+                        [[maybe_unused]] bool training) {
+    if (config.device.kind == "cpu") return cpu(config, "");
+#if KILN_CUDA
+    std::string why;
+    const int mine = cuda_device_count(&why);
+    std::vector<int> all(size_t(comm.size()));  // (ranks) devices that each sees
+    comm.all_gather(&mine, all.data(), sizeof mine);
+    if (std::ranges::all_of(all, [](int n) { return n > 0; })) return gpu(config, comm, log, mine, training);
+    const std::string none = mine > 0 ? fmt::format("rank(s) {} have no GPU", ranks_without(all)) : "no GPU: " + why;
+    if (config.device.kind == "cuda") fail(Exit::usage, "device.kind: cuda, but {}; use device.kind: cpu", none);
+    return cpu(config, none);
+#else
+    if (config.device.kind == "cuda")
+        fail(Exit::usage,
+             "device.kind: cuda is not available in this build, which was made without nvcc; use device.kind: cpu");
+    return cpu(config, "no GPU: this build was made without CUDA");
+#endif
+}

@@ -1,0 +1,75 @@
+#include "run/options.h"
+
+#include "comm/topology.h"
+
+namespace {
+GPT2Config model_config(const Config& c) {
+    return {.L = c.model.n_layer,
+            .NH = c.model.n_head,
+            .C = c.model.n_embd,
+            .T = c.model.context_length,
+            .V = c.model.vocab_size,
+            .bias = c.model.bias,
+            .dropout = float(c.model.dropout)};
+}
+
+// The reduction that parallel.allreduce names; auto is never chosen by timing.
+Reduction choose_reduction(const Config& c, const RunDevice& device, int size) {
+    const std::string& how = c.parallel.allreduce;
+    if (how == "mpi") return Reduction::mpi;
+    if (how == "ring") return Reduction::ring;
+    if (how == "ordered") return Reduction::ordered;
+    if (how == "nccl" && !device.own)
+        fail(Exit::usage, "parallel.allreduce: nccl needs a GPU of its own for every rank; this run has {}; use auto",
+             device.name);
+    if (device.own) return Reduction::nccl;
+    const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
+    return (size & (size - 1)) == 0 && runs % size == 0 ? Reduction::ordered : Reduction::mpi;
+}
+}  // namespace
+
+TrainerOptions model_options(const Context& x) {
+    const Config& c = x.config;
+    TrainerOptions o;
+    o.model = model_config(c);
+    o.global_batch_size = c.train.global_batch_size;
+    o.micro_batch_size = c.train.micro_batch_size;
+    o.recompute = c.train.recompute == "block"  ? Recompute::block
+                  : c.train.recompute == "gelu" ? Recompute::gelu
+                                                : Recompute::none;
+    o.reduction = Reduction::mpi;
+    o.real = c.device.dtype == "bf16" ? DType::bf16 : DType::f32;
+    o.seed = c.run.seed;
+    return o;
+}
+
+TrainerOptions training_options(const Context& x) {
+    const Config& c = x.config;
+    TrainerOptions o = model_options(x);
+    o.reduction = choose_reduction(c, x.device, x.comm.size());
+    o.nccl = x.device.nccl.get();
+    o.graph = c.device.graph == "on" ? UseGraph::on : c.device.graph == "off" ? UseGraph::off : UseGraph::automatic;
+    o.optimizer.kind = c.optimizer.name == "adamw"  ? OptimizerKind::adamw
+                       : c.optimizer.name == "adam" ? OptimizerKind::adam
+                                                    : OptimizerKind::sgd;
+    o.optimizer.beta1 = float(c.optimizer.beta1);
+    o.optimizer.beta2 = float(c.optimizer.beta2);
+    o.optimizer.eps = float(c.optimizer.eps);
+    o.optimizer.weight_decay = float(c.optimizer.weight_decay);
+    o.optimizer.momentum = float(c.optimizer.momentum);
+    o.grad_clip = float(c.train.grad_clip);
+    return o;
+}
+
+Schedule schedule_of(const Config& c, int64_t total_steps) {
+    const auto kind = c.schedule.name == "cosine"   ? ScheduleKind::cosine
+                      : c.schedule.name == "linear" ? ScheduleKind::linear
+                      : c.schedule.name == "wsd"    ? ScheduleKind::wsd
+                                                    : ScheduleKind::constant;
+    return {.kind = kind,
+            .learning_rate = c.optimizer.learning_rate,
+            .min_learning_rate = c.schedule.min_learning_rate,
+            .warmup_steps = c.schedule.warmup_steps,
+            .decay_steps = c.schedule.decay_steps,
+            .total_steps = total_steps};
+}

@@ -1,0 +1,88 @@
+#include "run/records.h"
+
+#include <cmath>
+
+#include "common/hash.h"
+#include "run/options.h"
+
+namespace {
+using nlohmann::ordered_json;
+
+ordered_json or_null(std::optional<double> number) { return number ? ordered_json(*number) : ordered_json(nullptr); }
+
+ordered_json peak_record(const Peak& p) {
+    return {{"measured_flops", or_null(p.measured_flops)},
+            {"vendor_flops", or_null(p.vendor_flops)},
+            {"used", p.flops() ? ordered_json(p.used()) : ordered_json(nullptr)},
+            {"devices", p.devices},
+            {"formula", "PaLM: 6 N + 12 L C T"}};
+}
+
+ordered_json gpu_record(const GpuSample& s) {
+    ordered_json record;
+    const auto put = [&](const char* name, const auto& value) {
+        if (value) record[name] = *value;
+    };
+    put("power_w", s.power_w);
+    put("sm_mhz", s.sm_mhz);
+    put("memory_mhz", s.memory_mhz);
+    put("temperature_c", s.temperature_c);
+    put("memory_bytes", s.memory_bytes);
+    put("utilization", s.utilization);
+    return record;
+}
+}  // namespace
+
+ordered_json run_record(const Context& x, const Trainer& trainer, const RunState& state, const Peak& peak,
+                        const LibraryBytes& libraries, int64_t total_steps) {
+    const GPT2Config& c = trainer.config();
+    ordered_json record = {{"type", "run"},
+                           {"step", state.step},
+                           {"time", utc_now()},
+                           {"commit", x.commit},
+                           {"config_hash", hash_text(hash64(state.config))},
+                           {"device", x.device.name},
+                           {"dtype", x.config.device.dtype}};
+    if (!x.device.attention.empty()) record["attention"] = x.device.attention;
+    if (!state.choices.empty()) record["gemm_choices"] = hash_text(hash64(state.choices));
+    record.update({{"world", x.comm.size()},
+                   {"threads", x.threads},
+                   {"allreduce", reduction_name(training_options(x).reduction)},
+                   {"graph", trainer.uses_graphs()},
+                   {"memory",
+                    {{"planned", trainer.memory().n_bytes()},
+                     {"workspace", x.device.workspace_bytes},
+                     {"libraries", libraries.all},
+                     {"nccl", libraries.nccl}}},
+                   {"parameters", count_params(c)},
+                   {"flops_per_token", flops_per_token(c)},
+                   {"peak", peak_record(peak)},
+                   {"total_steps", total_steps}});
+    return record;
+}
+
+ordered_json step_record(const RunState& after, const StepResult& r, double learning_rate, const StepSpeed& speed,
+                         const std::optional<GpuSample>& gpu) {
+    ordered_json record = {{"type", "step"},
+                           {"step", after.step},
+                           {"tokens", after.tokens},
+                           {"loss", r.loss},
+                           {"grad_norm", r.grad_norm},
+                           {"learning_rate", learning_rate},
+                           {"step_ms", speed.ms},
+                           {"tokens_per_s", speed.tokens_per_s},
+                           {"mfu", or_null(speed.mfu)},
+                           {"phase_ms",
+                            {{"data", r.ms.data},
+                             {"forward", r.ms.forward},
+                             {"backward", r.ms.backward},
+                             {"reduce", r.ms.reduce},
+                             {"optimizer", r.ms.optimizer}}}};
+    if (gpu) record["gpu"] = gpu_record(*gpu);
+    return record;
+}
+
+ordered_json eval_record(int64_t step, const EvalResult& r) {
+    return {{"type", "eval"},         {"step", step},      {"val_loss", r.loss}, {"perplexity", std::exp(r.loss)},
+            {"accuracy", r.accuracy}, {"tokens", r.tokens}};
+}

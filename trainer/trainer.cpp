@@ -1,0 +1,439 @@
+#include "trainer/trainer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "common/hash.h"
+#include "common/token_order.h"
+
+std::vector<double> as_doubles(const Buf& host) {
+    std::vector<double> out(host.count);
+    const auto copy = [&]<class T>() {
+        for (size_t i = 0; i < out.size(); i++) out[i] = double(float(host.as<T>()[i]));
+    };
+    if (host.dtype == DType::f64) std::copy_n(host.as<double>(), out.size(), out.begin());
+    if (host.dtype == DType::f32) copy.template operator()<float>();
+    if (host.dtype == DType::bf16) copy.template operator()<bf16>();
+    return out;
+}
+
+void check_model(const GPT2Config& c, DType real) {
+    if (c.C % c.NH != 0) fail(Exit::usage, "model.n_embd = {} is not divisible by model.n_head = {}", c.C, c.NH);
+    if (real == DType::bf16 && (c.HS() % 8 != 0 || c.HS() > 128))
+        fail(Exit::usage,
+             "model.n_embd / model.n_head = {} / {} makes heads of {}; in bf16 they must be a multiple of 8 up to 128: "
+             "change n_head, or use device.dtype: fp32",
+             c.C, c.NH, c.HS());
+}
+
+namespace {
+TrainerOptions checked(TrainerOptions o) {
+    check_model(o.model, o.real);
+    return o;
+}
+}  // namespace
+
+Trainer::Marks::Marks(const Backend& k, int n_micro) : reduced(k), end(k) {
+    for (auto* marks : {&start, &forward, &backward})
+        for (int i = 0; i < n_micro; i++) marks->emplace_back(k);
+}
+
+Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
+    : k_(k),
+      comm_(comm),
+      o_(checked(std::move(options))),
+      share_(batch_share(o_.global_batch_size, o_.micro_batch_size, comm.rank(), comm.size(),
+                         o_.reduction == Reduction::ordered)),
+      stream_owner_(k),
+      copy_stream_owner_(k),
+      stream_(stream_owner_.get()),
+      copy_stream_(copy_stream_owner_.get()),
+      fold_(share_.n_runs),
+      memory_(o_, share_.n_micro, fold_.n_buffers()),
+      host_batch_("tokens on the host", share_.n_micro, size_t(o_.micro_batch_size) * o_.model.T),
+      sent_(k),
+      taken_(k) {
+    CHECK_THAT(o_.real != DType::f64 || comm_.size() == 1, "the double instance runs on one rank, not {}",
+               comm_.size());
+    if (!o_.inference && o_.real != DType::f64)
+        reducer_ = make_reducer(k_, comm_, o_.reduction, memory_.n_params(), o_.nccl);
+    if (reducer_) reducer_->plan(memory_.scalar_arena);
+    memory_.require(k_.memory_state(), comm_.size());
+    memory_.allocate(k_, stream_);
+    host_batch_.arena.allocate(k_.host_memory, [](void* p, size_t n_bytes) { std::memset(p, 0, n_bytes); });
+    if (!o_.inference) {
+        mark_decay();
+        marks_.emplace(k_, share_.n_micro);
+        rate_host_.emplace(k_, 3 * sizeof(double));
+        outcome_.emplace(k_, (memory_.losses.count + 1) * sizeof(double));
+        decide_on_graphs();
+    }
+    k_.synchronize(stream_);
+    connect();
+}
+
+// Work may still read what is about to be given back: an error can leave a step in its middle.
+Trainer::~Trainer() {
+    for (Stream s : {copy_stream_, stream_}) try {
+            k_.synchronize(s);
+        } catch (const std::exception&) {  // the error that ends the step has been told
+        }
+}
+
+// A reduction of the gradient while it is zero.  NCCL connects the ranks, and takes memory for it, at the first call of
+// a size: before the first step, and before that memory is counted.
+void Trainer::connect() {
+    if (!reducer_ || reducer_->needs_host()) return;
+    const size_t before = k_.memory_state().n_free;
+    reducer_->sum(memory_.flat_gradient(0), stream_);
+    reducer_->wait(stream_);
+    reduction_bytes_ = before - std::min(before, k_.memory_state().n_free);
+}
+
+// Marks the blocks of 64 elements that weight decay applies to.
+void Trainer::mark_decay() {
+    std::vector<uint8_t> decay(memory_.decay.count);
+    const char* base = static_cast<const char*>(memory_.param_arena.flat(o_.real).data);
+    visit(memory_.params, o_.model, [&](const ParamInfo& info, Buf& b) {
+        const size_t first = size_t(static_cast<const char*>(b.data) - base) / dtype_bytes(o_.real);
+        for (size_t i = first; i < first + b.count; i += kParamBlock) decay[i / kParamBlock] = info.decay;
+    });
+    k_.upload(memory_.decay.data, decay.data(), decay.size(), stream_);
+    k_.synchronize(stream_);
+}
+
+const char* Trainer::reduction() const { return reducer_ ? reducer_->name() : "no"; }
+
+void Trainer::initialize() {
+    uint32_t tensor = 0;
+    visit(masters(), o_.model,
+          [&](const ParamInfo& info, Buf& b) { init_tensor(k_, info, b, tensor++, o_.seed, stream_); });
+    parameters_changed();
+}
+
+void Trainer::parameters_changed() {
+    if (!has_masters()) return;
+    k_.cast({.y = memory_.param_arena.flat(o_.real), .x = memory_.flat_masters()}, stream_);
+    k_.synchronize(stream_);
+}
+
+uint64_t Trainer::weights_hash() {
+    uint32_t halves[2];
+    k_.hash({.y = memory_.hash, .x = memory_.flat_masters()}, stream_);
+    k_.download(halves, memory_.hash.data, memory_.hash.n_bytes(), stream_);
+    k_.synchronize(stream_);
+    return halves[0] | uint64_t(halves[1]) << 32;
+}
+
+bool Trainer::finite() {
+    const Buf params = memory_.flat_masters(), moments = memory_.flat_moments();
+    std::vector<Buf> parts = {params};
+    for (size_t i = 0; i < moments.count; i += params.count) parts.push_back(moments.slice(i, params.count));
+    for (const Buf& part : parts) {  // any infinity or NaN shows in the norm; so does a norm that itself overflows
+        k_.grad_norm({.norm = memory_.norm, .clip = memory_.clip, .grad = part, .scratch = memory_.norm_scratch},
+                     stream_);
+        std::vector<char> norm(memory_.norm.n_bytes());
+        k_.download(norm.data(), memory_.norm.data, norm.size(), stream_);
+        k_.synchronize(stream_);
+        if (!std::isfinite(as_doubles(Buf(norm.data(), 1, memory_.norm.dtype))[0])) return false;
+    }
+    return true;
+}
+
+void Trainer::broadcast_state() {
+    const size_t piece = size_t(16) << 20;  // bytes
+    std::vector<char> host;
+    for (const Buf& flat : {memory_.flat_masters(), memory_.flat_moments()})
+        for (size_t i = 0; comm_.size() > 1 && i < flat.n_bytes(); i += piece) {
+            host.resize(std::min(piece, flat.n_bytes() - i));
+            char* device = static_cast<char*>(flat.data) + i;
+            k_.download(host.data(), device, host.size(), stream_);
+            k_.synchronize(stream_);
+            comm_.broadcast(host.data(), host.size(), 0);
+            k_.upload(device, host.data(), host.size(), stream_);
+            k_.synchronize(stream_);
+        }
+    parameters_changed();
+    comm_.broadcast(&updates_, sizeof updates_, 0);
+    const uint64_t mine = weights_hash();
+    std::vector<uint64_t> all(size_t(comm_.size()));
+    comm_.all_gather(&mine, all.data(), sizeof mine);
+    for (int r = 1; r < comm_.size(); r++)
+        CHECK_THAT(all[size_t(r)] == all[0],
+                   "rank {} holds other parameters than rank 0 after the broadcast: {} and {}", r,
+                   hash_text(all[size_t(r)]), hash_text(all[0]));
+}
+
+// Gradients are left as noise, as activations are: the first micro-batch of a step overwrites both.
+std::string Trainer::tune() {
+    const GPT2Batch now = batch(0);
+    std::vector<int32_t> inputs(now.inputs.count), targets(now.targets.count), order(now.order.count);
+    for (size_t i = 0; i < inputs.size(); i++) {
+        inputs[i] = int32_t(hash_word(i, 0) % uint64_t(o_.model.V));
+        targets[i] = int32_t(hash_word(i, 1) % uint64_t(o_.model.V));
+    }
+    sort_rows_by_token(inputs.data(), order.data(), inputs.size(), o_.model.V);
+    const uint32_t where[2] = {0, 0};
+    k_.upload(now.inputs.data, inputs.data(), now.inputs.n_bytes(), stream_);
+    k_.upload(now.targets.data, targets.data(), now.targets.n_bytes(), stream_);
+    k_.upload(now.order.data, order.data(), now.order.n_bytes(), stream_);
+    k_.upload(now.where.data, where, now.where.n_bytes(), stream_);
+    const float grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
+    k_.tune(true);
+    for (const bool accumulate : {false, true}) {
+        gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, true, grad_scale, stream_);
+        gpt2_backward(k_, o_.model, memory_.params, memory_.acts, memory_.grads[0], now, accumulate, stream_);
+    }
+    gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, false, 0, stream_);
+    k_.synchronize(stream_);
+    return k_.tune(false);
+}
+
+GPT2Batch Trainer::batch(int micro) const {
+    const size_t BT = size_t(o_.micro_batch_size) * o_.model.T, i = size_t(micro);
+    return {.inputs = memory_.batch.inputs.slice(i * BT, BT),
+            .targets = memory_.batch.targets.slice(i * BT, BT),
+            .order = memory_.batch.order.slice(i * BT, BT),
+            .B = o_.micro_batch_size,
+            .T = o_.model.T,
+            .where = memory_.batch.where.slice(i * 2, 2),
+            .seed = o_.seed};
+}
+
+// Gets the tokens of a step and sends them to `staging`, beside whatever the compute stream does.
+void Trainer::fetch(int64_t step, const NextMicroBatch& next) {
+    const size_t BT = size_t(o_.micro_batch_size) * o_.model.T;
+    fetched_ = -1;
+    k_.wait_mark(sent_.get());  // the device has what host_batch_ held before
+    for (int i = 0; i < share_.n_micro; i++) {
+        const Tokens tokens = next();
+        const auto& order = tokens.order;
+        CHECK_THAT(tokens.inputs.size() == BT && tokens.targets.size() == BT && (order.empty() || order.size() == BT),
+                   "a micro-batch of {} and {} tokens in an order of {}, expected B*T = {}", tokens.inputs.size(),
+                   tokens.targets.size(), order.size(), BT);
+        const size_t at = size_t(i) * BT;
+        int32_t* host_order = host_batch_.order.as<int32_t>() + at;  // (BT)
+        std::ranges::copy(tokens.inputs, host_batch_.inputs.as<int32_t>() + at);
+        std::ranges::copy(tokens.targets, host_batch_.targets.as<int32_t>() + at);
+        std::ranges::copy(order, host_order);
+        if (order.empty()) sort_rows_by_token(tokens.inputs.data(), host_order, BT, o_.model.V);
+        uint32_t* where = host_batch_.where.as<uint32_t>() + 2 * size_t(i);
+        where[0] = uint32_t(step);
+        where[1] = uint32_t((share_.first_micro + i) * o_.micro_batch_size);
+    }
+    k_.wait_for(copy_stream_, taken_.get());
+    const Buf from = host_batch_.arena.bytes();
+    k_.upload(memory_.staging.arena.bytes().data, from.data, from.count, copy_stream_);
+    k_.set_mark(sent_.get(), copy_stream_);
+    fetched_ = step;
+}
+
+// The tokens of this step become those that the ops read.
+void Trainer::take_batch(int64_t step, const NextMicroBatch& next) {
+    if (fetch_error_) std::rethrow_exception(std::exchange(fetch_error_, nullptr));
+    if (fetched_ != step) fetch(step, next);
+    k_.wait_for(stream_, sent_.get());
+    const Buf from = memory_.staging.arena.bytes();
+    k_.copy(memory_.batch.arena.bytes().data, from.data, from.count, stream_);
+    k_.set_mark(taken_.get(), stream_);
+    fetched_ = -1;
+}
+
+// An error belongs to the step that needs the tokens: this one may still end well.
+void Trainer::fetch_ahead(int64_t step, const NextMicroBatch& next) {
+    try {
+        fetch(step, next);
+    } catch (...) { fetch_error_ = std::current_exception(); }
+}
+
+// Recording costs about as much as some launches do; a step of very many is long enough to hide them.
+void Trainer::decide_on_graphs() {
+    constexpr int64_t kMostLaunches = 1 << 16, kPerBlock = 26, kElse = 30;
+    const int64_t n_launches = share_.n_micro * (o_.model.L * kPerBlock + kElse);
+    use_graphs_ = o_.graph != UseGraph::off && k_.can_record();
+    if (o_.graph == UseGraph::on && !use_graphs_)
+        fail(Exit::usage, "device.graph: on needs a GPU, and KILN_CUDA_SYNC not set; use device.graph: auto");
+    if (o_.graph == UseGraph::automatic && use_graphs_ && n_launches > kMostLaunches) {
+        use_graphs_ = false;
+        graph_note_ = fmt::format("steps of about {} launches are not recorded as a graph", n_launches);
+    }
+}
+
+// Gives `work` to the stream: at first as it is, so that all that is made at a first use is there; then it is recorded,
+// and from then on replayed.
+void Trainer::run(Piece& piece, const std::function<void()>& work) {
+    if (!use_graphs_ || !std::exchange(piece.has_run, true)) return work();
+    if (!piece.graph) {
+        try {
+            piece.graph.emplace(k_, stream_, work);
+        } catch (const Error& e) {
+            if (o_.graph == UseGraph::on) throw;
+            // NCCL is given up by a failure inside it, and other ranks would wait for what this one does not record.
+            if (o_.nccl)
+                fail(e.code, "a step could not be recorded as a graph: {}; use --resume --set device.graph=off",
+                     e.what());
+            use_graphs_ = false;
+            graph_note_ = fmt::format("steps are not replayed from a graph, which failed: {}", e.what());
+            return work();
+        }
+    }
+    piece.graph->launch(stream_);
+}
+
+void Trainer::accumulate_micro_batches() {
+    const int B = o_.micro_batch_size;
+    const float grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
+    fold_ = RunFold(share_.n_runs);
+    for (int i = 0; i < share_.n_micro; i++) {
+        const GPT2Batch now = batch(i);
+        k_.set_mark(marks_->start[size_t(i)].get(), stream_);
+        gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, true, grad_scale, stream_);
+        const Buf sums = memory_.losses.slice(size_t(i) * B, size_t(B));  // (B)
+        k_.row_sum({.y = sums, .x = memory_.acts.loss, .B = B, .T = o_.model.T}, stream_);
+        k_.set_mark(marks_->forward[size_t(i)].get(), stream_);
+
+        GPT2Params& g = memory_.grads[size_t(fold_.working())];
+        gpt2_backward(k_, o_.model, memory_.params, memory_.acts, g, now, i % share_.run_length != 0, stream_);
+        if ((i + 1) % share_.run_length == 0)
+            fold_.push([&](int into, int from) {
+                k_.add({.y = memory_.flat_gradient(into), .x = memory_.flat_gradient(from)}, stream_);
+            });
+        k_.set_mark(marks_->backward[size_t(i)].get(), stream_);
+    }
+}
+
+// Hands the gradient to the test hook, in host memory and double.
+void Trainer::show_gradient(Buf grad) {
+    std::vector<char> raw(grad.n_bytes());
+    k_.download(raw.data(), grad.data, grad.n_bytes(), stream_);
+    k_.synchronize(stream_);
+    std::vector<double> values = as_doubles(Buf(raw.data(), grad.count, grad.dtype));
+    before_reduce(values);
+    if (grad.dtype == DType::f64) std::memcpy(raw.data(), values.data(), raw.size());
+    if (grad.dtype == DType::f32) std::ranges::copy(values, reinterpret_cast<float*>(raw.data()));
+    k_.upload(grad.data, raw.data(), grad.n_bytes(), stream_);
+    k_.synchronize(stream_);
+}
+
+// The mean loss of the global batch from this rank's sums.
+double Trainer::gather_loss(const std::vector<double>& mine) {
+    std::vector<double> all(mine.size() * size_t(comm_.size()));
+    comm_.all_gather(mine.data(), all.data(), mine.size() * sizeof(double));
+    double sum = 0;
+    for (double l : all) sum += l;  // rank order is global sequence order
+    return sum / (double(o_.global_batch_size) * o_.model.T);
+}
+
+// What the optimizer needs of this step, where the next upload finds it.
+void Trainer::set_rates(double learning_rate) {
+    const double t = double(updates_ + 1);
+    const double rate[3] = {learning_rate, 1 - std::pow(double(o_.optimizer.beta1), t),
+                            1 - std::pow(double(o_.optimizer.beta2), t)};
+    if (memory_.rate.dtype == DType::f64) std::ranges::copy(rate, rate_host_->as<double>());
+    if (memory_.rate.dtype == DType::f32)
+        std::ranges::transform(rate, rate_host_->as<float>(), [](double r) { return float(r); });
+}
+
+// Norm, clip and optimizer, and what the host reads of the step; nothing is updated when the norm is not finite.
+void Trainer::update(Buf grad) {
+    k_.set_mark(marks_->reduced.get(), stream_);
+    k_.grad_norm({.norm = memory_.norm,
+                  .clip = memory_.clip,
+                  .grad = grad,
+                  .scratch = memory_.norm_scratch,
+                  .max_norm = o_.grad_clip},
+                 stream_);
+    k_.upload(memory_.rate.data, rate_host_->as<void>(), memory_.rate.n_bytes(), stream_);
+    const Buf moments = memory_.flat_moments();
+    OptimizerUpdate op = o_.optimizer;
+    op.param = memory_.flat_masters();
+    if (has_masters()) op.copy = memory_.param_arena.flat(o_.real);
+    op.m = moments.slice(0, grad.count);
+    if (op.kind != OptimizerKind::sgd) op.v = moments.slice(grad.count, grad.count);
+    op.grad = grad;
+    op.decay = memory_.decay;
+    op.rate = memory_.rate;
+    op.clip = memory_.clip;
+    k_.optimizer_update(op, stream_);
+    k_.set_mark(marks_->end.get(), stream_);
+    char* to = outcome_->as<char>();
+    k_.download(to, memory_.losses.data, memory_.losses.n_bytes(), stream_);
+    k_.download(to + memory_.losses.n_bytes(), memory_.norm.data, memory_.norm.n_bytes(), stream_);
+}
+
+StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatch& next, bool more) {
+    StepResult result;
+    Stopwatch clock;
+    take_batch(step, next);
+    result.ms.data = clock.lap_ms();
+    set_rates(learning_rate);
+    const auto gradient = [&] { return memory_.flat_gradient(fold_.result()); };
+    const bool needs_host = before_reduce || (reducer_ && reducer_->needs_host());
+    if (needs_host) {
+        run(until_reduction_, [&] { accumulate_micro_batches(); });
+    } else {
+        run(whole_, [&] {
+            accumulate_micro_batches();
+            if (reducer_) reducer_->sum(gradient(), stream_);
+            update(gradient());
+        });
+    }
+    const double given_ms = clock.ms();
+    if (more) fetch_ahead(step + 1, next);
+    const double fetched_ms = clock.ms();
+    if (needs_host) {
+        if (before_reduce) show_gradient(gradient());
+        if (reducer_) reducer_->sum(gradient(), stream_);
+        run(after_reduction_, [&] { update(gradient()); });
+    }
+    collect(result);
+    // Until then the device had work while the next tokens were fetched.
+    const double busy_ms =
+        result.ms.forward + result.ms.backward + (needs_host ? 0 : result.ms.reduce + result.ms.optimizer);
+    result.ms.data += std::max(0.0, fetched_ms - std::max(given_ms, busy_ms));
+    return result;
+}
+
+// Waits for the step and reads what came of it: the only wait of a step on a GPU with a communicator of its own.
+void Trainer::collect(StepResult& result) {
+    if (reducer_)
+        reducer_->wait(stream_);
+    else
+        k_.synchronize(stream_);
+    const Buf losses = memory_.losses;
+    const std::vector<double> mine = as_doubles(Buf(outcome_->as<char>(), losses.count + 1, losses.dtype));
+    result.grad_norm = mine.back();
+    result.loss = gather_loss({mine.begin(), mine.end() - 1});
+    result.updated = std::isfinite(result.grad_norm);
+    updates_ += result.updated;
+    if (result.updated && !std::isfinite(result.loss))
+        fail(Exit::numeric,
+             "loss {} with a finite gradient norm of {}: logits overflowed; lower optimizer.learning_rate", result.loss,
+             result.grad_norm);
+    const auto between = [&](const MarkOwner& a, const MarkOwner& b) { return k_.ms_between(a.get(), b.get()); };
+    for (size_t i = 0; i < size_t(share_.n_micro); i++) {
+        result.ms.forward += between(marks_->start[i], marks_->forward[i]);
+        result.ms.backward += between(marks_->forward[i], marks_->backward[i]);
+    }
+    result.ms.reduce = between(marks_->backward.back(), marks_->reduced);
+    result.ms.optimizer = between(marks_->reduced, marks_->end);
+}
+
+std::vector<StateTensor> Trainer::list(GPT2Params& p, const std::string& prefix) {
+    std::vector<StateTensor> out;
+    visit(p, o_.model, [&](const ParamInfo& info, Buf& b) {
+        std::vector<size_t> shape = info.shape;
+        shape[0] = info.n_rows_saved;
+        out.push_back({prefix + info.name, shape, b.slice(0, info.count_saved())});
+    });
+    return out;
+}
+std::vector<StateTensor> Trainer::parameters() { return list(masters(), ""); }
+std::vector<StateTensor> Trainer::moments() {
+    std::vector<StateTensor> out = list(memory_.m, "m.");
+    if (o_.optimizer.kind != OptimizerKind::sgd)
+        for (StateTensor& t : list(memory_.v, "v.")) out.push_back(std::move(t));
+    return out;
+}
