@@ -1,4 +1,4 @@
-// What kernels share: 16-byte vectors, sums over a warp and a block in a fixed order.
+// Helpers of all kernels: 16-byte vectors, sums over a warp and a block in a fixed order.
 #pragma once
 #include <type_traits>
 
@@ -33,9 +33,9 @@ __device__ __forceinline__ void store(T* p, const float (&in)[N]) {
     simt::st_global(p, v);
 }
 
-// Where 16-byte vector v of an array in shared memory lies, so that lanes that each write two vectors in a row meet no
-// bank conflict: the hardware takes eight lanes at a time, and without this every second group of four banks would
-// serve two.  Reading 32 numbers in a row stays free of conflicts, and so does one vector per lane.
+// The place of 16-byte vector v in an array in shared memory.  It lets lanes that each write two vectors in a row meet
+// no bank conflict: the hardware takes eight lanes at a time, and without spread() every second group of four banks
+// would serve two.  Reading 32 numbers in a row stays free of conflicts, and so does one vector per lane.
 __device__ __forceinline__ int spread(int v) { return v ^ (v >> 3 & 1); }
 
 // Butterfly over the warp: every lane gets the sum (largest), the same bits in all lanes.
@@ -52,7 +52,7 @@ __device__ __forceinline__ float warp_max(float v) {
 }
 
 // Sum over a block of up to 1024 threads, whole warps; `part` is the caller's shared memory, one T per warp.  All
-// threads get the sum.  Ends with every thread past its last read of `part`: the caller may use it again at once.
+// threads get the sum.  At the end every thread has read `part` for the last time: the caller may reuse it at once.
 template <class T>
 __device__ __forceinline__ T block_sum(std::type_identity_t<T> v, T* part) {
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, n_warps = int(blockDim.x) / 32;

@@ -1,9 +1,9 @@
 // Dropout masks on the device: the words of DropoutMask (ops.h) for four elements of one row of the batch at a time.
 //
-//   host     device::dropout_stream("attention.dropout.where", a.dropout)   what is known before the launch, by value
+//   host     device::dropout_stream("attention.dropout.where", a.dropout)   the values known before the launch
 //   kernel   device::DropoutStream drop = parameter;  drop.read_where();    then words(b, element / 4), keeps(word)
 //
-// Whether dropout is on at all is on(), the same for all threads: usable on the host to choose a kernel.
+// on() tells whether dropout is on at all.  It is the same for all threads: the host may choose a kernel by it.
 #pragma once
 #include "common/rng.h"
 #include "kernels/ops.h"

@@ -1,13 +1,13 @@
-// For kernels that treat every element by itself: a thread owns N consecutive ones and moves them by accesses of 16
-// bytes (8 for four bf16) where the tensors allow it, one by one at a tail or where a tensor is a slice that starts off
-// the boundary.  Which elements a thread owns does not depend on the alignment, so neither do the bits of a result.
+// For kernels that treat every element by itself.  A thread owns N consecutive elements and moves them by accesses of
+// 16 bytes (8 for four bf16), but one by one at a tail or where a tensor is a slice that starts off the boundary.
+// Alignment does not change which elements a thread owns, and so it does not change the bits of a result.
 #pragma once
 #include "kernels/device.cuh"
 
 namespace device {
 constexpr unsigned kElementThreads = 256;  // of a block
 
-// Whether vectors may be used: every tensor that is there (null: absent) starts on a 16-byte boundary.
+// True when vectors may be used: every tensor except the absent ones (null) starts on a 16-byte boundary.
 template <class... T>
 bool aligned16(const T*... tensors) {
     return ((reinterpret_cast<uintptr_t>(tensors) % 16 == 0) && ...);
@@ -65,15 +65,15 @@ __device__ __forceinline__ void store_some(T* p, const float (&in)[N], int count
     }
 }
 
-// For tensors of different widths: a lane owns two quads of its warp's 256 elements, 4 lane and 128 + 4 lane.  Each
-// fp32 access of a warp is then 512 bytes in a row; eight neighbouring elements per lane would touch every sector
-// twice, for half of it each.
+// For tensors of different element sizes.  A lane owns two quads of its warp's 256 elements, at 4 lane and 128 + 4
+// lane.  Each fp32 access of a warp is then 512 bytes in a row; with eight neighbouring elements per lane the accesses
+// would touch every sector twice, half of it each time.
 struct Quads {
-    size_t warp_first, n;  // the warp's first element; of the tensor
+    size_t warp_first, n;  // the warp's first element; elements of the tensor
     int lane;
     __device__ __forceinline__ size_t at(int q) const { return warp_first + size_t(128 * q + 4 * lane); }
     __device__ __forceinline__ int count(int q) const { return at(q) >= n ? 0 : n - at(q) < 4 ? int(n - at(q)) : 4; }
-    __device__ __forceinline__ bool whole() const { return n >= 256 && warp_first <= n - 256; }  // all of the warp's
+    __device__ __forceinline__ bool whole() const { return n >= 256 && warp_first <= n - 256; }  // all 256 exist
 };
 __device__ __forceinline__ Quads quads_of(size_t n) {
     const int lane = int(threadIdx.x) % 32;
@@ -83,13 +83,13 @@ __device__ __forceinline__ void load_quads(float (&out)[2][4], const float* p, c
     SIMT_UNROLL
     for (int q = 0; q < 2; q++) load_some(out[q], p + at.at(q), at.count(q), vectors);
 }
-// All lanes of the warp call.
+// All lanes of the warp must call it.
 template <class T>
 __device__ __forceinline__ void store_quads(T* p, const float (&in)[2][4], const Quads& at, bool vectors) {
     if constexpr (sizeof(T) == 2) {
         if (vectors && at.whole()) {
-            // Lanes 2i and 2i+1 swap a quad, so that the even one has eight elements in a row of the warp's first half,
-            // the odd one of its second: one access of 16 bytes.
+            // Lanes 2i and 2i+1 swap a quad.  The even lane then has eight elements in a row of the warp's first half,
+            // the odd lane of its second half: one access of 16 bytes each.
             uint2 packed[2];
             SIMT_UNROLL
             for (int q = 0; q < 2; q++) {

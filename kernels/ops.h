@@ -1,4 +1,4 @@
-// What every operation means, once, for every backend.  Read this first.
+// The meaning of every operation, once, for every backend.  Read this first.
 //
 //   B batch (sequences)   T time (tokens)   C width   NH heads   HS head size   BT = B*T rows
 //   V vocabulary   Vp vocabulary padded to a multiple of 128   L layers   F = 4C feed-forward width
@@ -10,9 +10,9 @@
 // it touches memory and throws Error(Exit::internal); the CPU backend also checks tokens and targets,
 // Error(Exit::data).
 //
-// What changes from step to step reaches an op as a Buf in backend memory, never by value, so that a step can be
-// captured as a graph.  No op allocates backend memory (the CPU's keep a little host scratch per thread), and none
-// depends on the number of threads: all partition their work by shape alone.
+// Values that change from step to step reach an op as a Buf in backend memory, never by value, so that a step can be
+// captured as a graph.  No op allocates backend memory (the CPU's ops keep a little host scratch per thread).  No
+// result depends on the number of threads: every op partitions its work by shape alone.
 #pragma once
 #include "common/arena.h"
 #include "common/buf.h"
@@ -22,7 +22,7 @@
 struct CUstream_st;
 using Stream = CUstream_st*;  // a cudaStream_t; null on the CPU
 
-// Where a dropout mask comes from.  An element's mask is a pure function of (seed, step, place, site, element).
+// The source of a dropout mask.  An element's mask is a pure function of (seed, step, place, site, element).
 // Philox key = stream_key(seed, RngStream::dropout); counter = (step, place + b, site, element / 4), word element % 4;
 // the element is kept when its word is below keep_below(p), and then scaled by 1/(1-p).  b is the row of the batch.
 struct DropoutMask {
@@ -42,7 +42,7 @@ struct Embedding {  // y = wte[token] + wpe[t]
     int B = 0, T = 0, C = 0, V = 0;
 };
 struct EmbeddingGrad {
-    Buf dwte;    // (Vp, C)    out  +=  always: the tied classifier has written it before
+    Buf dwte;    // (Vp, C)    out  +=  always: the tied classifier has written dwte before
     Buf dwpe;    // (>= T, C)  out  =, or += when accumulate; with =, rows from T on become zero
     Buf dy;      // (B, T, C)
     Buf tokens;  // (B, T) i32
@@ -64,8 +64,8 @@ struct LayerNormGrad {
     Buf dx;      // (BT, C)  out  +=, or = when overwrite_dx: the gradient of the residual stream that x belongs to
     Buf dw;      // (C)      out  =, or += when accumulate
     Buf db;      // (C)      likewise, or absent
-    Buf dx_sum;  // (C)      likewise, or absent: column sums of dx as it was stored, which are the gradient of the bias
-                 //          of the Linear whose output was added to the stream before x
+    Buf dx_sum;  // (C)      likewise, or absent: column sums of dx as stored, the gradient of the bias of the Linear
+                 //          whose output was the last one added to x
     Buf dy;      // (BT, C)
     Buf x;       // (BT, C)
     Buf w;       // (C)
@@ -84,16 +84,16 @@ struct Linear {    // y = gelu(x w + b) + residual;  gelu and residual only wher
     Buf residual;  // (BT, OC) or absent; may not be given together with pre_gelu; may be y itself
     int BT = 0, C = 0, OC = 0;
     bool w_transposed = false;
-    bool fuse_gelu = true;  // false: y is gelu_forward of pre_gelu as stored, to the last bit.  The CPU's always is
+    bool fuse_gelu = true;  // false: y is, to the last bit, gelu_forward of pre_gelu as stored (on the CPU always)
 };
 struct LinearGrad {
-    Buf dx;        // (BT, C)   out  =  dy w^T, times gelu'(pre_gelu) where that is given; may be absent
+    Buf dx;        // (BT, C)   out  =  dy w^T, times gelu'(pre_gelu) if pre_gelu is given; may be absent
     Buf dw;        // as w      out  =, or += when accumulate:  x^T dy
     Buf db;        // (OC)      out  =, or += when accumulate:  column sums of dy; may be absent
     Buf dy;        // (BT, OC)
     Buf x;         // (BT, C)
     Buf w;         // (C, OC), or (OC, C) when w_transposed
-    Buf pre_gelu;  // (BT, C) or absent: x = gelu(pre_gelu), and dx is wanted before that GELU
+    Buf pre_gelu;  // (BT, C) or absent; given: x = gelu(pre_gelu), and dx is the gradient of pre_gelu
     int BT = 0, C = 0, OC = 0;
     bool w_transposed = false;
     bool accumulate = false;
@@ -133,7 +133,7 @@ struct Dropout {       // y = drop(x) + residual
     Buf residual;      // (B, T, C) or absent
     DropoutMask mask;  // element = t*C + c
     int B = 0, T = 0, C = 0;
-};  // its backward is itself: dx = drop(dy) with the same mask and no residual
+};  // Dropout is its own backward: dx = drop(dy) with the same mask and no residual
 
 struct CrossEntropy {  // loss = log-sum-exp(logits[0..V)) - logits[target], per row
     Buf loss;          // (BT)      out  =  stat
@@ -151,7 +151,7 @@ struct RowSum {  // y[b] = sum_t x[b,t], in a fixed order
     int B = 0, T = 0;
 };
 
-struct Add {  // y += x: folding gradient buffers
+struct Add {  // y += x: adds up gradient buffers
     Buf y;    // (n)  out  +=  stat
     Buf x;    // (n)  stat
 };
@@ -201,40 +201,40 @@ constexpr size_t kGradNormChunk = size_t(1) << 16;  // elements summed by one pa
 constexpr size_t grad_norm_scratch(size_t n) { return (n + kGradNormChunk - 1) / kGradNormChunk; }
 
 struct Mark;   // a point in the work given to a stream
-struct Graph;  // work that was recorded, to be done again and again
+struct Graph;  // recorded work, which can be launched any number of times
 
-struct MemoryState {                 // of a device, in bytes; all zero where it is not known
+struct MemoryState {                 // of a device, in bytes; all zero where unknown
     size_t n_free = 0, n_total = 0;  // other processes' memory is not free
 };
 
 // A constant table of functions, chosen at run time.  test_backend.cpp checks that no field is null.  Work given to one
-// stream runs in order; the host may be ahead of it until it waits.  A null stream is the device's default one.
+// stream runs in order; the host does not wait for the work unless told to.  A null stream is the device's default one.
 struct Backend {
     const char* name;
     Allocator memory;       // of the device
-    Allocator host_memory;  // of the host, pinned: upload and download from here do not wait
+    Allocator host_memory;  // of the host, pinned: upload from it and download to it do not wait
     Stream (*open_stream)();
     void (*close_stream)(Stream);
     void (*zero)(void* to, size_t n_bytes, Stream);
-    // From or to host memory.  Where that is pinned it must stay as it is until the stream has come past.
+    // From or to host memory.  Pinned host memory must stay as it is until the stream has passed the transfer.
     void (*upload)(void* to, const void* from_host, size_t n_bytes, Stream);
     void (*download)(void* to_host, const void* from, size_t n_bytes, Stream);
     void (*copy)(void* to, const void* from, size_t n_bytes, Stream);  // inside the backend's memory
     void (*synchronize)(Stream);  // the host waits for all work given to the stream
     Mark* (*new_mark)();
     void (*free_mark)(Mark*);
-    void (*set_mark)(Mark*, Stream);  // after all work given to the stream so far; an earlier place is forgotten
-    void (*wait_mark)(const Mark*);   // the host waits until the stream has come past; at once if it was never set
+    void (*set_mark)(Mark*, Stream);  // moves the mark behind all work given to the stream so far
+    void (*wait_mark)(const Mark*);   // the host waits until the stream has passed the mark; not for a mark never set
     void (*wait_for)(Stream,
-                     const Mark*);  // what is given to the stream from now on begins when the mark has been passed
+                     const Mark*);  // work given to the stream from now on begins when the mark has been passed
     double (*ms_between)(const Mark* from, const Mark* to);  // after wait_mark(to)
     MemoryState (*memory_state)();
 
-    // Between begin_graph and end_graph work given to the stream is not done but recorded; launch_graph does all of it.
-    // Arguments are kept as they were; host memory is read and written, and marks are set, anew by each launch (such a
-    // mark counts when the launch has been waited for).  Nothing may wait meanwhile, and every op that is recorded
-    // should have run once before.  end_graph throws when something could not be recorded; the stream is good again.
-    bool (*can_record)();  // false: the four others are not for this backend
+    // Between begin_graph and end_graph work given to the stream is recorded, not done; launch_graph does all of it.  A
+    // recording keeps the arguments as they were.  Each launch anew reads and writes host memory and sets marks (such a
+    // mark counts once the host has waited for the launch).  Nothing may wait during the recording, and every recorded
+    // op should have run once before.  end_graph throws when something could not be recorded; the stream is good again.
+    bool (*can_record)();  // false: this backend cannot do the four below
     void (*begin_graph)(Stream);
     Graph* (*end_graph)(Stream);
     void (*launch_graph)(Graph*, Stream);
@@ -261,13 +261,13 @@ struct Backend {
     void (*grad_norm)(const GradNorm&, Stream);
 
     // Choices made by timing: how a GPU computes each kind of matrix product (kernels/cuda/gemm_tuning.h).  While
-    // tuning is on, the first call of a kind chooses; what it leaves in its outputs is meaningless.  Returns notes
+    // tuning is on, the first call of a kind chooses, and the outputs of that call are meaningless.  Returns the notes
     // since the last call, a line each: algorithms that were rejected.
     std::string (*tune)(bool on);
-    // Those in use, as common/tuning_cache.h has it.  The CPU makes none: "".
+    // The choices in use, as text (common/tuning_cache.h).  The CPU makes none: "".
     std::string (*choices)();
-    // From now on these, and no others, "" for none.  Returns why they cannot be used, and nothing has changed then:
-    // made for another GPU or library version.  A text that is damaged is Error(Exit::data).
+    // Replaces all choices by those of `text`, "" for none.  Returns why they cannot be used (made for another GPU or
+    // library version; then nothing has changed), or "".  A damaged text is Error(Exit::data).
     std::string (*set_choices)(const std::string& text);
 };
 const Backend& cpu_backend();
@@ -276,28 +276,28 @@ const Backend& cpu_backend();
 enum class AttentionKernel : uint8_t {
     portable,  // for every device; the only one with dropout, with fp32, and with heads of other sizes than 64 and 128
     sm90,      // Hopper: compute capability 9.0 exactly
-    cudnn,     // the library's, deterministic, for comparison; only where it was there when kiln was built
-    cudnn_fastest  // the library's fastest, whose bits may differ from run to run: for benchmarks only
+    cudnn,     // cuDNN's kernels, deterministic, for comparison; only where kiln was built with cuDNN
+    cudnn_fastest  // cuDNN's fastest kernels, whose bits may differ from run to run: for benchmarks only
 };
-// What all but `portable` compute themselves: bf16, heads of these sizes, no dropout.  The rest they give to
-// `portable`.
+// The kernels other than `portable` compute bf16 with heads of these sizes and without dropout.  They give all other
+// calls to `portable`.
 constexpr int kFastHeadSizes[] = {64, 128};
 constexpr bool is_fast_head(int HS) { return HS == kFastHeadSizes[0] || HS == kFastHeadSizes[1]; }
 // The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary
-// without it has none of these four; KILN_CUDA tells run/device.cpp.  The tables differ in attention only.
+// without CUDA has none of the four functions below (macro KILN_CUDA).  The tables differ in attention only.
 const Backend& cuda_backend(AttentionKernel attention = AttentionKernel::portable);
-// Why these kernels cannot run on the open device, or are not in this binary; empty: they can.  They refuse nothing
-// that `portable` takes: a call with dropout, in fp32 or of another head size goes to the portable kernels.
+// Why these kernels cannot run on the open device, or are not in this binary; empty: they can.  Calls that only
+// `portable` takes (dropout, fp32, another head size) are no reason: they go to the portable kernels.
 std::string cuda_attention_refusal(AttentionKernel attention);
-// Usable devices; 0 on a machine without a driver, with the reason in `why`.
+// The number of usable devices; 0 on a machine without a driver, with the reason in `why`.
 int cuda_device_count(std::string* why);
-// Device `ordinal` for this process, its workspace and library handles.  Error(Exit::usage) when it is not usable.
+// open_cuda_device() opens device `ordinal` and its workspaces for this process.  Error(Exit::usage): not usable.
 struct CudaDevice {
     std::string name;
     int ordinal = 0, capability = 0;  // 90 for 9.0
     size_t memory_bytes = 0, workspace_bytes = 0;
     std::string bus_id;  // tells which ranks of a host share a device
-    MemoryState memory;  // with the context there, and nothing else of ours
+    MemoryState memory;  // after the CUDA context was made, before kiln allocated anything
 };
 CudaDevice open_cuda_device(int ordinal);
 

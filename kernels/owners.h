@@ -1,4 +1,4 @@
-// Owners of what a backend hands out: never copied, given back at the end of their scope.
+// Owners of a backend's resources: never copied; each gives its resource back at the end of its scope.
 #pragma once
 #include <utility>
 
@@ -34,7 +34,7 @@ class MarkOwner {
 
 class GraphOwner {
   public:
-    // Records what `work` gives to the stream; what it throws ends the recording.
+    // Records the work that work() gives to the stream.  An exception of work() ends the recording.
     template <class F>
     GraphOwner(const Backend& k, Stream s, F&& work) : k_(&k) {
         k.begin_graph(s);
@@ -43,7 +43,7 @@ class GraphOwner {
         } catch (...) {
             try {
                 k.free_graph(k.end_graph(s));
-            } catch (const Error&) {  // spoiled by what is thrown on
+            } catch (const Error&) {  // expected: work()'s exception spoiled the recording
             }
             throw;
         }

@@ -4,7 +4,7 @@
 // An instruction is added in three places: a wrapper here, its emulation in emulator, and a case of
 // emulator/test/test_isa.cu, written from the PTX manual, which also runs on a GPU.
 //
-// Everything above the line "Hopper" needs compute capability 8.0; what is below it, 9.0a.  stmatrix needs 9.0.
+// Wrappers above the line "Hopper" need compute capability 8.0, those below it 9.0a; stmatrix needs 9.0.
 #pragma once
 #include <cmath>
 
@@ -12,7 +12,7 @@
 #include "kernels/simt.h"
 #include "kernels/wgmma.cuh"
 
-// PTX(what the emulator does, asm template : outputs : inputs : clobbers)
+// PTX(call of the emulator, asm template : outputs : inputs : clobbers)
 #if SIMT_EMULATED
 #define PTX(emulation, ...) emulation
 #else
@@ -60,14 +60,14 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #if SIMT_EMULATED
     return uint32_t(bf16(low).bits) | uint32_t(bf16(high).bits) << 16;
 #else
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);  // one instruction; two conversions are three
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);  // one instruction; two conversions would be three
     uint32_t bits;
     memcpy(&bits, &both, sizeof bits);
     return bits;
 #endif
 }
 
-// Its inverse, exact.
+// The inverse of pack_bf16, exact.
 __device__ __forceinline__ float2 unpack_bf16(uint32_t both) {
     const uint32_t low = both << 16, high = both & 0xffff0000u;
     float2 v;
@@ -104,7 +104,7 @@ __device__ __forceinline__ void cp_async4(void* smem, const void* g, bool valid 
 __device__ __forceinline__ void cp_async_commit() {
     PTX(emulator::cp_async_commit(), "cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most N groups of this thread are in flight.  The others' copies need a barrier as well.
+// Waits until at most N groups of this thread are in flight.  Other threads' copies need a barrier as well.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
     PTX(emulator::cp_async_wait(N), "cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -180,8 +180,8 @@ __device__ __forceinline__ bool elect_one() {
     return elected != 0;
 #endif
 }
-// Registers of each thread of the warpgroup from here on.  A block shares out what it was launched with: an increase
-// waits until others have given up enough.
+// Sets the registers of each thread of the warpgroup from here on.  A block can only share out the registers that it
+// was launched with: an increase waits until other warpgroups have given up enough.
 template <int N>
 __device__ __forceinline__ void setmaxnreg_inc() {
     PTX(emulator::setmaxnreg(N), "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
@@ -226,7 +226,7 @@ __device__ __forceinline__ void mbar_wait(uint64_t* b, unsigned parity) {
 __device__ __forceinline__ void fence_mbarrier_init() {
     PTX((void)0, "fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// Ordinary stores to shared memory before it are seen by TMA and wgmma after it.
+// TMA and wgmma after this fence see the ordinary stores to shared memory before it.
 __device__ __forceinline__ void fence_proxy_async() {
     PTX(emulator::proxy_fence(), "fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -284,7 +284,7 @@ template <int N>
 __device__ __forceinline__ void bulk_wait() {
     PTX(emulator::bulk_wait(N), "cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
-// Only until the shared memory may be written again.
+// Waits only until the shared memory may be written again.
 template <int N>
 __device__ __forceinline__ void bulk_wait_read() {
     PTX(emulator::bulk_wait(N), "cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
@@ -304,13 +304,13 @@ __device__ __forceinline__ void wgmma_fence() {
 __device__ __forceinline__ void wgmma_commit() {
     PTX(emulator::wgmma_commit(), "wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Waits until at most N groups are in flight.  What they read and wrote may be touched behind it; the compiler knows
-// that only of registers given to wgmma_done after it.
+// Waits until at most N groups are in flight.  Then the operands and results of the ended groups may be touched; the
+// compiler knows that only of registers given to wgmma_done after the wait.
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     PTX(emulator::wgmma_wait(N), "wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// Ties registers that a wgmma has written (or read, as A) to this place: no use of them moves to before it.
+// Ties registers that a wgmma has written (or read, as A) to this place: no use of them moves to before this place.
 template <size_t N>
 __device__ __forceinline__ void wgmma_done([[maybe_unused]] float (&r)[N]) {
 #if !SIMT_EMULATED

@@ -1,11 +1,11 @@
-// The one header through which kernel files see CUDA.  nvcc compiles them for the GPU; a C++ compiler alone runs them
-// on the CPU, by the emulator that emulator/include puts on the include path.
+// The one header through which kernel files see CUDA.  nvcc compiles kernel files for the GPU; a plain C++ compiler
+// builds them for the CPU, with the emulator that emulator/include puts on the include path.
 //
 //   SIMT_SHARED(float, tile, [32][33]);     a static shared array
 //   SIMT_DYN_SHARED(smem);                  dynamic shared memory: uint8_t* smem, 1024-byte aligned
 //   simt::launch(kernel<T>, grid, block, n_shared_bytes, stream, arguments...)
 //   simt::ld_vec<uint4>(p), simt::st_vec(p, v)     8- and 16-byte accesses; misalignment is caught by the emulator
-//   simt::st_global(p, v)                   the same to device memory, and one access whatever stands around it
+//   simt::st_global(p, v)                   the same to device memory, a store that no compiler splits
 #pragma once
 #include <cuda_runtime.h>
 
@@ -52,12 +52,12 @@ using TensorMap = CUtensorMap;
 // The kernel that this thread launched last, for error messages.
 inline thread_local const void* last_kernel = nullptr;
 
-// Gives a kernel to a stream and returns the launch's own error; what goes wrong inside it shows at a later call.
+// Gives a kernel to a stream and returns the launch's own error; an error inside the kernel shows at a later call.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t n_shared_bytes, cudaStream_t stream,
                    A&&... arguments) {
     last_kernel = reinterpret_cast<const void*>(kernel);
-    // A block gets 48 KiB without asking; the kernel's static arrays count, and their size is not known here.
+    // A block gets 48 KiB without asking.  The kernel's static arrays are part of that; their size is not known here.
     if (n_shared_bytes > 32 * 1024) {
         const cudaError_t e =
             cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -75,7 +75,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t n_shared_
 #endif
 }
 
-// Compilers split or merge copies of structs, so the emulator's checks see these two and not a plain assignment.
+// Compilers split or merge copies of structs, so the emulator checks ld_vec and st_vec, and no plain assignments.
 template <class V>
 __device__ __forceinline__ V ld_vec(const void* p) {
 #if SIMT_EMULATED
@@ -98,7 +98,7 @@ __device__ __forceinline__ void st_vec(void* p, V v) {
 #endif
     *static_cast<V*>(p) = v;
 }
-// nvcc splits a plain store where another branch writes the same elements one by one; `make sass-check` looks for it.
+// nvcc splits a plain store where another branch writes the same elements one by one; `make sass-check` looks for that.
 template <class V>
 __device__ __forceinline__ void st_global(void* p, V v) {
     static_assert(sizeof(V) == 8 || sizeof(V) == 16);

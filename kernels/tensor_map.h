@@ -7,7 +7,7 @@ namespace simt {
 constexpr int kMaxRank = 5;
 
 #if !SIMT_EMULATED
-// By name at run time: a program linked against libcuda would not start where there is no driver.
+// Found by name at run time: a program linked against libcuda would not start where there is no driver.
 inline decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
