@@ -7,7 +7,7 @@
 //
 //   shapes     qkv, dqkv (B, T, 3, NH, HS)    y, dy (B, T, NH, HS)    lse, scratch (B, NH, T)
 //   work       forward 4, backward 10 multiply-adds per pair (i, j) and column, 64 x 64 pairs at a time in L1 and L2;
-//              on the diagonal only the strips of kBlockRows rows that reach below it.   bound: compute
+//              on the diagonal each strip of kBlockRows rows ends where it meets the diagonal.   bound: compute
 //   limits     any T, HS >= 1: rows are padded with zeros to whole vectors in the packed tiles
 //   order      forward: key blocks ascending, running maximum and sum per row.  Tasks: (b, h, 256 queries).
 //              backward: key blocks ascending, for each the query blocks ascending.  Tasks: (b, h).
@@ -59,11 +59,11 @@ void pack(Real* to, size_t ld, const Real* from, size_t row, int n, int HS, Real
 template <class Real>
 void pack_transposed(Real* to, const Real* from, size_t row, int n, int HS) {
     for (int c = 0; c < HS && n < kTile; c++) std::fill(to + c * kTile + n, to + (c + 1) * kTile, Real(0));
-    for (int i = 0; i < n; i++)  // reads along rows: `to` fits L1, while rows of qkv share few of its sets
+    for (int i = 0; i < n; i++)  // reads along rows: `to` fits L1, while rows of qkv share few of L1's sets
         for (int c = 0; c < HS; c++) to[c * kTile + i] = from[i * row + c];
 }
 
-// Columns of s that row r of a tile needs computed, in whole vectors: on the diagonal those of its strip, else all.
+// Columns of s to compute for row r of a tile, in whole vectors: on the diagonal to the end of its strip, else all.
 template <class Real>
 int reach(int r, bool diagonal) {
     if (!diagonal) return kTile;
@@ -105,14 +105,14 @@ void drop(Real* p, const uint32_t* word, int n, const Mask& mask) {  // p (n)
     for (int j = 0; j < n; j++) p[j] = word[j] < mask.below ? p[j] * scale : Real(0);
 }
 
-// What a forward task keeps of its queries while it walks the key blocks.
+// State of a forward task's queries while the task walks the key blocks.
 template <class Real>
 struct Running {
     Real* o;      // (M, HSp)  sum of exp(s - m) v
     Real *m, *l;  // (M)       largest score, sum of exp(s - m)
 };
 
-// Turns the scores s (M, kTile) of queries i.. and keys j.. into weights, and rescales what was summed before.
+// Turns the scores s (M, kTile) of queries i.. and keys j.. into weights, and rescales the sums so far.
 template <class Real>
 void softmax_tile(Real* s, Running<Real> at, const Head<Real>& head, int M, int i, int j, const Mask& mask) {
     const bool diagonal = i == j;
@@ -175,7 +175,7 @@ void forward_group(const Attention& a, const Head<Real>& head, int i0, int M, co
     }
 }
 
-// Scores s and products t = dy . v of one tile become f p and ds, both zero above the diagonal as far as read.
+// Turns scores s and products t = dy . v of one tile into f p and ds, zero above the diagonal where these are read.
 template <class Real>
 void gradient_tile(Real* s, Real* t, const Real* lse, const Real* D, const Head<Real>& head, int M, int i, int j,
                    const Mask& mask) {
@@ -217,7 +217,7 @@ struct Tiles {
     }
 };
 
-// What the queries [i, i + M) give to the key block [j, j + n), and it to them.
+// Adds the gradients that queries [i, i + M) and keys [j, j + n) give each other: to dv and dk of the block, and to dq.
 template <class Real>
 void backward_tile(const Tiles<Real>& w, const Head<Real>& head, const Real* dy, const Real* lse, const Real* D, int i,
                    int j, const Mask& mask) {

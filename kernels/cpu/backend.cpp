@@ -1,4 +1,4 @@
-// The table of the CPU backend, and its memory: 64-byte aligned, exactly as long as asked for: ASan sees overruns.
+// The CPU backend's table and memory: 64-byte aligned and exactly as long as asked for, so that ASan sees overruns.
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -51,7 +51,7 @@ void wait_for(Stream, const Mark*) {}
 double ms_between(const Mark* from, const Mark* to) {
     return std::chrono::duration<double, std::milli>(to->at - from->at).count();
 }
-MemoryState memory_state() { return {}; }  // what the kernel promises is no measure of what it has
+MemoryState memory_state() { return {}; }  // unknown: Linux promises more memory than it has
 
 [[noreturn]] void no_graphs() { fail(Exit::internal, "the CPU backend records no graphs"); }
 bool can_record() { return false; }

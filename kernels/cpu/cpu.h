@@ -42,13 +42,13 @@ void with_real(DType t, F&& f) {
     }
 }
 
-// Throws unless every buffer that is there holds T.  Called before a parallel loop: nothing may throw inside one.
+// Throws unless every buffer that is given holds T.  Called before a parallel loop, because nothing may throw inside.
 template <class T>
 void expect_dtype(std::initializer_list<Buf> buffers) {
     for (const Buf& b : buffers) b.as<T>();
 }
 
-// Carries the first exception out of a parallel region, where none may escape: run() in it, rethrow() after it.
+// Carries the first exception out of a parallel region, where none may escape: run() inside, rethrow() after it.
 class FirstError {
   public:
     template <class F>

@@ -1,4 +1,4 @@
-// The small ones.
+// The small ops: add, cast, tree_sum, row_sum, hash.
 //
 //   add        y[i] += x[i]                   shapes (n)
 //   cast       y[i] = x[i] rounded            shapes (n)
@@ -31,7 +31,7 @@ void row_sums(T* y, const T* x, int B, size_t n) {  // y (B), x (B, n)
     }
 }
 
-// The sums of a pair replace its left side; the last one is part 0.
+// The sum of a pair replaces its left part; the last sum is in part 0.
 void tree_sums(float* y, float* x, size_t parts, size_t n) {  // y (n), x (parts, n)
     for (size_t stride = 1; stride < parts; stride *= 2)
         for (size_t p = 0; p < parts; p += 2 * stride) add_range(x + p * n, x + (p + stride) * n, n);
@@ -44,7 +44,7 @@ void round_to(To* y, const float* x, size_t n) {  // y, x (n)
     for (size_t i = 0; i < n; i++) y[i] = To(x[i]);
 }
 
-// By memcpy: a slice of two-byte numbers may start between words.
+// Reads words by memcpy: a slice of two-byte numbers may start between words.
 uint64_t hash_words(const char* x, size_t n_words) {  // x (4 * n_words)
     uint64_t sum = 0;
 #pragma omp parallel for schedule(static) reduction(+ : sum) if (n_words >= cpu::kParallelFrom)

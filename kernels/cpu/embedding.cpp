@@ -6,7 +6,7 @@
 //   shapes     y, dy (B, T, C)    tokens (B, T)    wte (Vp, C)    wpe (>= T, C)
 //   traffic    backward touches only the rows of dwte that occur: 2 BT C elements, not V C.   bound: memory
 //   limits     any C >= 1; a token outside [0, V) is refused before anything is written
-//   order      dwte: positions ascending, onto what is there; dwpe: b ascending.  Tasks are blocks of columns.
+//   order      dwte: positions ascending, onto the old values; dwpe: b ascending.  Tasks are blocks of columns.
 #include "kernels/cpu/cpu.h"
 
 namespace {

@@ -2,8 +2,8 @@
 //
 //   forward    y = gelu(x)          backward   dx = dy gelu'(x)        formulas and limits in gelu_math.h
 //   shapes     all (n)              traffic    forward 2n elements, backward 3n.   bound: memory
-//   order      nothing is summed; pieces of a fixed size all the same, because the compiler may round a loop's vector
-//              body and its scalar tail differently, and the tail's place must not depend on the number of threads
+//   order      nothing is summed.  The pieces still have a fixed size: the compiler may round a loop's vector body and
+//              its scalar tail differently, and the tail's place must not depend on the number of threads
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/gelu_math.h"
 

@@ -4,7 +4,7 @@
 //   gelu'(x)   s + x 2 s (1-s) u'              u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2),  1-s = exp(-2u) s
 //
 // The logistic form has no cancellation on the negative side, where 1 + tanh u loses all digits.
-// Beyond |x| = 30 the result is 0 or x to the last bit of a double, so u is computed from x held in that range, and
+// Beyond |x| = 30 the result is 0 or x to the last bit of a double, so u is computed from x clamped to that range, and
 // exp from an argument of at most 80: no infinity arises that could make a NaN.  NaN stays NaN.
 #pragma once
 #include "kernels/cpu/math.h"

@@ -14,12 +14,12 @@ struct Shape {
 // From large to small.  oneDNN's AVX-512 kernel computes 48 columns at a time, so widths are multiples of 48; on one
 // core of a Zen 4 each of these is within 5 % of the whole product in one call.
 constexpr Shape kShapes[] = {{256, 384}, {128, 384}, {128, 192}, {64, 192}};
-// b_transposed: oneDNN copies B into order for every tile, which few rows do not repay (128 rows: 15 % slower), and
-// below 128 columns with a long K it takes a slower kernel (35 %).
+// b_transposed: oneDNN reorders B for every tile, which does not pay for few rows (128 rows: 15 % slower), and below
+// 128 columns with a long K oneDNN takes a slower kernel (35 %).
 constexpr Shape kShapesTransposed[] = {{512, 384}, {256, 384}, {256, 192}};
-constexpr int kManyTiles = 16;                 // from here on uneven shares hardly matter
-constexpr size_t kTileWork = size_t(1) << 21;  // multiplications, about 40 us: a call costs a few
-// From this K on a tile's operands pass through no cache, and tiles of 64 rows read them too often (8 % slower).
+constexpr int kManyTiles = 16;                 // from this many on uneven shares hardly matter
+constexpr size_t kTileWork = size_t(1) << 21;  // multiplications, about 40 us; a call costs a few us
+// From this K on no cache holds a tile's operands, and tiles of 64 rows read them too often (8 % slower).
 constexpr int kDeep = 8192, kManyDeepTiles = 8;
 }  // namespace
 
@@ -33,7 +33,7 @@ Tiling tiling(const Gemm<float>& g) {
     const int columns = ceil_div(g.N, shapes[k].n);
     int rows = ceil_div(g.M, shapes[k].m);
     const size_t n = count(shapes[k]);
-    if (n % 2 == 1 && n < many && (n + columns) * kTileWork <= work) rows++;  // an odd few would leave a thread idle
+    if (n % 2 == 1 && n < many && (n + columns) * kTileWork <= work) rows++;  // a small odd number leaves a thread idle
     const int m = ceil_div(ceil_div(g.M, rows), 8) * 8;
     return {m, shapes[k].n, ceil_div(g.M, m), columns};
 }

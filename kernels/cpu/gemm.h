@@ -2,7 +2,7 @@
 //
 // The output is cut into tiles by shape alone (tiling()).  A tile is one call of gemm_tile(), on one thread: for
 // float a single-threaded oneDNN sgemm over the whole K, for double a plain loop (the reference).  Threads share the
-// tiles out among themselves; who computes a tile does not change it.  K is never split.
+// tiles out among themselves; no tile depends on the thread that computes it.  K is never split.
 //
 // oneDNN's own threading is never used: it splits K or the output by the number of threads, which changes the sums.
 //
@@ -41,7 +41,7 @@ Tiling tiling(const Gemm<double>&);
 bool gemm_tile(const Gemm<float>&, Tile);
 bool gemm_tile(const Gemm<double>&, Tile);
 
-// While it lives, libraries called from this thread see one OpenMP thread.  Needed inside parallel regions too: a
+// While a OneThread lives, libraries called from its thread see one OpenMP thread.  Parallel regions need it too: a
 // region of one thread does not count as parallel, and a library would open a team of its own.
 class OneThread {
   public:
@@ -59,7 +59,7 @@ template <class T, class F>
 bool share_gemm(const Gemm<T>& g, F&& epilogue) {
     const OneThread only;
     const Tiling s = tiling(g);
-    const bool down = g.M < g.N;  // neighbours in time share the longer operand's part, so that it is read once
+    const bool down = g.M < g.N;  // successive tiles share a part of the longer operand, so that it is read once
     bool ok = true;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int k = 0; k < s.rows * s.columns; k++) {

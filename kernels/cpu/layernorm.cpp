@@ -17,7 +17,7 @@
 
 namespace {
 constexpr size_t kMinRows = 16;    // of a chunk
-constexpr size_t kMaxChunks = 64;  // more could keep more threads busy and would cost more scratch
+constexpr size_t kMaxChunks = 64;  // more chunks could keep more threads busy but cost more scratch
 
 template <class T>
 void forward_row(const LayerNorm& a, size_t bt) {
@@ -62,7 +62,7 @@ void backward_row(const LayerNormGrad& a, size_t bt, T* dw, T* db, T* dx_sum) {
         db[c] += dy[c];
     }
     const T mean_g = sum_g / T(C), mean_gn = sum_gn / T(C);
-    if (a.overwrite_dx) std::fill(dx, dx + C, T(0));  // of a row that is in L1 for what follows
+    if (a.overwrite_dx) std::fill(dx, dx + C, T(0));  // the loop below finds the row in L1
 #pragma omp simd
     for (size_t c = 0; c < C; c++) {
         const T n = (x[c] - mean) * rstd;

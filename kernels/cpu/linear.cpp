@@ -1,4 +1,4 @@
-// Linear: a matrix product with what follows it.
+// Linear: a matrix product, then bias, GELU and residual.
 //
 //   forward    y = gelu(x w + b) + residual                      pre_gelu = x w + b is kept
 //   backward   dx = dy w^T [* gelu'(pre_gelu)]       dw (+)= x^T dy       db (+)= sum_bt dy
@@ -16,13 +16,13 @@ namespace {
 constexpr int kSumColumns = 64;  // columns of db that one task sums: 256 bytes of each row
 constexpr int kSumRows = 32;     // rows of a partial sum: the rounding error grows with 32 + BT/32 instead of BT
 
-// The places of y that one tile covers, all on rows of OC elements.
+// Bias, GELU and residual on one tile of y.  All tensors have rows of OC elements.
 template <class T>
 struct Epilogue {
     T* y;               // (BT, OC)
     T* pre_gelu;        // (BT, OC) or null
     const T* b;         // (OC) or null
-    const T* residual;  // (BT, OC) or null; null too when the product was added to it already
+    const T* residual;  // (BT, OC) or null; also null when the product is added to it
     int OC;
 
     void operator()(cpu::Tile t) const {
@@ -51,7 +51,7 @@ struct Epilogue {
 
 template <class T>
 void forward(const Linear& p) {
-    const bool in_place = p.residual && p.residual.data == p.y.data;  // then the product is added to it
+    const bool in_place = p.residual && p.residual.data == p.y.data;  // then the product is added to y
     T* y = p.y.as<T>();                                               // (BT, OC)
     T* pre_gelu = p.pre_gelu.as<T>();                                 // (BT, OC) or null
     const cpu::Gemm<T> product = {.c = pre_gelu ? pre_gelu : y,
@@ -133,7 +133,7 @@ void backward(const LinearGrad& p) {
             for (int j = 0; j < t.n; j++) d[j] *= cpu::gelu_grad(x[j]);
         }
     };
-    // One team, no barrier between the three: a thread without a tile of one takes a tile of the next.
+    // One team, no barrier between the three jobs: a thread that finds no tile left goes on to the next job.
     cpu::team(size_t(p.BT) * p.OC * p.C, [&] {
         bool ok = !dx.c || cpu::share_gemm(dx, through_gelu);
         ok = cpu::share_gemm(dw, cpu::no_epilogue) && ok;

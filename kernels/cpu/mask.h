@@ -25,8 +25,8 @@ struct Mask {
         scale = 1 / (1 - double(m.p));
     }
 
-    // Words of n elements from `element` on, row b of the batch; returns where the first one is: words + element % 4.
-    // `words` has room for words_for(n).
+    // Fills in the words of n elements from `element` on, of batch row b, and returns the place of the first: words +
+    // element % 4.  `words` has room for words_for(n).
     static constexpr size_t words_for(size_t n) { return (n + 3 + 3) / 4 * 4; }
     const uint32_t* fill(uint32_t* words, int b, size_t element, size_t n) const {
         const size_t first = element / 4, groups = (element + n + 3) / 4 - first;
