@@ -6,10 +6,10 @@
 #include <string_view>
 
 namespace {
-// What a failed allocation throws.  Sizes that no device has may be refused as invalid rather than as too large.
+// Throws for a failed allocation.  CUDA may refuse a size that no device has as invalid rather than as too large.
 void check_alloc(cudaError_t error, size_t n_bytes, const char* call) {
     if (error != cudaErrorMemoryAllocation && error != cudaErrorInvalidValue) return cuda::check_cuda(error, call);
-    cudaGetLastError();  // not sticky: must not show again at the next launch
+    cudaGetLastError();  // not sticky: the next launch must not report it again
     size_t n_free = 0, n_total = 0;
     cudaMemGetInfo(&n_free, &n_total);
     fail(Exit::memory,
@@ -28,7 +28,7 @@ void* alloc_host(size_t n_bytes) {
     check_alloc(cudaMallocHost(&p, n_bytes ? n_bytes : 1), n_bytes, "cudaMallocHost");
     return p;
 }
-// Destructors call what gives back: it reports nothing, and after a sticky error or at exit it has nothing left to do.
+// Destructors call the freeing functions, which report nothing: after a sticky error or at exit no work is left.
 void release(void* p) { cudaFree(p); }
 void release_host(void* p) { cudaFreeHost(p); }
 Stream open_stream() {
@@ -58,7 +58,7 @@ Mark* new_mark() {
     return reinterpret_cast<Mark*>(e);
 }
 void free_mark(Mark* m) { cudaEventDestroy(event_of(m)); }
-// In a recording only an external record is a node of the graph; a plain one would but order what is recorded.
+// In a recording only an external record becomes a node of the graph; a plain one would only order other nodes.
 void set_mark(Mark* m, Stream s) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     CUDA_CHECK(cudaStreamIsCapturing(s, &status));
@@ -80,7 +80,7 @@ MemoryState memory_state() {
 }
 
 bool can_record() { return !cuda::waits_for_each_launch(); }
-// ThreadLocal: what other threads do, as NCCL's, is not our recording's concern.
+// ThreadLocal: the calls of other threads, such as NCCL's, do not concern this recording.
 void begin_graph(Stream s) { CUDA_CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal)); }
 Graph* end_graph(Stream s) {
     cudaGraph_t recorded = nullptr;

@@ -9,10 +9,9 @@
 //              Evaluation: one read.  Two exponentials per column.   bound: memory
 //   limits     any V <= Vp; |logits| below 2^127.  Targets are checked on the host before they are uploaded: a target
 //              outside [0, V) reads and writes nothing out of bounds, the row's loss and gradient become NaN
-//   order      one block per row; a thread takes every blockDim-th vector of 16 bytes: a running maximum, and the sum
-//              in fp32 relative to it; then the block's maximum, and a fixed tree over the sums brought to it.  The
-//              number of threads follows from Vp alone: both ways of reading give the same bits
-//   error      ex2.approx is off by 2^-22 at most, its argument by three roundings
+//   order      one block per row.  A thread takes every blockDim-th vector of 16 bytes and keeps a running maximum and
+//              the fp32 sum relative to it.  Then the thread sums are scaled to the block's maximum and added in a
+//              fixed tree.  The number of threads follows from Vp alone: both ways of reading give the same bits
 #include "kernels/cuda/cuda.h"
 #include "kernels/elementwise.cuh"
 #include "kernels/ptx.cuh"
@@ -23,7 +22,7 @@
 namespace {
 using device::kVec;
 
-// Two blocks of so many threads, each with a row of 100 KB, share a multiprocessor: one reads while the other computes.
+// Two blocks of this many threads, each with a row of 100 KB, share a multiprocessor: one reads, the other computes.
 constexpr int kMaxThreads = 512;
 constexpr float kLog2E = 1.44269504088896340736f;
 
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(float* loss,
     if constexpr (Kept) ptx::cp_async_wait<0>();
 
     // From -FLT_MAX, not -inf: a row may begin with -inf, and -inf - -inf is NaN.  fmaxf ignores NaN, the sum does not.
-    float m = -FLT_MAX, before = -FLT_MAX;  // largest of the thread, and of what it has before the target
+    float m = -FLT_MAX, before = -FLT_MAX;  // the thread's largest logit, and its largest before the target
     float sum = 0;                          // of exp(x - m)
     for (int c = c0; c < V; c += step) {
         float x[N];

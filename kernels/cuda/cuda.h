@@ -1,4 +1,4 @@
-// What the CUDA backend's files share: its ops, the device, error checks, the one dtype switch.  Only kernels/cuda and
+// Shared by the CUDA backend's files: its ops, the device, error checks, the one dtype switch.  Only kernels/cuda and
 // comm/nccl* see CUDA's headers.
 #pragma once
 #include "kernels/ops.h"
@@ -25,15 +25,15 @@ void hash(const Hash&, Stream);
 void optimizer_update(const OptimizerUpdate&, Stream);
 void grad_norm(const GradNorm&, Stream);
 
-// Throws Error(Exit::internal): the error, the call's text, and the kernels launched last (a kernel's own fault shows
-// at a later call; KILN_CUDA_SYNC=1 waits after each launch and names the guilty one).  Exit::memory when memory ran
-// out.
+// Throws Error(Exit::internal) with the error, the call's text, and the kernels launched last (a kernel's own fault
+// shows at a later call; KILN_CUDA_SYNC=1 waits after each launch and names the guilty one).  Exit::memory when memory
+// ran out.
 void check_cuda(cudaError_t error, const char* call);
 bool waits_for_each_launch();  // KILN_CUDA_SYNC=1
 #define CUDA_CHECK(call) ::cuda::check_cuda((call), #call)
 
-// Scratch memory of the open device, shared by all ops of its one compute stream: what an op leaves in it is gone with
-// the next op.  Elements of T; Error(Exit::internal) when it is too small.
+// Scratch memory of the open device, shared by all ops of its one compute stream: the next op overwrites the contents.
+// `count` elements of T; Error(Exit::internal) when the memory is too small.
 constexpr size_t kWorkspaceBytes = size_t(64) << 20;
 Buf workspace_bytes(size_t n_bytes, const char* op);
 template <class T>
@@ -41,11 +41,11 @@ T* workspace(size_t count, const char* op) {
     return static_cast<T*>(workspace_bytes(count * sizeof(T), op).data);
 }
 
-// The products' own (gemm.h), likewise; it is there from the time the device is opened.
+// The workspace of the matrix products alone (gemm.h), allocated when the device is opened.
 Buf gemm_workspace();
 
-// Streaming multiprocessors of the open device: how many blocks a persistent grid has.  An op whose sums depend on the
-// number of blocks must not use it: bits would differ from GPU to GPU.
+// Streaming multiprocessors of the open device, to size a persistent grid.  An op whose sums depend on the number of
+// blocks must not use this number: bits would differ from GPU to GPU.
 int n_multiprocessors();
 int open_capability();  // of the open device: 90 for 9.0
 

@@ -1,4 +1,4 @@
-// The device of this process: found, opened, its workspace; errors named with the kernels that may have caused them.
+// Finds and opens the device of this process, with its workspaces.  Errors name the kernels that may have caused them.
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/gemm.h"
 
@@ -39,10 +39,10 @@ std::string why_none(cudaError_t error) {
                        version_text(runtime));
 }
 
-// Exists to ask whether this binary holds code for a device.
+// A kernel that exists only to ask whether this binary holds code for a device.
 __global__ void probe_kernel() {}
 
-// The last launches, for error messages: the kernel, or the call's text where a library chose it.
+// The last launches, for error messages: the kernel, or the call's text where a library chose the kernel.
 struct LaunchNote {
     const void* kernel;
     const char* call;
@@ -84,7 +84,7 @@ std::string last_launches() {
         out += fmt::format("{}{}", out.empty() ? "" : ", ", name_of(launches[i % kLaunchesKept]));
     return out;
 }
-int open_ordinal = 0;  // tests open none: the first
+int open_ordinal = 0;  // the first device, for tests, which open none
 }  // namespace
 
 namespace cuda {
@@ -101,7 +101,7 @@ void check_cuda(cudaError_t error, const char* call) {
     if (error == cudaSuccess) return;
     const std::string where = is_launch(call) ? name_of(launches[(n_launches - 1) % kLaunchesKept]) : std::string(call);
     std::string text = fmt::format("CUDA: {} in {}", cudaGetErrorString(error), where);
-    cudaGetLastError();  // what is not sticky must not show again at the next launch
+    cudaGetLastError();  // clears an error that is not sticky: the next launch must not report it again
     if (const std::string last = last_launches(); !last.empty() && !waits_for_each_launch())
         text += fmt::format("; launched last: {} (KILN_CUDA_SYNC=1 names the guilty one)", last);
     throw Error(error == cudaErrorMemoryAllocation ? Exit::memory : Exit::internal, text);

@@ -21,7 +21,7 @@ struct Tensors {
     const T* residual;  // (B, row) or null
 };
 
-// A thread keeps its place in the row and walks over rows of the batch: gridDim.y of them at a time.
+// A thread keeps its elements of a row and walks over the rows of the batch, gridDim.y rows per stride.
 template <class T>
 __global__ void dropout_kernel(SIMT_PARAM Tensors<T> a, SIMT_PARAM device::DropoutStream parameter, size_t row, int B,
                                bool vectors) {

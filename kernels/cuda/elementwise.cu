@@ -1,4 +1,4 @@
-// The small ones.
+// The small ops: add, cast, tree_sum, row_sum.
 //
 //   add        y[i] += x[i]                       shapes (n)
 //   cast       y[i] = x[i] rounded                shapes (n)

@@ -11,9 +11,9 @@
 //              and writes nothing out of bounds; its row of y becomes NaN, and the backward leaves it out of dwte
 //   order      dwte: `order` lists the rows sorted by token, equal tokens ascending.  It is cut into chunks of 32 rows
 //              (of more where the partial sums would not fit in the workspace); a token's rows inside a chunk are added
-//              ascending.  A token that lies in one chunk is finished there; of one that crosses borders the chunks'
-//              sums are added by 16 warps in turn, then the warps' sums ascending.  dwpe: b ascending.  The partition
-//              follows from BT and C alone
+//              ascending.  A token whose rows lie in one chunk is finished there.  For a token that crosses chunks, 16
+//              warps add the chunks' sums in turn, then the warps' sums are added ascending.  dwpe: b ascending.  The
+//              partition follows from BT and C alone
 #include "kernels/cuda/cuda.h"
 #include "kernels/elementwise.cuh"
 
@@ -23,7 +23,7 @@ namespace {
 using device::kVec;
 
 constexpr int kRowsPerBlock = 8;                    // of the forward, a warp each
-constexpr size_t kChunk = 32;                       // sorted rows whose sums one block takes
+constexpr size_t kChunk = 32;                       // sorted rows that one block adds up
 constexpr int kColumns = 4;                         // of a thread of the backward: its fp32 sums are one access
 constexpr int kJoinWarps = 16, kJoinColumns = 128;  // of a block that adds sums across chunks
 
@@ -51,7 +51,7 @@ __global__ void embedding_forward_kernel(T* y,                   // (B, T, C)
     }
 }
 
-// A thread has four columns of a place.
+// A thread has four columns of a place, which is a position t.
 template <class T>
 __global__ void embedding_backward_places_kernel(float* dwpe,  // (places, C)
                                                  const T* dy,  // (B, T, C)
@@ -77,15 +77,15 @@ __global__ void embedding_backward_places_kernel(float* dwpe,  // (places, C)
     device::store_some(out, sum, count, vectors);
 }
 
-// dwte and what both of its kernels read.  A run is the stretch of equal tokens in the sorted rows.
+// dwte and the inputs of both its kernels.  A run is a stretch of equal tokens in the sorted rows.
 template <class T>
 struct Words {
     float* dwte;     // (Vp, C)         +=
-    float* partial;  // (chunks, 2, C)  =   sum of the run that comes from the chunk before; of that which goes on
+    float* partial;  // (chunks, 2, C)  =   sum of the run that comes from the chunk before; of the run that goes on
     const T* dy;     // (BT, C)
     const int32_t* tokens;  // (BT)
     const int32_t* order;   // (BT)
-    size_t BT, chunk;       // chunk: sorted rows of one
+    size_t BT, chunk;       // chunk: sorted rows per chunk
     int C, V;
     bool vectors;
     // Token of sorted row p; -1 behind the last, and for p = -1.

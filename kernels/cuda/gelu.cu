@@ -19,7 +19,7 @@ constexpr float k2 = float(2 * 0.79788456080286535588), kCube = 0.044715f;
 struct Logistic {
     float s, r;  // s, and 1 - s without cancellation
 };
-// Infinite intermediate values are harmless: -inf gives s = 1, and what is above 80 counts as 80.
+// Infinite values of u are harmless: u = -inf gives s = 1, and u above 80 counts as 80.
 __device__ __forceinline__ Logistic logistic(float x) {
     const float u = -k2 * (x + kCube * x * x * x);  // -2u
     const float e = expf(fminf(u, 80.0f));
@@ -30,7 +30,7 @@ __device__ __forceinline__ Logistic logistic(float x) {
 // fminf takes 80 for a NaN, so the NaN of the result comes from the factor x.
 __device__ __forceinline__ float gelu(float x) { return x * logistic(x).s; }
 
-// Beyond |x| = 30 the derivative is 0 or 1 to the last bit; x^2 of what is held there does not overflow.
+// Beyond |x| = 30 the derivative is 0 or 1 to the last bit, so x is clamped there and x^2 does not overflow.
 __device__ __forceinline__ float gelu_grad(float x) {
     x = x > 30.0f ? 30.0f : x;
     x = x < -30.0f ? -30.0f : x;

@@ -1,7 +1,7 @@
-// cuBLASLt: descriptors of a kind of product, made once, and the call.  Which algorithm: gemm_tuning.cu.
+// Calls cuBLASLt, with descriptors made once per kind of product.  gemm_tuning.cu chooses the algorithm.
 //
-// cuBLASLt is column-major, where a row-major matrix is its own transpose.  So d^T = b^T a^T is asked for: the
-// library's A is our b, its B our a, its m our N, and the rows of its D, which carry the bias, are our columns.
+// cuBLASLt is column-major: it sees a row-major matrix as its transpose.  So we ask for d^T = b^T a^T: the library's A
+// is our b, its B our a, its m our N, and the rows of its D, which carry the bias, are our columns.
 #include "kernels/cuda/gemm.h"
 
 #include <algorithm>
@@ -28,7 +28,7 @@ cudaDataType_t type_of(const char* what, const Buf& b) {
     }
 }
 
-// Of an address: 2, 4, 8 or 16 bytes.  0 for an absent buffer.
+// The alignment of a buffer's address: 2, 4, 8 or 16 bytes.  0 for an absent buffer.
 uint32_t alignment(const Buf& b) {
     const uintptr_t p = reinterpret_cast<uintptr_t>(b.data);
     return p ? uint32_t(std::min(p & -p, uintptr_t(kAlign))) : 0;
@@ -73,7 +73,7 @@ void check(cublasStatus_t status, const char* call) {
          name_of(epilogue_of(g)));
 }
 
-// As the library wants it, C is D where nothing is added.
+// The library wants C to be D where nothing is added.
 const Buf& added_to(const Gemm& g) { return g.c ? g.c : g.d; }
 const Buf& aux_of(const Gemm& g) { return g.through_gelu ? g.through_gelu : g.pre_gelu; }
 const Buf& bias_of(const Gemm& g) { return g.sums_b ? g.sums_b : g.sums_a ? g.sums_a : g.bias; }
@@ -105,13 +105,13 @@ void set(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t attr
     LT_CHECK(cublasLtMatmulPreferenceSetAttribute(p, attribute, &value, sizeof value));
 }
 
-// The addresses that a product carries in its descriptor.  The search infers alignments from them.
+// Sets the addresses that a product's descriptor carries.  The search infers alignments from them.
 void set_pointers(cublasLtMatmulDesc_t product, const Gemm& g) {
     if (const Buf& bias = bias_of(g)) set(product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.data);
     if (const Buf& aux = aux_of(g)) set(product, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux.data);
 }
 
-// Of a matrix that is (rows, columns) in row-major memory.
+// The layout of a matrix that is (rows, columns) in row-major memory.
 cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns) {
     cublasLtMatrixLayout_t l = nullptr;
     LT_CHECK(cublasLtMatrixLayoutCreate(&l, type, uint64_t(columns), uint64_t(rows), columns));
@@ -122,7 +122,7 @@ cublasLtMatmulPreference_t preference(const Key& k) {
     cublasLtMatmulPreference_t p = nullptr;
     LT_CHECK(cublasLtMatmulPreferenceCreate(&p));
     set(p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(cuda::gemm_workspace().count));
-    // Parts of a split sum may meet in fp32 only.  In place they meet in d's dtype.
+    // Parts of a split sum may be added in fp32 only.  The in-place scheme adds them in d's dtype.
     uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     if (k.d_type == DType::f32) reductions |= CUBLASLT_REDUCTION_SCHEME_INPLACE;
     set(p, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
@@ -133,7 +133,7 @@ cublasLtMatmulPreference_t preference(const Key& k) {
     return p;
 }
 
-// Of the open device.  Never destroyed: at the end of the process the driver may be gone before static objects are.
+// The open device's handle.  Never destroyed: when the process ends the driver may be gone before static objects are.
 cublasLtHandle_t handle() {
     static const cublasLtHandle_t h = [] {
         cublasLtHandle_t made = nullptr;
@@ -143,7 +143,7 @@ cublasLtHandle_t handle() {
     return h;
 }
 
-// Has this algorithm add up k in so many parts, in fp32.  False: it does so already, or cannot.
+// Makes this algorithm add up k in `parts` parts, in fp32.  False: it does so already, or cannot.
 bool split(cuda::GemmAlgorithm& a, int32_t parts) {
     int32_t can = 0, now = 0;
     uint32_t known = 0;
@@ -162,8 +162,8 @@ bool split(cuda::GemmAlgorithm& a, int32_t parts) {
                                                      sizeof reduction));
 }
 
-// The library's own condition for the auxiliary matrix is a leading dimension that is a multiple of 8, at 16 bytes;
-// whole vectors in every operand are asked for, because it is for them that its kernels with epilogues are made.
+// The library itself asks only that the auxiliary matrix has a leading dimension that is a multiple of 8, at 16 bytes.
+// We ask for whole vectors in every operand: the library's kernels with epilogues are made for them.
 bool whole_vectors(const Gemm& g, const Key& k) {
     const size_t in = dtype_bytes(g.a.dtype), out = dtype_bytes(g.d.dtype);
     const int row_a = g.a_transposed ? g.M : g.K, row_b = g.b_transposed ? g.K : g.N;
@@ -198,7 +198,7 @@ bool may_fuse(const Gemm& g, const Key& k) {
 
 void run(const Gemm& g, const Plan& plan, Stream s) {
     if (const cublasStatus_t status = cuda::multiply(g, plan, plan.algorithm, true, s); status != CUBLAS_STATUS_SUCCESS)
-        refused(g, status);  // not a fall-back: work may have been given to the stream
+        refused(g, status);  // no second try: the stream may have been given work
 }
 }  // namespace
 
@@ -230,7 +230,7 @@ void destroy(const GemmPlan& p) {
     cublasLtMatmulDescDestroy(p.product);
 }
 
-// Where the library has few guesses: the same with k split otherwise.  A weight gradient has few tiles and a long k.
+// Adds the found algorithms with k split otherwise, if they are few: a weight gradient has few tiles and a long k.
 void add_splits(std::vector<GemmAlgorithm>& all, const GemmPlan& p) {
     constexpr size_t kEnough = 16;
     const std::vector<GemmAlgorithm> found = all;
@@ -273,7 +273,7 @@ cublasStatus_t multiply(const Gemm& g, const GemmPlan& p, const GemmAlgorithm& a
     const cublasStatus_t status = cublasLtMatmul(handle(), p.product, &one, g.b.data, p.a, g.a.data, p.b, &beta, c, p.d,
                                                  g.d.data, p.d, &algorithm.opaque, workspace.data, workspace.count, s);
     if (status == CUBLAS_STATUS_SUCCESS)
-        check_cuda(cudaSuccess, "simt::launch(cublasLtMatmul, ...)");  // among the kernels that a later fault may name
+        check_cuda(cudaSuccess, "simt::launch(cublasLtMatmul, ...)");  // a later fault may name this launch
     return status;
 }
 

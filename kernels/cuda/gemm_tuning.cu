@@ -1,4 +1,4 @@
-// The choice of algorithms and ways, by timing or from a text: see gemm_tuning.h.
+// Chooses algorithms, and whether to fuse, by timing or from a text: see gemm_tuning.h.
 #include "kernels/cuda/gemm_tuning.h"
 
 #include <algorithm>
@@ -19,17 +19,17 @@ using Key = cuda::GemmKey;
 using Plan = cuda::GemmPlan;
 using Algorithm = cuda::GemmAlgorithm;
 
-constexpr const char* kApart = "apart";  // in a text, in an algorithm's place
-constexpr double kSlow = 1.5;            // a candidate whose first timed run takes this times the best's is dropped
+constexpr const char* kApart = "apart";  // stands in a text where an algorithm would
+constexpr double kSlow = 1.5;            // a first timed run this many times slower than the best drops a candidate
 constexpr int kRounds = 3;
-constexpr double kRoundMs = 0.2;  // runs of a round follow each other for as long as this, or kMaxRuns times: one alone
-constexpr int kMaxRuns = 16;      // of a few microseconds would be the time of its launch
+constexpr double kRoundMs = 0.2;  // a round repeats a run for this long, or kMaxRuns times: a single run
+constexpr int kMaxRuns = 16;      // of a few microseconds would only time its launch
 
-// Of the open device.  Never destroyed, as the library's handle.
+// The plans of the open device.  Never destroyed, as the library's handle.
 struct Table {
     std::map<Key, Plan> plans;
     Choices given{.made_for = {}, .by_kind = {}};
-    bool tuning = false, trying = false;  // trying: a way that may not be taken is being timed
+    bool tuning = false, trying = false;  // trying: timing calls that may not be chosen
     std::string notes;                    // since tuning began; a line each
 };
 Table& table() {
@@ -70,7 +70,7 @@ bool is_captured(Stream s) {
     return status != cudaStreamCaptureStatusNone;
 }
 
-// Milliseconds that n runs of `work` take on the device.  Negative: `work` said no.
+// Milliseconds that n runs of `work` take on the device.  Negative: work() returned false.
 template <class F>
 double elapsed(F&& work, long n, Stream s) {
     static const std::array<cudaEvent_t, 2> events = [] {
@@ -88,7 +88,7 @@ double elapsed(F&& work, long n, Stream s) {
     return double(ms);
 }
 
-// The least time of a run, after one that is not timed.  Measured only roughly where it is far from the best so far.
+// The least time of a run, after one untimed run.  A run that is far slower than the best so far is timed only once.
 template <class F>
 double time_of(F&& work, double best, Stream s) {
     if (!work()) return -1;
@@ -104,7 +104,7 @@ double time_of(F&& work, double best, Stream s) {
     return least;
 }
 
-// Of all that a product writes.
+// A hash of everything that a product writes.
 uint64_t hash_of_outputs(const Gemm& g, Stream s) {
     uint64_t sum = 0;
     for (const Buf& out : {g.d, g.pre_gelu, g.sums_a, g.sums_b}) {
@@ -112,7 +112,7 @@ uint64_t hash_of_outputs(const Gemm& g, Stream s) {
         const size_t per_word = 4 / dtype_bytes(out.dtype), whole = out.count / per_word * per_word;
         uint32_t halves[2] = {};
         uint16_t last = 0;                                                    // an odd number of bf16
-        const Buf y(static_cast<uint32_t*>(cuda::gemm_workspace().data), 2);  // (2) the product is done with it
+        const Buf y(static_cast<uint32_t*>(cuda::gemm_workspace().data), 2);  // (2) the product no longer uses it
         cuda::hash({.y = y, .x = out.slice(0, whole)}, s);
         CUDA_CHECK(cudaMemcpyAsync(halves, y.data, sizeof halves, cudaMemcpyDeviceToHost, s));
         if (whole < out.count)
@@ -123,7 +123,7 @@ uint64_t hash_of_outputs(const Gemm& g, Stream s) {
     return sum;
 }
 
-// The same bits twice?  A product that adds to its own output is run without adding: the algorithm is the same.
+// True: two runs give the same bits.  A product that adds to its own output runs without adding: same algorithm.
 bool repeats(const Gemm& g, const Plan& p, const Algorithm& a, Stream s) {
     uint64_t hashes[2] = {};
     for (uint64_t& h : hashes) {
@@ -134,7 +134,7 @@ bool repeats(const Gemm& g, const Plan& p, const Algorithm& a, Stream s) {
     return hashes[0] == hashes[1];
 }
 
-// The fastest algorithm that repeats its bits, into the plan.
+// Puts the fastest algorithm that repeats its bits into the plan.
 void choose_algorithm(Plan& p, const Key& k, const Gemm& g, Stream s) {
     struct Candidate {
         double ms;
@@ -169,7 +169,7 @@ void tune(Plan& p, const Key& k, const Gemm& g, Stream s, const std::function<vo
     if (!apart) return;
     const bool outermost = !std::exchange(table().trying, true);
     const auto other_way = [&] { return (*apart)(), true; };
-    other_way();  // what it consists of is tuned now
+    other_way();  // tunes the products that it consists of
     const double none = std::numeric_limits<double>::infinity();
     p.apart = p.status != CUBLAS_STATUS_SUCCESS ||
               time_of(other_way, none, s) <
@@ -177,7 +177,7 @@ void tune(Plan& p, const Key& k, const Gemm& g, Stream s, const std::function<vo
     if (outermost) table().trying = false;
 }
 
-// The choice that was given for this kind, if there is one and it can be used.
+// Takes the choice that was given for this kind, if there is one and it can be used.
 void take_given(Plan& p, const Key& k, bool has_apart) {
     const auto given = table().given.by_kind.find(cuda::text_of(k));
     if (given == table().given.by_kind.end()) return;
@@ -190,7 +190,7 @@ void take_given(Plan& p, const Key& k, bool has_apart) {
 }
 
 void take_first_guess(Plan& p, const Key& k) {
-    // Nobody has said that this pays: on some GPUs it does not.
+    // Without timing, sums are not fused: on some GPUs that does not pay.
     p.apart = k.epilogue == CUBLASLT_EPILOGUE_BGRADA || k.epilogue == CUBLASLT_EPILOGUE_BGRADB;
     if (p.apart) return;
     const std::vector<Algorithm> found = cuda::guesses(p, k, 8, &p.status);

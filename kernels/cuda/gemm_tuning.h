@@ -1,13 +1,13 @@
-// Which algorithm computes a kind of product, and whether what can be fused to it is.
+// Chooses the algorithm of each kind of product, and whether bias, GELU and sums are fused to it.
 //
 // While tuning is on, the first call of a kind asks the library for its kMaxCandidates best guesses, adds some with k
-// split otherwise where they are fewer than 16, runs each on the call's own operands with the real workspace, and keeps
-// the fastest that repeats its bits: it is run twice, and what it writes is hashed on the device.  A call that could
-// also be computed apart then times both ways and keeps the faster.  What a tuned call leaves in its outputs is
-// meaningless: a product that adds to its own output has done so many times.  So tuning is for a step whose results
+// split otherwise where they are fewer than 16, and runs each on the call's own operands with the real workspace.  It
+// keeps the fastest that repeats its bits: a candidate runs twice, and its outputs are hashed on the device.  A call
+// that could also be computed apart (not fused) then times both ways and keeps the faster.  The outputs of a tuned call
+// are meaningless: a product that adds to its own output has done so many times.  So tuning is for a step whose results
 // nobody uses.
 //
-// Outside of it a kind without a choice takes the first guess that runs.  A stream that is being captured never tunes.
+// While tuning is off, a kind without a choice takes the first guess that runs.  A captured stream never tunes.
 #pragma once
 #include <cublasLt.h>
 
@@ -16,7 +16,7 @@
 #include "kernels/cuda/gemm.h"
 
 namespace cuda {
-// Backend's three (kernels/ops.h).
+// The functions of these names in Backend (kernels/ops.h).
 std::string tune(bool on);
 std::string choices();
 std::string set_choices(const std::string& text);
@@ -34,7 +34,7 @@ struct GemmKey {  // a kind; the leading dimensions follow from the shape
 };
 std::string text_of(const GemmKey&);
 
-struct GemmAlgorithm {  // a name of our own: nvcc fails on a vector of the library's type, which has none
+struct GemmAlgorithm {  // gives the library's type a name: nvcc fails on a vector of a type without one
     cublasLtMatmulAlgo_t opaque = {};
 };
 struct GemmPlan {
@@ -42,21 +42,21 @@ struct GemmPlan {
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;  // of the library's A, B and D; C is laid out as D
     cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;           // success: `algorithm` can compute it
     GemmAlgorithm algorithm;
-    bool apart = false;   // the other way is taken
+    bool apart = false;   // the product is computed apart, not fused
     bool chosen = false;  // by timing, or given
-    bool used = false;    // asked for otherwise than in trying a way out: choices() tells what is chosen and used
+    bool used = false;    // false while only timing trials have used this plan; choices() lists chosen, used plans
 };
 GemmPlan describe(const Gemm&, const GemmKey&);
 void destroy(const GemmPlan&);
-// The library's n (up to kMaxCandidates) best guesses that fit into the workspace, best first; add_splits(): where they
-// are few, others after them.
+// The library's n (up to kMaxCandidates) best guesses that fit into the workspace, best first.  add_splits() appends
+// others where these are few.
 std::vector<GemmAlgorithm> guesses(const GemmPlan&, const GemmKey&, int n, cublasStatus_t* status);
 void add_splits(std::vector<GemmAlgorithm>&, const GemmPlan&);
-// Can this algorithm compute it, here, in the workspace?
+// Success: this algorithm can compute the plan's product on the open device in the workspace.
 cublasStatus_t check_algorithm(const GemmPlan&, const GemmAlgorithm&);
 // Gives the stream one product.  `adds` false: c is left out.
 cublasStatus_t multiply(const Gemm&, const GemmPlan&, const GemmAlgorithm&, bool adds, Stream);
 
-// The plan of a kind, made or tuned now if need be.  `apart`: the other way, or null where there is none.
+// The plan of a kind, made or tuned now if need be.  `apart` computes the same unfused, or is null.
 const GemmPlan& plan_of(const Gemm&, const GemmKey&, Stream, const std::function<void()>* apart);
 }  // namespace cuda

@@ -8,7 +8,7 @@
 //   limits     any n >= 1; a norm from 2^64 on counts as infinite, because a chunk's sum of squares is kept in fp32
 //   order      a chunk is one block: thread t takes elements 4t .. 4t+3, then those 1024 further on, ...; four squares
 //              are added in fp32 by pairs, these sums in double, then a fixed tree over the block; the chunks likewise
-//              by one block.  Double for one number in four: a GPU with 1/64 of the rate stays bound by memory
+//              by one block.  One number in four is double: with 1/64 of fp32's rate a GPU stays bound by memory
 //   error      four squares and two sums of non-negative numbers: 3 * 2^-24 of the sum, so 1.5 * 2^-24 of the norm, and
 //              as much again for the roundings of a chunk's sum and of the root: 3 * 2^-24 in all
 #include "kernels/cuda/cuda.h"
@@ -19,7 +19,7 @@
 namespace {
 using device::kElementThreads;
 
-__device__ __forceinline__ double block_sum_to_one(double sum) {  // whole for thread 0
+__device__ __forceinline__ double block_sum_to_one(double sum) {  // thread 0 gets the sum
     SIMT_SHARED(double, part, [kElementThreads / 32]);
     return device::block_sum(sum, part);
 }

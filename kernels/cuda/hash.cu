@@ -16,7 +16,7 @@ namespace {
 using device::kElementThreads;
 constexpr size_t kMaxBlocks = 1024;
 
-__device__ __forceinline__ uint64_t block_sum_to_one(uint64_t sum) {  // whole for thread 0
+__device__ __forceinline__ uint64_t block_sum_to_one(uint64_t sum) {  // thread 0 gets the sum
     SIMT_SHARED(uint64_t, part, [kElementThreads / 32]);
     return device::block_sum(sum, part);
 }

@@ -5,16 +5,16 @@
 //              dw (+)= sum_bt dy n      db (+)= sum_bt dy      dx_sum (+)= sum_bt dx, as stored
 //
 //   shapes     x, y, dx, dy (BT, C) real    w, b (C) real    mean, rstd (BT) f32    dw, db, dx_sum (C) f32
-//   traffic    forward one read and one write of BT C; backward three reads (two when dx is overwritten) and one
-//              write, and 16 C bytes per chunk of 64 or more rows, 24 C with dx_sum.  That is where rows live in
-//              registers: where every tensor allows 16-byte accesses (it starts on such a boundary, C is a multiple of
-//              the vector), up to C = 2048, in the backward 8192.  Other rows are read again from cache, and x and dy
-//              once more for dw.   bound: memory
+//   traffic    forward one read and one write of BT C; backward three reads (two when dx is overwritten) and one write,
+//              and 16 C bytes per chunk of 64 or more rows, 24 C with dx_sum.  This holds where rows live in registers:
+//              where every tensor allows 16-byte accesses (it starts on such a boundary, C is a multiple of the
+//              vector), up to C = 2048, in the backward 8192.  Other rows are read again from cache, and x and dy once
+//              more for dw.   bound: memory
 //   limits     any BT >= 1, C from 1 to 2^23
 //   order      a row's sums: a lane's columns ascending, then a tree over the lanes, then over the warps.  dw, db,
-//              dx_sum: the rows of a chunk by turns over 8 groups of warps (4 above C = 1024, 1 above 2048), a group's
-//              ascending, then groups ascending; chunks i, i+32, ..., then these 32 sums ascending.  All of it follows
-//              from BT, C and whether 16-byte accesses are allowed
+//              dx_sum: 8 groups of warps (4 above C = 1024, 1 above 2048) take a chunk's rows in turn, ascending; then
+//              groups ascending; then chunks i, i+32, ..., then these 32 sums ascending.  All of it follows from BT, C
+//              and whether 16-byte accesses are allowed
 #include "kernels/cuda/cuda.h"
 #include "kernels/elementwise.cuh"
 
@@ -41,7 +41,7 @@ struct Forward {
     bool vectors;
 };
 
-// The first `count` of N columns of y at c, from those of x in v.
+// Writes the first `count` of N columns of y at c, from the columns of x in v.
 template <class T>
 __device__ __forceinline__ void write_y(const Forward<T>& a, size_t bt, int c, int count, bool vectors,
                                         float (&v)[kVec<T>], float mean, float rstd) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void write_y(const Forward<T>& a, size_t bt, int c, i
     device::store_some(a.y + bt * size_t(a.C) + c, v, count, vectors);
 }
 
-// One warp per row, `Columns` of them in the registers of a lane.
+// One warp per row; a lane has `Columns` columns in registers.
 template <class T, int Columns>
 __global__ void __launch_bounds__(kThreads) layernorm_forward_kernel(SIMT_PARAM Forward<T> a) {
     constexpr int N = kVec<T>, K = Columns / N, kNext = 32 * N;  // vectors of a lane; columns from one to the next
@@ -136,7 +136,7 @@ struct Backward {
     bool overwrite, vectors;
 };
 
-// 16 bytes of a tensor as they are stored: in bf16 half the registers of floats.
+// Unpacks 16 bytes of a tensor.  Rows are kept as stored, because bf16 takes half the registers of floats.
 template <class T>
 __device__ __forceinline__ void unpack(float (&out)[kVec<T>], const uint4& packed) {
     Vec<T, kVec<T>> v;
@@ -145,7 +145,7 @@ __device__ __forceinline__ void unpack(float (&out)[kVec<T>], const uint4& packe
     for (int i = 0; i < kVec<T>; i++) out[i] = float(v[i]);
 }
 
-// The first `count` of N columns of dx at c; dx, dy and x hold what is there.  Leaves what was stored in dx.
+// Writes the first `count` of N columns of dx at c, from the old dx, dy and x; leaves the values as stored in dx.
 template <class T>
 __device__ __forceinline__ void write_dx(const Backward<T>& a, size_t bt, int c, int count, bool vectors,
                                          float (&dx)[kVec<T>], const float (&dy)[kVec<T>], const float (&x)[kVec<T>],
@@ -163,8 +163,8 @@ __device__ __forceinline__ void write_dx(const Backward<T>& a, size_t bt, int c,
     for (int i = 0; i < N; i++) dx[i] = float(T(dx[i]));
 }
 
-// One block per chunk of rows, W warps per row, `Columns` of them in the registers of a lane.  Lanes keep their columns
-// of dw, db and (Sum) dx_sum over all rows of the chunk; the groups of W warps add theirs at the end.
+// One block per chunk of rows, W warps per row; a lane has `Columns` columns in registers.  Lanes keep their columns of
+// dw, db and (Sum) dx_sum over all rows of the chunk; the groups of W warps add their sums at the end.
 template <class T, int Columns, int W, bool Sum>
 __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
     layernorm_backward_kernel(SIMT_PARAM Backward<T> a) {
@@ -294,8 +294,8 @@ __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_kernel(SIMT_
     }
 }
 
-// dw, db and dx_sum of chunk blockIdx.y for such rows: a thread has four columns (so that the sums leave in full
-// sectors) and walks over the rows.
+// dw, db and dx_sum of chunk blockIdx.y for rows of any width and alignment: a thread has four columns (so that the
+// sums leave in full sectors) and walks over the rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads) layernorm_backward_wide_columns_kernel(SIMT_PARAM Backward<T> a) {
     constexpr int N = kWideColumns;

@@ -1,21 +1,21 @@
-// Linear: a matrix product with what follows it.
+// Linear: a matrix product, then bias, GELU and residual.
 //
 //   forward    y = gelu(x w + b) + residual                      pre_gelu = x w + b is kept
 //   backward   dx = dy w^T [* gelu'(pre_gelu)]       dw (+)= x^T dy       db (+)= sum_bt dy
 //
 //   shapes     x, dx (BT, C)    y, dy (BT, OC)    w, dw (C, OC), or (OC, C) when w_transposed    b, db (OC)
-//   traffic    products: see gemm.h; bias, residual and both GELUs cost no pass of their own where they can be fused;
-//              where not, or where that was chosen by timing (gemm_tuning.h), one more write and read of y, and GELU's
-//              own 2n or 3n.  db: 1 read of dy, and at most 1/16 of its bytes for the partial sums; or none, where its
-//              sums were chosen to be part of the product
+//   traffic    products: see gemm.h.  Fused, the bias, the residual and both GELUs cost no pass of their own.  Apart,
+//              because they cannot be fused or timing chose so (gemm_tuning.h): one more write and read of y, and
+//              GELU's own 2n or 3n.  db: 1 read of dy, and at most 1/16 of its bytes for the partial sums; none where
+//              timing chose to fuse the sums to the product
 //   bound      products: compute.  db: memory
 //   limits     any BT, C, OC from 1 to 2^31 - 512
 //   order      products: the library's, the same from run to run on one kind of GPU.  db: a chunk of rows is summed by
 //              8 warps, each over every eighth row in order; then the warps' sums in order; then the chunks' sums in
-//              the same way.  Chunks depend on the shape alone, so db has the same bits on every GPU (but as a part of
-//              the product it has the library's order)
-//   rounding   bf16: each store of y, pre_gelu, dx rounds once.  A fused GELU sees the fp32 sum; by itself it sees
-//              pre_gelu as stored, which moves y by gelu' 2^-8 |pre_gelu|, and gelu' by itself multiplies a dx that was
+//              the same way.  Chunks depend on the shape alone, so db has the same bits on every GPU (fused to the
+//              product it has the library's order)
+//   rounding   bf16: each store of y, pre_gelu, dx rounds once.  A fused GELU sees the fp32 sum; a separate one sees
+//              pre_gelu as stored, which moves y by gelu' 2^-8 |pre_gelu|.  A separate gelu' multiplies a dx that was
 //              rounded before, 2^-8 |dx| more.  The backward pass always sees pre_gelu as stored.  A bias that is not
 //              fused goes first into y together with the residual (rounded where both are given), and the product is
 //              added to that
@@ -26,7 +26,7 @@
 namespace {
 using device::aligned16;
 
-// y = residual + b, or b alone, in every row: what a product is then added to.
+// y = residual + b, or b alone, in every row; then a product is added to y.
 template <class T>
 __global__ void linear_bias_kernel(T* y,               // (BT, OC)
                                    const T* residual,  // (BT, OC), null, or y itself
@@ -45,8 +45,8 @@ __global__ void linear_bias_kernel(T* y,               // (BT, OC)
     }
 }
 
-// Column sums.  A block has 32 N columns of one chunk of rows; a warp takes every kWarps-th row.  Which rows a warp
-// takes does not depend on N, so neither do the bits.
+// Column sums.  A block has 32 N columns of one chunk of rows; a warp takes every kWarps-th row.  The rows of a warp do
+// not depend on N, so neither do the bits.
 constexpr int kWarps = 8, kBatch = 4;  // kBatch rows are in flight per thread
 using Four = device::Vec<float, 4>;
 
@@ -103,8 +103,8 @@ void launch_column_sum(float* sums, const T* x, int rows, int columns, int rows_
                             rows_of_chunk, accumulate));
 }
 
-// Rows of a chunk: about 512 blocks of 256 columns keep the largest GPU busy; 64 rows at least, so that the partial
-// sums are few.  They are at most 512 * 256, so half a megabyte, and more columns than that are summed in one chunk.
+// Rows of a chunk: about 512 blocks of 256 columns keep the largest GPU busy; at least 64 rows, so that partial sums
+// are few: at most 512 * 256, half a megabyte.  More columns than that are summed in one chunk.
 int chunk_rows(int rows, int columns) {
     const size_t tiles = (size_t(columns) + 255) / 256, chunks = tiles < 512 ? 512 / tiles : 1;
     const size_t each = (size_t(rows) + chunks - 1) / chunks;
@@ -122,11 +122,11 @@ void column_sums(float* db, const T* dy, int BT, int OC, bool accumulate, Stream
         launch_column_sum<T, N>(sums, dy, BT, OC, each, add, s);
     else
         launch_column_sum<T, 1>(sums, dy, BT, OC, each, add, s);
-    // One column to a thread: few rows are left, so blocks count for more than the width of an access.
+    // One column per thread: few rows are left, so many blocks matter more than wide accesses.
     if (chunks > 1) launch_column_sum<float, 1>(db, sums, chunks, OC, chunks, accumulate, s);
 }
 
-// target = x w + b + residual, with the bias in the product's epilogue or as what the product is added to.
+// target = x w + b + residual; the bias is in the product's epilogue, or the product is added to the bias.
 template <class T>
 void product_and_bias(const Linear& a, const Buf& target, Stream s) {
     cuda::Gemm g = {.d = target,
@@ -199,7 +199,7 @@ void input_gradient(const LinearGrad& a, Stream s) {
     });
 }
 
-// dw (+)= x^T dy, or dy^T x when w_transposed, and db: the epilogue can take its sums along, but not add to them.
+// dw (+)= x^T dy, or dy^T x when w_transposed, and db: the epilogue can write the sums of db, but not add to them.
 template <class T>
 void weight_gradient(const LinearGrad& a, Stream s) {
     const cuda::Gemm product = {.d = a.dw,

@@ -10,8 +10,8 @@
 //   traffic    adam 4 reads and 3 writes of 4 bytes per element, sgd 3 and 2, the copy one write of 2: 30 bytes for
 //              adamw with a copy, all by 16-byte accesses (a thread has eight elements).   bound: memory
 //   limits     any n >= 1; the last block of decay may be partly filled; clip not finite: nothing is written
-//   order      none: element by element, the operations of the CPU in their order.  Which products are fused into the
-//              sums behind them is each compiler's choice, so the last bits may differ from the CPU's
+//   order      none: element by element, the CPU's operations in the CPU's order.  Each compiler chooses which products
+//              it fuses into sums, so the last bits may differ from the CPU's
 #include "kernels/cuda/cuda.h"
 #include "kernels/elementwise.cuh"
 
@@ -45,7 +45,7 @@ __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constan
     SIMT_UNROLL
     for (int q = 0; q < 2; q++) d[q] = at.count(q) && a.decay[at.at(q) / kDecayBlock] ? f.weight_decay : 0.0f;
     const float lr = a.rate[0], clip = a.clip[0];
-    if (!std::isfinite(clip)) return;  // after the loads: they need not wait for it
+    if (!std::isfinite(clip)) return;  // after the loads, which need not wait for clip
 
     SIMT_UNROLL
     for (int q = 0; q < 2; q++) {
