@@ -9,14 +9,14 @@
 //   shapes     qkv, dqkv (B, T, 3, NH, HS)    y, dy (B, T, NH, HS)    lse, scratch (B, NH, T) f32
 //   kernels    bf16: attention_forward.cuh, attention_backward.cuh (D; then dk, dv; then dq).  fp32: attention_fp32.cuh
 //   rounding   bf16: f p and ds are rounded to bf16 before the products with v, dy, q and k; all else is fp32
-//   traffic    forward reads q once and k, v once per tile of 128 queries; backward reads q, dy once per 64 keys and
-//              k, v once per 64 queries, mostly from L2.   bound: compute; 2 products forward, 7 backward: two
-//              more than sums of dq by atomics would need, which would differ from run to run
+//   traffic    forward reads q once and k, v once per tile of 128 queries; backward reads q, dy once per 64 keys and k,
+//              v once per 64 queries, mostly from L2.   bound: compute; 2 products forward, 7 backward: sums of dq by
+//              atomics would save two, but differ from run to run
 //   tiles      a tile of rows stays, tiles of the other side stream through two stages of shared memory by cp.async:
 //              one barrier per tile.  Only tiles that meet the diagonal are masked; tiles beyond it are never read.
 //   limits     bf16: HS a multiple of 8 up to 128 (compiled for 32, 64 and 128, the rest of a tile is zeros), tensors
 //              on 16-byte boundaries.  fp32: HS up to kMaxFp32Head.  Any B, T, NH; B NH ceil(T/64) < 2^31 blocks.
-//              Shared memory: 65 KiB a block at most; the smallest of these GPUs (8.6, 8.9) have 99.
+//              Shared memory: 65 KiB a block at most; GPUs 8.6 and 8.9 have the least, 99 KiB.
 //   order      every sum in the order of its tiles, ascending; nothing depends on the number of multiprocessors
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda.h"
@@ -78,7 +78,7 @@ constexpr size_t kFp32Shared = 48 * 1024;  // of a block, without asking the dri
 constexpr int kMaxFp32Head =
     (kFp32Shared / sizeof(float) - attention::fp32_backward_floats(0)) / 4;  // 4 HS + 64 floats
 
-// Rows, each by one warp, in blocks of as many warps as shared memory allows.
+// One warp per row, in blocks of as many warps as shared memory allows.
 template <class Kernel>
 void launch_fp32(const Call& call, Kernel* kernel, size_t n_floats, const attention::Fp32Tensors& t) {
     if (call.a.HS > kMaxFp32Head)

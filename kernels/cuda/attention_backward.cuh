@@ -1,8 +1,8 @@
 // The bf16 backward kernels of attention.cu: dk and dv by one block per 64 keys of a head, dq by one per 64 queries.
 //
-// Both compute the weights anew from lse.  The first works on transposed scores, keys by queries: then the weights and
-// ds are left operands of the sums over queries as they lie in registers, just as those of the second are of its sum
-// over keys.
+// Both kernels compute the weights anew from lse.  The first one transposes the scores (keys by queries), so that the
+// weights and ds, as they lie in registers, are left operands of its sums over queries.  In the second one ds is a left
+// operand of the sum over keys in the same way.
 #pragma once
 #include "kernels/cuda/attention_tile.cuh"
 
@@ -15,8 +15,8 @@ struct BackwardTensors {
     const float* D;    // (B, NH, T)  sum_c dy y
 };
 
-// Heads padded to W columns: the block's own rows, and the rows that stream past it.  kHold: whether the own rows stay
-// in registers too; kBlocks: how many blocks the registers of a multiprocessor are divided among.
+// Sizes for heads padded to W columns: the block's own rows, and the rows that stream past.  kHold: the own rows stay
+// in registers too.  kBlocks: how many blocks share the registers of a multiprocessor.
 template <int W, bool kDrop>
 struct KeyShape {
     static constexpr int kKeys = 16 * kWarps, kQueries = W <= 64 ? 64 : kDrop ? 16 : 32, kBlocks = 2;
@@ -77,10 +77,10 @@ __global__ void __launch_bounds__(kThreads, KeyShape<W, kDrop>::kBlocks)
     v_rows.take(v_tile + 16 * warp_id() * W);
 
     const auto compute = [&](int i0, int stage, auto masked) {
-        if (row0 >= a.T || i0 + kQueries <= row0) return;  // nothing of it concerns this warp
+        if (row0 >= a.T || i0 + kQueries <= row0) return;  // this block does not concern this warp
         const int tile = stage * kTile;
         const float* stat = stats + stage * 2 * kQueries;
-        const int ahead = i0 + lane % 4 * 2 - (row0 + lane / 4);  // of the lane's first query over its first key
+        const int ahead = i0 + lane % 4 * 2 - (row0 + lane / 4);  // the lane's first query minus its first key
         float p[1][kQueries / 8][4] = {};                         // scores, then weights; keys by queries
         add_rows_by_rows<1, kQueries, W>(p, k_rows, q_tiles, tile);
         SIMT_UNROLL
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, QueryShape<W, kDrop>::kBlocks)
 
     const Place at = place_of(a);
     const bf16* q = t.qkv + at.qkv;                          // (T, HS) in rows of at.in
-    const Source<W> keys(q + at.out, at.in, a);              // and values, at.out further
+    const Source<W> keys(q + at.out, at.in, a);              // of keys; values are at.out further
     const int q0 = (a.tiles - 1 - at.tile) * kQueries;       // the longest rows start first
     const int row0 = q0 + 16 * warp_id(), lane = lane_id();  // first query of the warp
     device::DropoutStream drop = parameter;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, QueryShape<W, kDrop>::kBlocks)
             keys.template load<kKeys>(v_tiles + (stage ^ 1) * kTile, j0 + kKeys, at.out);
             ptx::cp_async_commit();
         }
-        if (row0 >= a.T || j0 >= row0 + 16) return;  // nothing of it concerns this warp
+        if (row0 >= a.T || j0 >= row0 + 16) return;  // this block does not concern this warp
         const int tile = stage * kTile, ahead = row0 + lane / 4 - (j0 + lane % 4 * 2);
         [[maybe_unused]] uint32_t keep = 0;
         if constexpr (kDrop) keep = keep_bits<false, kKeys>(drop, at, row0, j0, a.T);

@@ -4,16 +4,16 @@
 //   shapes     as in attention.cu: cuDNN is told the strides of packed qkv and dqkv, nothing is copied
 //   lse        cuDNN's "stats" (B, NH, T, 1) f32 are the log-sum-exp of the scaled scores that ops.h wants: its softmax
 //              node is max + LOG(sum of EXP(score - max)), both natural, and its backward takes them back by EXP
-//   memory     a workspace per shape and direction, from the first call on and until the process ends.  A deterministic
+//   memory     a workspace per shape and direction, kept from the first call until the process ends.  A deterministic
 //              backward may want B*NH*T*T*2 bytes (cuDNN then writes all of ds): 1.6 GB for 64 sequences of GPT-2 124M.
 //              AttentionGrad.scratch is not used.
-//   order      cuDNN's own.  Bits are those of one version of it on one kind of GPU, run to run; not with `fastest`.
+//   order      cuDNN's own.  One version on one kind of GPU repeats its bits from run to run, except with `fastest`.
 //   streams    the workspaces belong to the one compute stream.  The first call of a shape allocates and compiles.
 //
-// libcudnn.so.9 is loaded when it is first asked for: a binary that was built with it starts without.
+// libcudnn.so.9 is loaded at the first use of cuDNN: a binary that was built with cuDNN starts without the library.
 //
-// cuda.mk defines KILN_CUDNN where it found the headers, else KILN_CUDNN_MISSING: what was not found.  Over the
-// emulator it defines neither.
+// cuda.mk defines KILN_CUDNN where it found the headers, else KILN_CUDNN_MISSING as a text that says what is missing.
+// A build over the emulator has neither.
 #include "kernels/cuda/attention.h"
 
 #ifdef KILN_CUDNN
@@ -27,9 +27,9 @@
 #include <tuple>
 #include <unordered_map>
 
-// The frontend finds cuDNN's functions by dlsym() in cudnn_dlhandle.  CUDA's it would look for in a libcudart.so that
-// it loads itself, of CUDA 12 or 13, and it gives up where both are there.  Ours is linked statically: these two are
-// found before libc's and hand it out.
+// The frontend finds cuDNN's functions by dlsym() in cudnn_dlhandle.  It would seek CUDA's functions in a libcudart.so
+// of CUDA 12 or 13 that it loads itself, and it gives up where both exist.  Our runtime is linked statically: the two
+// functions below are found before libc's and hand out our runtime.
 namespace cudnn_frontend {
 void* cudnn_dlhandle = nullptr;
 
@@ -72,7 +72,7 @@ constexpr size_t kMinVersionBlackwell = 91800;  // of a deterministic backward o
 
 std::string version_text(size_t v) { return fe::detail::convert_version_to_str(v); }
 
-// Loads the library once.  Why that failed; empty: it is there.
+// Loads the library once.  Returns why that failed, or an empty text when the library is loaded.
 std::string load() {
     if (fe::cudnn_dlhandle) return "";
     void* const library = ::dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);
@@ -94,7 +94,7 @@ std::string load() {
 
 void check(const fe::error_t& error, const char* call) {
     if (!error.is_bad()) return;
-    cudaGetLastError();  // what is not sticky must not show again at the next launch
+    cudaGetLastError();  // clears an error that is not sticky: the next launch must not report it again
     fail(Exit::internal, "cuDNN {}: {} in {}", version_text(fe::detail::get_backend_version()), error.err_msg, call);
 }
 
@@ -118,14 +118,14 @@ struct Shape {
     auto operator<=>(const Shape&) const = default;
 };
 
-// What a graph's tensors are called when it is run.
+// The names of a graph's tensors when the graph is run.
 enum Id : int64_t { kQ = 1, kK, kV, kY, kLse, kDy, kDq, kDk, kDv };
 using Pointers = std::unordered_map<int64_t, void*>;
 
-// cuDNN's names for dimensions are (batch, head, time, channel); strides say how they lie.
+// cuDNN's dimensions are (batch, head, time, channel) in this order; strides say how they lie in memory.
 struct Layout {
     const Shape& a;
-    // One of the `parts` that a token's row of heads consists of: y (B, T, NH, HS) is 1, qkv (B, T, 3, NH, HS) is 3.
+    // One tensor of a row of `parts` tensors per token: 1 for y (B, T, NH, HS), 3 for qkv (B, T, 3, NH, HS).
     fe::graph::Tensor_attributes heads(Id id, const char* name, int64_t parts) const {
         const int64_t row = parts * a.NH * a.HS;
         return fe::graph::Tensor_attributes()
@@ -142,7 +142,7 @@ struct Layout {
             .set_stride({int64_t(a.NH) * a.T, a.T, 1, 1})
             .set_data_type(fe::DataType_t::FLOAT);
     }
-    // The same of a tensor that the graph itself has made.
+    // Gives the layout of `at` to a tensor that the graph itself has made.
     void place(const Tensor& output, const fe::graph::Tensor_attributes& at) const {
         output->set_output(true).set_uid(at.get_uid()).set_dim(at.get_dim()).set_stride(at.get_stride());
     }
@@ -186,7 +186,7 @@ void describe_backward(fe::graph::Graph& graph, const Shape& a, bool determinist
 
 // The graph of this shape, made at its first call.
 Plan& plan_for(const Shape& a, Pass pass, cudnnHandle_t handle) {
-    static auto& plans = *new std::map<std::tuple<Shape, Pass>, std::unique_ptr<Plan>>;  // as the handle
+    static auto& plans = *new std::map<std::tuple<Shape, Pass>, std::unique_ptr<Plan>>;  // never freed, as the handle
     std::unique_ptr<Plan>& kept = plans[{a, pass}];
     if (kept) return *kept;
     auto plan = std::make_unique<Plan>();
@@ -205,7 +205,7 @@ Plan& plan_for(const Shape& a, Pass pass, cudnnHandle_t handle) {
     return *kept;
 }
 
-// The library is loaded: cuda_backend() hands out a table only where nothing is refused.
+// The library is loaded here: cuda_backend() hands out a table only where attention_cudnn_refusal() is empty.
 void run(const Shape& a, Pass pass, Pointers pointers, Stream s) {
     try {
         const cudnnHandle_t handle = handle_for(s);
@@ -213,12 +213,12 @@ void run(const Shape& a, Pass pass, Pointers pointers, Stream s) {
         check(plan.graph.execute(handle, pointers, plan.workspace), "the running of a graph");
     } catch (const Error&) {
         throw;
-    } catch (const std::exception& e) {  // what the frontend throws: a function that this cuDNN lacks
+    } catch (const std::exception& e) {  // the frontend throws for a function that this cuDNN lacks
         fail(Exit::internal, "cuDNN: {}", e.what());
     }
 }
 
-// cuDNN refuses to differentiate T = 1, and before 9.10 to compute it under a mask.
+// cuDNN has no backward for T = 1, and before 9.10 no forward for T = 1 under a mask.
 bool takes(DType t, const DropoutMask& dropout, const Shape& a) {
     return t == DType::bf16 && dropout.p == 0 && is_fast_head(a.HS) && a.T > 1 && a.B > 0 && a.NH > 0;
 }

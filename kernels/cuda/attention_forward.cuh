@@ -9,17 +9,17 @@ struct ForwardTensors {
     const bf16* qkv;  // (B, T, 3, NH, HS)
 };
 
-// Shapes of the forward kernel for heads padded to W columns.  Two strips per warp: each fragment of K and V read from
-// shared memory feeds four products instead of two, or shared memory would be the limit.
+// Shapes of the forward kernel for heads padded to W columns.  With two strips per warp each fragment of K and V read
+// from shared memory feeds four products instead of two; with one strip shared memory would be the limit.
 template <int W, bool kDrop>
 struct ForwardShape {
     static constexpr int kStrips = kDrop ? 1 : 2, kRows = 16 * kStrips, kQueries = kRows * kWarps,
                          kKeys = W <= 64 ? 64 : 32;
-    static constexpr bool kHoldQ = W <= 64;  // the sums of a wider head leave no registers for it
+    static constexpr bool kHoldQ = W <= 64;  // the sums of a wider head leave no registers for Q
     static constexpr size_t kBytes = size_t(kQueries + 4 * kKeys) * W * sizeof(bf16);
 };
 
-// One block of scores s of a warp becomes weights exp(s - m); the sums so far are scaled to the new largest score m.
+// Turns a warp's block of scores s into weights exp(s - m), and scales the sums so far to the new largest score m.
 template <int S, int N, int W>
 __device__ __forceinline__ void softmax_step(float (&s)[S][N / 8][4], float (&o)[S][W / 8][4], float (&m)[S][2],
                                              float (&l)[S][2], float scale_log2) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_forward_kernel(SIMT_PAR
 
     const Place at = place_of(a);
     const bf16* q = t.qkv + at.qkv;                     // (T, HS) in rows of at.in
-    const Source<W> keys(q + at.out, at.in, a);         // and values, at.out further
+    const Source<W> keys(q + at.out, at.in, a);         // of keys; values are at.out further
     const int q0 = (a.tiles - 1 - at.tile) * kQueries;  // the longest rows start first
     const int row0 = q0 + warp_id() * Shape::kRows;     // first query of the warp
     const int lane = lane_id();
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_forward_kernel(SIMT_PAR
             keys.template load<kKeys>(v_tiles + (stage ^ 1) * kTile, j0 + kKeys, at.out);
             ptx::cp_async_commit();
         }
-        if (row0 >= a.T || j0 >= row0 + Shape::kRows) return;  // nothing of it concerns this warp
+        if (row0 >= a.T || j0 >= row0 + Shape::kRows) return;  // this block does not concern this warp
         [[maybe_unused]] uint32_t keep[S];
         if constexpr (kDrop) {
             SIMT_UNROLL
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_forward_kernel(SIMT_PAR
         }
         float s[S][kKeys / 8][4] = {};
         add_rows_by_rows<S, kKeys, W>(s, q_rows, k_tiles, stage * kTile);
-        if (masked) {  // keys from T on are past every query that counts
+        if (masked) {  // keys from T on come after every query below T
             const int ahead = row0 + lane / 4 - (j0 + lane % 4 * 2);
             SIMT_UNROLL
             for (int i = 0; i < S; i++) {
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_forward_kernel(SIMT_PAR
         }
         add_times_tile<S, kKeys, W>(o, s, v_tiles, stage * kTile);
     };
-    const int whole = q0 / kKeys;  // blocks that no query of the tile is masked in
+    const int whole = q0 / kKeys;  // blocks in which no query of the tile is masked
     int block = 0;
     if constexpr (W <= 64) {
         SIMT_NO_UNROLL

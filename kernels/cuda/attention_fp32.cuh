@@ -1,7 +1,7 @@
-// The fp32 kernels of attention.cu, for comparison and not for speed, and the sums over dy y that both types need.
+// The fp32 kernels of attention.cu, for comparison and not for speed, and the kernel of D = dy . y for both types.
 //
-// One warp per row, query or key.  It walks over the other side 32 rows at a time: first a lane owns a row of these and
-// computes its weight, then a lane owns columns and adds up the 32 rows.
+// One warp per row, a query or a key.  The warp walks over the rows of the other kind, 32 at a time: first each lane
+// owns one of these rows and computes its weight, then each lane owns columns and adds up the 32 rows.
 #pragma once
 #include "kernels/cuda/attention_tile.cuh"
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ float keep_factor(const device::DropoutStream& drop, 
 HOST_DEVICE constexpr size_t fp32_forward_floats(int HS) { return size_t(2) * HS + 32; }
 HOST_DEVICE constexpr size_t fp32_backward_floats(int HS) { return size_t(4) * HS + 64; }
 
-// A lane reads only the columns that it wrote, of o as well as of the other sums below: no barrier for these.
+// A lane reads only columns that it wrote itself, of o and of the other sums below: these need no barrier.
 __global__ void attention_fp32_forward_kernel(SIMT_PARAM Fp32Tensors t, SIMT_PARAM Sizes a,
                                               SIMT_PARAM device::DropoutStream parameter) {
     SIMT_DYN_SHARED(shared);
@@ -66,7 +66,7 @@ __global__ void attention_fp32_forward_kernel(SIMT_PARAM Fp32Tensors t, SIMT_PAR
     for (int c = lane; c < a.HS; c += 32) t.y[at.y + size_t(i) * at.out + c] = o[c] / l;
 }
 
-// dk and dv of a key: the queries from it on, ascending.
+// dk and dv of one key: sums over the queries from this key on, ascending.
 __global__ void attention_fp32_backward_keys_kernel(SIMT_PARAM Fp32Tensors t, SIMT_PARAM Sizes a,
                                                     SIMT_PARAM device::DropoutStream parameter) {
     SIMT_DYN_SHARED(shared);
@@ -106,7 +106,7 @@ __global__ void attention_fp32_backward_keys_kernel(SIMT_PARAM Fp32Tensors t, SI
     for (int c = lane; c < a.HS; c += 32) out[at.out + c] = dk[c] * a.scale, out[2 * at.out + c] = dv[c];
 }
 
-// dq of a query: the keys up to it, ascending.
+// dq of one query: a sum over the keys up to this query, ascending.
 __global__ void attention_fp32_backward_queries_kernel(SIMT_PARAM Fp32Tensors t, SIMT_PARAM Sizes a,
                                                        SIMT_PARAM device::DropoutStream parameter) {
     SIMT_DYN_SHARED(shared);
