@@ -1,5 +1,5 @@
-// Causal self-attention for Hopper (compute capability 9.0): bf16, heads of 64 and 128.  The portable kernels, with the
-// same meaning, are in attention.cu; they also take what these do not: dropout, fp32, other heads.
+// Causal self-attention for Hopper (compute capability 9.0): bf16, heads of 64 and 128.  The portable kernels in
+// attention.cu compute the same, and also take dropout, fp32 and other heads.
 //
 //   forward    s_ij = q_i . k_j / sqrt(HS), j <= i     p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
 //              y_i = sum_j p_ij v_j
@@ -9,10 +9,10 @@
 //   shapes     qkv, dqkv (B, T, 3, NH, HS)    y, dy (B, T, NH, HS)    lse, scratch (B, NH, T) f32
 //   kernels    attention_sm90_forward.cuh; attention_sm90_backward.cuh: dq and D, then dk and dv
 //   rounding   p and ds are rounded to bf16 before the products with v, dy, q and k; all else is fp32
-//   traffic    every tile arrives by TMA, straight from the packed layouts and back into them, from L2 but for the
-//              first time; forward reads k, v once per 128 queries; backward likewise k, v, and q, dy once per 128
-//              keys.   bound: compute, 2 products forward and 7 backward.  Five would do for a backward that adds up
-//              dq in memory, in a fixed order; which of the two is faster is not measured (docs/log.md)
+//   traffic    TMA moves every tile straight from and to the packed layouts, from L2 except the first time; forward
+//              reads k, v once per 128 queries; backward does too, and reads q, dy once per 128 keys.   bound: compute,
+//              2 products forward and 7 backward.  A backward that adds up dq in memory, in a fixed order, needs 5;
+//              which one is faster is not measured (docs/log.md)
 //   work       persistent blocks, one per multiprocessor, take tiles of 128 rows in pairs of equal work; a warpgroup
 //              has 64 of the rows and skips the keys that none of them sees: at T = 1024 6 % more scores than the
 //              causal half
@@ -37,7 +37,7 @@ using attention_sm90::kThreads;
 using attention_sm90::kTile;
 using attention_sm90::Sizes;
 
-// What these kernels leave to the portable ones.
+// True for the calls that these kernels take.  The portable ones compute all others.
 bool takes(DType real, int HS, const DropoutMask& dropout) {
     return real == DType::bf16 && is_fast_head(HS) && !(dropout.p > 0);
 }

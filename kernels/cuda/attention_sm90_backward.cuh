@@ -2,15 +2,15 @@
 // element is written once, by one thread: nothing is added up in memory, and the bits are the same every time.
 //
 // Blocks of 64 rows of the other side stream past.  A warpgroup's 64 rows begin at a block, so that its first block
-// lies on the diagonal, every later one is whole, and one block of a tile concerns only one of the two.
+// lies on the diagonal, every later block is unmasked, and one block per tile concerns only one of the two warpgroups.
 #pragma once
 #include "kernels/cuda/attention_sm90_tile.cuh"
 
 namespace attention_sm90 {
 constexpr int kBlock = 64;  // rows that stream past at a time
 
-// Pieces of shared memory of both kernels: kOperands tiles that stay for a while, of which the results take the place,
-// and pairs of blocks.  kStats: floats that come with a pair.
+// The shared memory of both kernels: kOperands tiles that stay until results take their place, and pairs of blocks that
+// stream past.  kStats: floats that come with a pair.
 template <int HS, int kOperands, int kStats>
 struct Backward {
     static constexpr int kOwn = HS == 64 ? 2 : 1, kStages = 4;  // buffers of tiles, of blocks
@@ -60,7 +60,7 @@ struct Backward {
         barriers->pair.wait_empty(pair);
         ptx::mbar_arrive_expect_tx(&barriers->pair.full[pair.at()], 2 * kBlockBytes);
     }
-    // A block that concerns only the other warpgroup.
+    // Skips a block that concerns only the other warpgroup.
     __device__ __forceinline__ void pass(Ring<kStages>& pair) const {
         barriers->pair.wait_full(pair);
         barriers->pair.give_back(pair);
@@ -68,7 +68,7 @@ struct Backward {
     }
 };
 
-// d (64, kBlock) = the warpgroup's rows, held in registers or as they lie in its tile, times a block's rows.
+// d (64, kBlock) = the warpgroup's rows, held in registers or read from their tile, times a block's rows.
 template <int HS, bool kHeld>
 struct LeftRows {
     uint32_t held[kHeld ? HS / 16 : 1][4];
@@ -138,7 +138,7 @@ __device__ __forceinline__ void load_queries(const Queries<HS>& s, const QueryMa
     }
 }
 
-// Sum over the columns of two left operands' products: of the lane's two rows, the same in the lanes that share them.
+// sum = dot products of rows of x and y: for the lane's two rows, the same in all lanes that share these rows.
 template <int N>
 __device__ __forceinline__ void dot_rows(float (&sum)[2], const uint32_t (&x)[N][4], const uint32_t (&y)[N][4]) {
     sum[0] = sum[1] = 0;
@@ -167,7 +167,7 @@ __device__ __forceinline__ void query_gradients(const Queries<HS>& s, const floa
     float dq[HS / 2];             // (64, HS)
     Work work(a, true);
     Ring<Q::kOwn> own;
-    Ring<Q::kStages> before, now;  // pairs: whose product with ds runs, whose scores are computed
+    Ring<Q::kStages> before, now;  // the pair whose product with ds runs; the pair whose scores are computed
     for (Tile t; work.next(t); own.advance()) {
         float lse[2], D[2];  // of the lane's rows; lse log2(e)
         SIMT_UNROLL
@@ -176,7 +176,7 @@ __device__ __forceinline__ void query_gradients(const Queries<HS>& s, const floa
             lse[half] = i < a.T ? lse_of[size_t(t.head) * a.T + i] * kLog2e : INFINITY;
         }
         s.barriers->own.wait_full(own);
-        const int rows = group * kRows * 128;  // of the warpgroup in a panel
+        const int rows = group * kRows * 128;  // bytes before the warpgroup's rows in a panel
         if (group == 0) s.pass(now);
         before = now;
         q.take(s.tile(own.at(), 0) + rows);
@@ -286,7 +286,7 @@ __device__ __forceinline__ void load_keys(const Keys<HS>& s, const KeyMaps& maps
         }
     }
 }
-// By a whole warp: TMA cannot fetch rows of statistics that do not begin on 16 bytes, which most T make them.
+// Runs on a whole warp: TMA cannot fetch rows of statistics that begin off a 16-byte boundary, as they do for most T.
 template <int HS>
 __device__ __forceinline__ void load_stats(const Keys<HS>& s, const float* lse, const float* D) {
     const int lane = lane_id();
@@ -309,7 +309,7 @@ __device__ __forceinline__ void load_stats(const Keys<HS>& s, const float* lse, 
     }
 }
 
-// Scores are transposed here, keys by queries: weights and ds are left operands of the sums over queries as they lie.
+// Scores are transposed here, keys by queries: in registers, weights and ds are left operands of the sums over queries.
 template <int HS, int group>
 __device__ __forceinline__ void key_gradients(const Keys<HS>& s) {
     using K = Keys<HS>;
@@ -320,18 +320,18 @@ __device__ __forceinline__ void key_gradients(const Keys<HS>& s) {
     LeftRows<HS, K::kHeld> k, v;
     float p[kBlock / 2];         // (64 keys, kBlock queries) scores, then weights
     float products[kBlock / 2];  // (64, kBlock) dy . v, then ds
-    // (64, kBlock) p and ds as left operands.  A wide head leaves no registers for both: there the product that reads
-    // them ends before they are written again, and the other warpgroup's products fill the gap.
+    // (64, kBlock) p and ds as left operands.  A wide head leaves registers for only one of them: then each product
+    // ends before its operand is overwritten, and the other warpgroup's products fill the gap.
     constexpr bool kWide = HS > 64;
     uint32_t left[kWide ? 1 : 2][kBlock / 16][4];
     uint32_t(&weights)[kBlock / 16][4] = left[0], (&ds)[kBlock / 16][4] = left[kWide ? 0 : 1];
     float dk[HS / 2], dv[HS / 2];  // (64, HS)
     Work work(a, false);
     Ring<K::kOwn> own;
-    Ring<K::kStages> before, now;  // pairs: whose products with weights and ds run, whose scores are computed
+    Ring<K::kStages> before, now;  // the pair whose products with weights, ds run; the pair whose scores are computed
     for (Tile t; work.next(t); own.advance()) {
         s.barriers->own.wait_full(own);
-        const int rows = group * kRows * 128;  // of the warpgroup in a panel
+        const int rows = group * kRows * 128;  // bytes before the warpgroup's rows in a panel
         if (group == 1) s.pass(now);
         before = now;
         k.take(s.tile(own.at(), 0) + rows);
@@ -396,7 +396,7 @@ template <int HS>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_sm90_backward_keys_kernel(SIMT_PARAM KeyMaps maps, const float* lse, const float* D,  // (B, NH, T) both
                                         SIMT_PARAM Sizes a) {
-    using R = Registers<(HS == 64 ? 40 : 24)>;  // wide sums need all that can be had
+    using R = Registers<(HS == 64 ? 40 : 24)>;  // wide sums need every register that can be had
     SIMT_DYN_SHARED(shared);
     const Keys<HS> s(shared, a);
     if (threadIdx.x == 0) s.init();

@@ -1,7 +1,7 @@
 // The forward kernel of attention_sm90.cu: tiles of 128 queries, blocks of 128 keys from the diagonal down to key 0.
 //
-// A warpgroup's scores of the next block are computed while its own softmax of this one is still multiplied with V, and
-// while the other warpgroup is in its softmax: the two take turns in giving products to the tensor cores.
+// A warpgroup computes the scores of its next block beside the product of its last weights with V, while the other
+// warpgroup is in its softmax: the two take turns in giving products to the tensor cores.
 #pragma once
 #include "kernels/cuda/attention_sm90_tile.cuh"
 
@@ -68,8 +68,8 @@ struct Forward {
     }
 };
 
-// Scores s of W keys become weights exp(s - m) under the largest score m so far; l is the lane's share of their sum.
-// kept: what the sums so far are to be multiplied with.  kMasked: row r sees the first r + 1 + W - 64 keys.
+// Turns scores s of W keys into weights exp(s - m), where m is the largest score so far; l is the lane's share of their
+// sum.  kept: the factor for the sums so far.  kMasked: row r sees the first r + 1 + W - 64 keys.
 template <int W, bool kMasked>
 __device__ __forceinline__ void softmax(float* s, float (&m)[2], float (&l)[2], float (&kept)[2], float scale_log2) {
     const int row = 16 * warp_in_group() + lane_id() / 4 + W - kRows, column = lane_id() % 4 * 2;
@@ -102,8 +102,8 @@ __device__ __forceinline__ void softmax(float* s, float (&m)[2], float (&l)[2], 
     }
 }
 
-// One consuming warpgroup.  On the diagonal the first (kDiagonal = 64) sees half of the keys of a block, the second
-// (kDiagonal = 128) all of them.
+// One consuming warpgroup.  On the diagonal the first warpgroup (kDiagonal = 64) sees half of the keys of a block, the
+// second (kDiagonal = 128) all of them.
 template <int HS, int kDiagonal>
 __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
     using F = Forward<HS>;
@@ -121,7 +121,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
     Ring<F::kOwn> own;
     Ring<F::kStages> key, value;
 
-    // Products are started, and the blocks that they read given back when they have ended.
+    // start_* starts a product.  end_* gives back the block that the product reads, once the product has ended.
     const auto start_scores = [&](auto& scores, const uint8_t* q) {  // of the first keys of a block, or of all
         f.barriers->k.wait_full(key);
         ptx::wgmma_done(scores);
@@ -165,7 +165,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
         softmax<kDiagonal, true>(s, m, l, kept, scale_log2);
         pack(p, diagonal);
 
-        // Scores of one more block, beside the product of the weights before with their values.
+        // Computes the scores of one more block, beside the product of the weights before with their values.
         const auto block = [&]<int kWeights, bool kAdd>() {
             ptx::bar_sync(kTurn, kThreadsOfTurn);
             start_scores(s, q);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
         };
         if (t.number == 0) {
             start_values.template operator()<kDiagonal, false>();
-            end_values();  // in both branches: with one wait behind them ptxas serialises the products (C7511)
+            end_values();  // in both branches: with one wait after them ptxas serialises the products (C7511)
         } else {
             block.template operator()<kDiagonal, false>();
             SIMT_NO_UNROLL
@@ -204,7 +204,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
         announce_results(&f.barriers->ready[own.at()]);
     }
     if (kNumber == 0)
-        ptx::bar_sync(kTurn, kThreadsOfTurn);  // the other's last turn has ended: as many waits as arrivals
+        ptx::bar_sync(kTurn, kThreadsOfTurn);  // answers the other warpgroup's last arrival: as many waits as arrivals
 }
 
 template <int HS>

@@ -1,4 +1,4 @@
-// What Hopper's attention kernels share: which tiles a block works on, tiles in shared memory, products by wgmma.
+// Shared by Hopper's attention kernels: which tiles a block works on, tiles in shared memory, products by wgmma.
 // The math is in attention_sm90.cu; DESIGN.md has a picture of the pipeline.
 //
 // A block has three warpgroups.  The first moves data: one of its threads loads tiles by TMA, another one stores
@@ -6,7 +6,7 @@
 //
 // Lane l of warp w (0..3) of a warpgroup holds of a 64 x N result d the elements d[4 j + e], e = 0..3, at row
 // 16 w + l/4 + 8 (e/2), column 8 j + 2 (l%4) + e%2.  Packed to bf16, columns 16 k .. 16 k + 15 are the left operand of
-// step k of the next product, as they lie: no shared memory between.
+// step k of the next product, without a way through shared memory.
 #pragma once
 #include "kernels/device.cuh"
 #include "kernels/ptx.cuh"
@@ -15,10 +15,9 @@ namespace attention_sm90 {
 constexpr int kGroup = 128, kConsumers = 2, kThreads = (1 + kConsumers) * kGroup;
 constexpr int kRows = 64, kTile = kConsumers * kRows;  // rows of a warpgroup, of a block
 constexpr unsigned kConsumerWarps = kConsumers * kGroup / 32;
-constexpr int kPanel = 64;  // columns of a panel: 128 bytes, what the swizzle spans
+constexpr int kPanel = 64;  // columns of a panel: 128 bytes, the span of the swizzle
 // Registers of a thread after setmaxnreg: of the first warpgroup, and of the others.  A block is launched with as many
-// for each thread as 65,536 allow, in steps of 8, and these are all that it can share out: an increase beyond them
-// would wait for ever.
+// per thread as 65,536 allow, in steps of 8, and can share out only these: an increase beyond them would wait for ever.
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;  // 168
 template <int kOfProducer>
 struct Registers {
@@ -38,8 +37,8 @@ struct Sizes {
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x % 32u); }
 __device__ __forceinline__ int warp_in_group() { return int(threadIdx.x / 32u % 4u); }
-// The warpgroup.  By a shuffle: so the compiler knows that it is one for the whole warp, and that branches on it do not
-// divide a warp, and keeps what depends on it in uniform registers, where wgmma wants its descriptors.
+// The warpgroup's number.  A shuffle tells the compiler that a whole warp has the same number: branches on it do not
+// divide the warp, and values that depend on it stay in uniform registers, where wgmma wants its descriptors.
 __device__ __forceinline__ int group_id() { return __shfl_sync(device::kAllLanes, int(threadIdx.x) / kGroup, 0); }
 
 // ---- which tiles
@@ -51,12 +50,12 @@ struct Tile {
 };
 
 // The tiles of the calling block, in the order in which all of its warps walk them: always a tile and its mirror image
-// (t and tiles - 1 - t), the longer one first.  Under the causal mask every such pair is the same work (the middle tile
-// of an odd number is half of it), so that blocks which take pairs in turn differ by one pair at the end; neighbouring
+// (t and tiles - 1 - t), the longer one first.  Under the causal mask all such pairs are equal work (the middle tile of
+// an odd number is half as much), so that blocks which take pairs in turn differ by one pair at the end.  Neighbouring
 // blocks work on one head, whose rows come from L2.
 class Work {
   public:
-    // last_is_longest: the tiles are of queries, and not of keys.
+    // last_is_longest: true for tiles of queries, false for tiles of keys.
     __device__ __forceinline__ Work(const Sizes& a, bool last_is_longest)
         : a_(a), pairs_((a.tiles + 1) / 2), item_(int(blockIdx.x)), last_is_longest_(last_is_longest) {}
     __device__ __forceinline__ bool next(Tile& t) {
@@ -93,7 +92,7 @@ class Ring {
   private:
     unsigned n_ = 0;  // may overflow: N divides 2^32
 };
-// Barriers of such a ring.  The producer waits for `empty` of the round before, which for the first round is over.
+// Barriers of such a ring.  The producer waits for `empty` of the round before; in the first round that is no wait.
 template <int N>
 struct Buffers {
     uint64_t full[N], empty[N];
@@ -102,7 +101,7 @@ struct Buffers {
     }
     __device__ __forceinline__ void wait_full(const Ring<N>& r) { ptx::mbar_wait(&full[r.at()], r.parity()); }
     __device__ __forceinline__ void wait_empty(const Ring<N>& r) { ptx::mbar_wait(&empty[r.at()], r.parity() ^ 1); }
-    // By each consuming warp when it reads the buffer no more.
+    // Each consuming warp calls it after its last read of the buffer.
     __device__ __forceinline__ void give_back(const Ring<N>& r) {
         if (lane_id() == 0) ptx::mbar_arrive(&empty[r.at()]);
     }
@@ -133,7 +132,7 @@ __device__ __forceinline__ void store_tile(const simt::TensorMap* to, const uint
         ptx::tma_store_4d(to, from + panel * kTile * 128, panel * kPanel, column, row, b);
 }
 
-// The warp's 16 rows of a tile of kTile rows as left operands, one per 16 columns.  `rows`: the warpgroup's.
+// The warp's 16 rows of a tile of kTile rows as left operands, one per 16 columns.  `rows`: the warpgroup's first row.
 template <int HS>
 __device__ __forceinline__ void read_rows(uint32_t (&a)[HS / 16][4], const uint8_t* rows) {
     const int lane = lane_id(), row = 16 * warp_in_group() + lane % 16;
@@ -142,7 +141,7 @@ __device__ __forceinline__ void read_rows(uint32_t (&a)[HS / 16][4], const uint8
         ptx::ldmatrix_x4(a[k], rows + k / 4 * kTile * 128 + chunk_at(row, k % 4 * 2 + lane / 16));
 }
 
-// The warpgroup's result times `factor` of each of the lane's two rows, rounded, into its rows of a tile.
+// Writes the warpgroup's result times `factor` of each of the lane's two rows, rounded, to its rows of a tile.
 template <int HS>
 __device__ __forceinline__ void write_rows(uint8_t* rows, const float (&d)[HS / 2], const float (&factor)[2]) {
     const int lane = lane_id(), row = 16 * warp_in_group() + lane % 16;
@@ -173,7 +172,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N], const uint32_t (&a)[4], 
         ptx::wgmma_m64n128k16_rs<kTransposeB>(d, a, b, scale_d);
 }
 
-// Where 16 columns k of a tile with panels of R rows begin, in the units of a descriptor.
+// The offset of columns 16 k .. 16 k + 15 of a tile with panels of R rows, in a descriptor's units of 16 bytes.
 template <int R>
 __device__ constexpr uint64_t step_at(int k) {
     return uint64_t(k / 4 * R * 128 + k % 4 * 32) >> 4;
@@ -202,7 +201,7 @@ __device__ __forceinline__ void multiply_tile(float (&d)[N], const uint32_t (&a)
     for (int k = 0; k < K / 16; k++) wgmma_rs<1>(d, a[k], at_b + (uint64_t(k * 16 * 128) >> 4), kAdd || k != 0);
 }
 
-// Rounded to bf16: the left operand of a product over the columns.
+// a = d rounded to bf16: the left operand of a product over the columns of d.
 template <int N, int A>
 __device__ __forceinline__ void pack(uint32_t (&a)[A][4], const float (&d)[N]) {
     SIMT_UNROLL
@@ -220,13 +219,13 @@ __device__ __forceinline__ float row_sum(float v) {
 
 // ---- roles
 
-// A consuming warp has written its share of results to shared memory: shows them to TMA and tells the storing thread.
+// For a consuming warp that has written results to shared memory: shows them to TMA and tells the storing thread.
 __device__ __forceinline__ void announce_results(uint64_t* ready) {
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane_id() == 0) ptx::mbar_arrive(ready);
 }
-// The storing thread: each tile's results, staged where its operands were; then the buffer may be filled again.
+// For the storing thread: stores each tile's results, which lie where its operands were, then frees the buffer.
 template <int N, class Store>
 __device__ __forceinline__ void store_results(Work work, Buffers<N>& own, uint64_t (&ready)[N], Store store) {
     Ring<N> ring;

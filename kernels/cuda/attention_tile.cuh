@@ -1,10 +1,10 @@
-// What the bf16 attention kernels share: where a block works, tiles in shared memory, products of tiles by tensor
-// cores, dropout masks in the layout of their results.  The shapes and the math are in attention.cu.
+// Shared by the bf16 attention kernels: where a block works, tiles in shared memory, products of tiles by tensor cores,
+// dropout masks in the layout of these products.  The shapes and the math are in attention.cu.
 //
 // A block has 4 warps.  A warp owns S strips of 16 rows of every product, so that rows never cross warps.  Lane l holds
 // of each 16 x 8 piece of a result the elements e = 0..3 at row l/4 + 8 (e/2), column 2 (l%4) + e%2: two neighbours in
-// each of two rows.  Packed to bf16, two such pieces side by side are the left operand of the next product: no shared
-// memory between.
+// each of two rows.  Packed to bf16, two such pieces side by side are the left operand of the next product, without a
+// way through shared memory.
 #pragma once
 #include "kernels/device.cuh"
 #include "kernels/dropout.cuh"
@@ -14,7 +14,7 @@ namespace attention {
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// A condition that a generic lambda knows when it is compiled; a bool takes its place where it does not.
+// A condition that a generic lambda knows at compile time.  A bool takes its place where only run time knows it.
 template <bool kValue>
 struct Always {
     __device__ constexpr operator bool() const { return kValue; }
@@ -47,9 +47,9 @@ __device__ __forceinline__ int warp_id() { return int(threadIdx.x / 32u); }
 
 // ---- tiles: rows of W columns in shared memory, zeros where the head is narrower or the sequence ends
 
-// Offset of the 16-byte chunk `chunk` of a row.  Chunks are permuted within rows: the same chunk of 8 consecutive rows,
-// which is what ldmatrix reads at once, lies in 8 different groups of banks.  A multiple of 8 rows can be added to an
-// offset afterwards, and 16 k columns by columns_on() where chunk is below 2.
+// Offset of the 16-byte chunk `chunk` of a row.  Chunks are permuted within rows: ldmatrix reads the same chunk of 8
+// consecutive rows at once, and these 8 lie in different groups of banks.  A multiple of 8 rows can be added to the
+// offset afterwards; columns_on() adds 16 k columns where chunk is below 2.
 template <int W>
 __device__ __forceinline__ int chunk_at(int row, int chunk) {
     return row * W + (chunk ^ (W == 32 ? row / 2 % 4 : row % 8)) * 8;
@@ -57,7 +57,7 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
 
 __device__ __forceinline__ int columns_on(int at, unsigned k) { return (at ^ int(16 * (k % 4))) + int(64 * (k / 4)); }
 
-// Copies rows of a head (T, HS) to tiles: the calling thread's share, one chunk column of every so many rows.
+// Copies rows of a head (T, HS) to tiles.  The calling thread's share is one chunk column of every kRows-th row.
 template <int W>
 class Source {
   public:
@@ -86,13 +86,13 @@ class Source {
     int stride_, row_, at_, end_;
 };
 
-// Rows [first, first + 16 S) of a head = the warp's results * factor, rounded, through the warp's own 16 S rows of a
-// tile that nobody reads any more: whole 16-byte chunks go out.
+// Stores rows [first, first + 16 S) of a head: the warp's results * factor, rounded.  They pass through the warp's own
+// 16 S rows of a tile that nobody reads any more, so that whole 16-byte chunks go out.
 template <int S, int W>
 __device__ __forceinline__ void store_rows(bf16* to, int stride, bf16* rows, const float (&sum)[S][W / 8][4],
                                            const float (&factor)[S][2], int first, const Sizes& a) {
     const int lane = lane_id();
-    __syncwarp();  // the warp's last reads of these rows
+    __syncwarp();  // after the warp's last reads of these rows
     SIMT_UNROLL
     for (int s = 0; s < S; s++) {
         SIMT_UNROLL
@@ -173,7 +173,7 @@ __device__ __forceinline__ void add_rows_by_rows(float (&sum)[S][N / 8][4], cons
     if constexpr (W <= 64) {
         SIMT_UNROLL
         for (unsigned k = 0; k < W / 16; k++) step(k);
-    } else {  // longer stretches of straight code are scheduled into more registers than there are
+    } else {  // the compiler schedules longer straight code into more registers than there are
         static_assert(!kHeld);
         SIMT_NO_UNROLL
         for (unsigned first = 0; first < W / 16; first += 2) {
@@ -220,7 +220,7 @@ __device__ __forceinline__ uint32_t exchanged(uint32_t bits, int lanes) {
 // The mask of one strip of scores, 16 x N: bit 4 n + e of the calling lane is set when element e of its piece n is
 // kept.  Rows are queries from i0 and columns keys from j0, or the other way round.  Whole warps call it.
 // A call of the generator gives four neighbouring keys of one query.  Where rows of the mask begin on such groups (T a
-// multiple of 4), the lanes that hold parts of a group share its call: one call per four elements.  Else one for each.
+// multiple of 4), the lanes that hold parts of a group share its call: one call per four elements.  Else one call each.
 template <bool kRowsAreKeys, int N>
 __device__ __forceinline__ uint32_t keep_bits(const device::DropoutStream& drop, const Place& at, int i0, int j0,
                                               int T) {
@@ -239,7 +239,7 @@ __device__ __forceinline__ uint32_t keep_bits(const device::DropoutStream& drop,
         }
         return bits;
     }
-    // The lane's own share: of piece n the group `mine` of those that its sharers need, four bits, one per key.
+    // The lane's own share in piece n: group `mine` of those that the sharing lanes need; four bits, one per key.
     const int mine = kRowsAreKeys ? row % 4 : lane % 2;
     SIMT_NO_UNROLL
     for (int n = 0; n < N / 8; n++) {
