@@ -272,7 +272,7 @@ struct Backend {
 };
 const Backend& cpu_backend();
 
-// Which kernels compute attention on a GPU (kernels/cuda/attention*.cu).
+// The kernels that can compute attention on a GPU (kernels/cuda/attention*.cu).
 enum class AttentionKernel : uint8_t {
     portable,  // for every device; the only one with dropout, with fp32, and with heads of other sizes than 64 and 128
     sm90,      // Hopper: compute capability 9.0 exactly
@@ -286,8 +286,8 @@ constexpr bool is_fast_head(int HS) { return HS == kFastHeadSizes[0] || HS == kF
 // The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary
 // without CUDA has none of the four functions below (macro KILN_CUDA).  The tables differ in attention only.
 const Backend& cuda_backend(AttentionKernel attention = AttentionKernel::portable);
-// Why these kernels cannot run on the open device, or are not in this binary; empty: they can.  Calls that only
-// `portable` takes (dropout, fp32, another head size) are no reason: they go to the portable kernels.
+// The reason why these kernels cannot run on the open device, or are not in this binary; empty: they can.  Calls that
+// only `portable` takes (dropout, fp32, another head size) are no reason: they go to the portable kernels.
 std::string cuda_attention_refusal(AttentionKernel attention);
 // The number of usable devices; 0 on a machine without a driver, with the reason in `why`.
 int cuda_device_count(std::string* why);

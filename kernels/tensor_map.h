@@ -19,7 +19,7 @@ inline decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
 }
 #endif
 
-// dim[0] is the contiguous dimension; stride[d] in bytes, for d >= 1; box is what one load or store moves.  Elements of
+// dim[0] is the contiguous dimension; stride[d] in bytes, for d >= 1; one load or store moves one box.  Elements of
 // two bytes are bf16, of four fp32.  The 128-byte swizzle needs an inner box of at most 128 bytes.
 inline TensorMap make_tmap(const void* base, int element_bytes, int rank, const uint64_t* dim, const uint64_t* stride,
                            const uint32_t* box, bool swizzle128) {

@@ -26,7 +26,7 @@ std::string too_old(int ordinal, const char* name, int capability) {
                        capability / 10, capability % 10, kMinCapability / 10, kMinCapability % 10);
 }
 
-// Why cudaGetDeviceCount failed.
+// The reason why cudaGetDeviceCount failed.
 std::string why_none(cudaError_t error) {
     const std::string text = cudaGetErrorString(error);
     cudaGetLastError();
