@@ -1,8 +1,8 @@
 // cp.async and mbarrier.
 //
-// Asynchrony is adversarial: a copy lands at its issue or as late as its wait, by a coin in random order and always
-// late otherwise, and its destination is NaN meanwhile; try_wait fails without reason one time in four in random
-// order.
+// The timing is adversarial.  In random order a coin decides whether a copy lands at its issue or as late as its wait;
+// in the other orders it always lands late.  The destination is NaN meanwhile.  In random order try_wait fails without
+// reason one time in four.
 #include <cstring>
 
 #include "state.h"
@@ -17,7 +17,7 @@ void land(CopyOp& op) {
     std::memset(to + op.n_source_bytes, 0, size_t(op.n_bytes - op.n_source_bytes));
 }
 
-// A barrier word is read by each operation on it: using it before its init was published is a race.
+// Each operation on an mbarrier reads its word: using an mbarrier before its init was published is a race.
 void use_word(uint32_t address, uintptr_t pc) {
     Block& b = block();
     if (b.racecheck) check_access({b.arena + address, 8, false, pc, int(self().lin), true});

@@ -1,8 +1,8 @@
 // Counters per kernel: how well a warp's accesses coalesce, and the bank conflicts of shared memory.
 //
 // The hooks see lanes one after the other.  Between two points where the lanes of a warp meet, the k-th execution of
-// one instruction by each lane is taken to be one request: exact as long as lanes run an instruction the same number
-// of times.
+// one instruction by each lane is taken to be one request: exact as long as all lanes run an instruction the same
+// number of times.
 #include <algorithm>
 #include <cstdio>
 
@@ -36,7 +36,7 @@ Touched touched(const Request& r) {
     }
     std::sort(ranges.begin(), ranges.end());
     Touched t;
-    uintptr_t bytes_to = 0, sectors_to = 0;  // what lies below has been counted
+    uintptr_t bytes_to = 0, sectors_to = 0;  // all below has been counted
     for (const auto& [first, end] : ranges) {
         if (end > bytes_to) t.bytes += end - std::max(first, bytes_to), bytes_to = end;
         const uintptr_t last_sector = (end - 1) / kSector + 1;
@@ -46,7 +46,7 @@ Touched touched(const Request& r) {
     return t;
 }
 
-// Cycles beyond the first for accesses that the hardware serves together: the most words that one bank must give.
+// Cycles beyond the first for accesses that the hardware serves together: the most words of one bank, less one.
 uint64_t conflict_cycles(std::vector<uintptr_t>& words) {
     std::sort(words.begin(), words.end());
     words.erase(std::unique(words.begin(), words.end()), words.end());
@@ -56,7 +56,8 @@ uint64_t conflict_cycles(std::vector<uintptr_t>& words) {
     return most > 1 ? most - 1 : 0;
 }
 
-// Up to 4 bytes per lane: the warp at once.  8 and 16 bytes: halves and quarters of the warp, one after the other.
+// The hardware serves the whole warp at once for up to 4 bytes per lane, halves of the warp one after the other for 8
+// bytes, and quarters for 16 bytes.
 uint64_t conflicts(const Request& r) {
     std::vector<uintptr_t> words;
     uint64_t extra = 0;

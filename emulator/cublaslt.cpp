@@ -1,24 +1,25 @@
 // cuBLASLt for the emulated device: strict about arguments, computed by the CPU backend's GEMM.
 //
-// A product runs when the stream comes to it; all that the caller may change before then is copied at the call.
-// Types     A and B both fp32 or both bf16; C and D of one type, that one or fp32; fp32 sums, alpha, beta on the host
-// Epilogues DEFAULT, BIAS, GELU_AUX, GELU_AUX_BIAS, DGELU, BGRADA, BGRADB; the GELUs see the fp32 sum, GELU_AUX stores
-//           it rounded; the sums of A or B over k are written at the bias pointer, in D's type
+// A product runs when the stream reaches it; all that the caller may change before then is copied at the call.
+// Types     A and B both fp32 or both bf16; C and D both of A's type or both fp32; fp32 sums, alpha, beta on the host
+// Epilogues DEFAULT, BIAS, GELU_AUX, GELU_AUX_BIAS, DGELU, BGRADA, BGRADB; the GELUs act on the fp32 sum, which
+//           GELU_AUX stores rounded; BGRADA and BGRADB write the sums of A or B over k at the bias pointer, in D's type
 //
-// An algorithm is for one problem: types, shapes, leading dimensions, operations and epilogue; Matmul refuses it for
-// another, and operands that are aligned less than the search was told.  Each has a number:
+// An algorithm belongs to one problem: types, shapes, leading dimensions, operations and epilogue.  cublasLtMatmul
+// refuses an algorithm of another problem, and operands with less alignment than the search was told.  The algorithms
+// have numbers:
 //
-//   0         16 bytes everywhere, all the epilogues and, for long sums, a workspace
-//   1, 2, 3   likewise, the sum in 2, 4, 8 parts that meet in fp32 in the workspace: each has bits of its own
-//   4, 5      3 parts that meet in D's type, in place and in the workspace
-//   6         5 parts and 6 parts in turn: the same call gives other bits when it is repeated
+//   0         needs 16-byte alignment everywhere; has all epilogues; takes a workspace for long sums
+//   1, 2, 3   like 0, with the sum in 2, 4, 8 parts that are added in fp32 in the workspace: each has bits of its own
+//   4, 5      like 0, in 3 parts that are added in D's type, in place and in the workspace
+//   6         like 0, in 5 parts and 6 parts in turn: the same call gives other bits when it is repeated
 //   7         plain: any alignment, no epilogue, no workspace
-//   100 + n   algorithm 0 or 2 told to take the sum in n parts, which meet in fp32 in the workspace; 200 + n  algorithm 1;
-//             on a machine that splits
+//   100 + n   algorithm 0 or 2, told to split the sum into n parts, which are added in fp32 in the workspace;
+//   200 + n   algorithm 1, told likewise; both only where Machine::splits is set
 //
 // The workspace is filled with NaNs.  A product of one column (a row of activations) has no epilogues, so that both
-// answers of the search occur in tests.  Operands that lie outside of device memory, or that overlap what is written,
-// are refused too.
+// answers of the search occur in tests.  Operands that lie outside of device memory, or that overlap an output, are
+// refused too.
 #include <cublasLt.h>
 
 #include <algorithm>
@@ -83,7 +84,7 @@ bool has_sums(const Desc& d) {
     return d.epilogue == CUBLASLT_EPILOGUE_BGRADA || d.epilogue == CUBLASLT_EPILOGUE_BGRADB;
 }
 
-// Copies a value into a descriptor's field; its size must be the field's.
+// Copies a value into a descriptor's field; n_bytes must be the field's size.
 template <class T>
 cublasStatus_t store(T& field, const void* value, size_t n_bytes) {
     if (!value || n_bytes != sizeof(T)) return CUBLAS_STATUS_INVALID_VALUE;
@@ -100,7 +101,7 @@ struct Problem {
     uint64_t k() const { return desc.of_a == CUBLAS_OP_N ? a.cols : a.rows; }
 };
 
-// What is wrong with a problem whatever the algorithm, pointers aside.
+// Checks a problem, for every algorithm and without its pointers.
 cublasStatus_t check(const Problem& p) {
     const Desc& e = p.desc;
     for (const Layout* l : {&p.a, &p.b, &p.c, &p.d}) {
@@ -138,12 +139,12 @@ struct Algorithm {
     uint64_t problem, workspace_bytes;
     uint32_t align_a, align_b, align_c, align_d, align_bias, align_aux;
     int32_t number, parts;
-    int32_t rounds;      // 1: what parts add up to is stored in D's type each time
-    uint32_t reduction;  // set by the caller, with the parts
+    int32_t rounds;      // 1: the sum is rounded to D's type after each part
+    uint32_t reduction;  // set by the caller, like the parts
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t) && std::has_unique_object_representations_v<Algorithm>);
 
-// Identifies what an algorithm is made for.
+// Identifies the problem that an algorithm belongs to.
 uint64_t fingerprint(const Problem& p) {
     const Desc& e = p.desc;
     uint64_t h = 0;
@@ -158,7 +159,7 @@ uint64_t fingerprint(const Problem& p) {
     return h;
 }
 
-// Those that want whole vectors, if the problem and the alignments that the caller promises allow it.
+// The algorithms on 16-byte vectors, if the problem and the alignments that the caller promises allow them.
 std::vector<Algorithm> vector_algorithms(const Problem& p, const Preference& wanted) {
     const Desc& e = p.desc;
     bool whole = std::min({wanted.align_a, wanted.align_b, wanted.align_c, wanted.align_d}) >= kVector;
@@ -205,7 +206,7 @@ Algorithm algorithm_of(const cublasLtMatmulAlgo_t& algo) {
     std::memcpy(&a, &algo, sizeof a);
     return a;
 }
-// For this problem; what the caller has changed of it is completed.
+// Checks that the algorithm belongs to this problem; sets its workspace where the caller has changed its parts.
 cublasStatus_t check(const Problem& p, Algorithm& a) {
     if (a.problem != fingerprint(p)) return CUBLAS_STATUS_INVALID_VALUE;
     if (a.number < kSplit) return CUBLAS_STATUS_SUCCESS;
@@ -215,7 +216,7 @@ cublasStatus_t check(const Problem& p, Algorithm& a) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// On the clock of a machine that has one.
+// Duration on the nominal clock (Machine::has_clock).
 double product_us(const Problem& p, const Algorithm& a) {
     const emulator::Machine& m = emulator::machine();
     return 100.0 * (a.number == m.fastest_algorithm ? 1 : 2 + a.number) +
@@ -233,7 +234,7 @@ bool overlap(const void* p, size_t n, const void* q, size_t m) {
     const auto a = reinterpret_cast<uintptr_t>(p), b = reinterpret_cast<uintptr_t>(q);
     return a < b + m && b < a + n;
 }
-// What is wrong with the addresses.
+// Checks the addresses.
 cublasStatus_t check(const Problem& p, const Operands& o, const Algorithm& chosen, size_t workspace_bytes) {
     const Desc& e = p.desc;
     struct Place {
@@ -256,7 +257,7 @@ cublasStatus_t check(const Problem& p, const Operands& o, const Algorithm& chose
         if (!o.workspace || !aligned(o.workspace, kWorkspaceAlign)) return CUBLAS_STATUS_INVALID_VALUE;
         written.push_back({o.workspace, size_t(chosen.workspace_bytes), 1});
     }
-    if (o.c) {  // D itself, laid out alike, or apart from all that is written
+    if (o.c) {  // C is D itself with the same layout, or overlaps no output
         const bool in_place = o.c == o.d;
         if (in_place && p.c.ld != p.d.ld) return CUBLAS_STATUS_INVALID_VALUE;
         if (!in_place) read.push_back({o.c, bytes_of(p.c), chosen.align_c});
@@ -297,12 +298,12 @@ std::vector<float> packed(const Layout& l, const void* p, Range rows, Range cols
     return v;
 }
 
-// What a range of k contributes.
+// The contribution of a range of k.
 struct Part {
     std::vector<float> product;  // (n, m)
     std::vector<float> sums;     // (m) or (n): of A or B over k, where the epilogue has them
 };
-// To a row-major GEMM these matrices are their own transposes: D^T (n, m) = op(B)^T (n, k) op(A)^T (k, m).
+// A row-major GEMM reads column-major matrices as their transposes: D^T (n, m) = op(B)^T (n, k) op(A)^T (k, m).
 Part compute_part(const Problem& p, const Operands& o, Range k) {
     const Desc& e = p.desc;
     const bool a_plain = e.of_a == CUBLAS_OP_N, b_plain = e.of_b == CUBLAS_OP_N;
@@ -321,7 +322,7 @@ Part compute_part(const Problem& p, const Operands& o, Range k) {
     if (!has_sums(e)) return part;
     const bool of_a = e.epilogue == CUBLASLT_EPILOGUE_BGRADA;
     const std::vector<float>& summed = of_a ? a : b;
-    const bool k_within = of_a ? !a_plain : b_plain;  // neighbours differ in k
+    const bool k_within = of_a ? !a_plain : b_plain;  // neighbours in memory differ in k
     const uint64_t n = of_a ? p.m() : p.n(), depth = k.end - k.begin;
     part.sums.resize(n);
     for (uint64_t l = 0; l < depth; l++)

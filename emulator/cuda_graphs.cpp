@@ -17,7 +17,8 @@ bool ready(const Run& run, size_t i) {
         if (!run.done[before]) return false;
     return true;
 }
-// Runs all nodes, of several that are ready the last captured first; false: one has to wait for something outside.
+// Runs all nodes; of several that are ready, late mode takes the last captured, eager mode the first, random mode any.
+// False: a node has to wait for something outside the graph.
 bool advance(Run& run) {
     const size_t n = run.nodes->size();
     while (run.n_done < n) {
@@ -34,7 +35,7 @@ bool advance(Run& run) {
     return true;
 }
 
-// Every node of the capture must come before what the origin would do next.
+// True when the origin's next operation would come after every node of the capture.
 bool all_joined(const Capture& c) {
     std::vector<bool> reached(c.nodes.size());
     const auto origin = c.ends.find(c.origin);
@@ -136,7 +137,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
     delete graph;
     return cudaSuccess;
 }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {  // a launch of it still runs
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {  // earlier launches still run
     delete executable;
     return cudaSuccess;
 }

@@ -1,8 +1,9 @@
 // Memory of the emulated CUDA runtime.
 //
-//   - every pointer of a copy is looked up: which memory it is, whether it is live, whether one allocation holds it all
-//   - a copy from pinned memory reads it when the stream gets there, one from pageable memory at the call
-//   - memory begins as NaN, and is NaN again before it is freed; an ASan build reports a host that touches the device's
+//   - every pointer of a copy is looked up: the kind of memory, whether it is live, whether one allocation holds it all
+//   - a copy from pinned memory reads when the stream gets there, a copy from pageable memory at the call
+//   - memory begins as NaN, and is NaN again before it is freed
+//   - an ASan build reports host code that touches device memory
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -47,8 +48,8 @@ cudaError_t check_range(const State& s, const char* what, const void* p, size_t 
 }
 bool is_pinned(const State& s, const void* p) { return owner(s, p) != nullptr; }
 
-// In an ASan build the host may touch device memory only inside an operation.  Large blocks are left open: each call
-// would take too long.
+// In an ASan build the host may touch device memory only inside an operation.  Large blocks stay open: to open and
+// close them at each call would take too long.
 constexpr size_t kGuardedBytes = size_t(1) << 20;
 #ifdef GUARD_DEVICE_MEMORY
 constexpr bool kGuardsMemory = true;
@@ -114,7 +115,7 @@ cudaError_t release_call(void* p, bool pinned) {
     return e;
 }
 
-constexpr double kMoveUs = 5;  // a copy or a filling, on the clock of a machine that has one
+constexpr double kMoveUs = 5;  // duration of a copy or a fill on the nominal clock (Machine::has_clock)
 
 cudaError_t copy(State& s, void* to, const void* from, size_t n_bytes, cudaMemcpyKind kind, CUstream_st& stream) {
     if (kind == cudaMemcpyDefault) {

@@ -1,9 +1,9 @@
 // The CUDA runtime of the emulated build: errors, the machine, devices, launches.  cuda_memory.cpp: memory and copies;
-// cuda_streams.cpp: when work runs; cuda_graphs.cpp: graphs.  It is as strict as the hardware, or stricter:
+// cuda_streams.cpp: when work runs; cuda_graphs.cpp: graphs.  The runtime is as strict as the hardware, or stricter:
 //
 //   - a kernel's failure is sticky; its text is the emulator's report, with the kernel's name
 //   - the limits of a launch are those of the compute capability
-//   - an error that nobody took shows at the next launch
+//   - an error that no cudaGetLastError has fetched shows at the next launch
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
@@ -16,8 +16,8 @@
 namespace emulator::runtime {
 namespace {
 thread_local cudaError_t t_last_error = cudaSuccess;
-thread_local std::map<cudaError_t, std::string> t_texts;  // what explain() noted
-thread_local cudaError_t t_explained = cudaSuccess;       // by the call that runs
+thread_local std::map<cudaError_t, std::string> t_texts;  // noted by explain()
+thread_local cudaError_t t_explained = cudaSuccess;       // by the current call
 thread_local int t_device = 0;
 
 struct ErrorText {
@@ -93,7 +93,7 @@ Machine read_machine() {
     read_env("KILN_EMULATOR_CUBLASLT", m.cublaslt_version);
     return m;
 }
-constexpr size_t kSharedPerBlock = 48 << 10;  // without being asked for
+constexpr size_t kSharedPerBlock = 48 << 10;  // without cudaFuncSetAttribute
 size_t shared_limit(int capability) {
     switch (capability) {
         case 75:
@@ -115,8 +115,8 @@ cudaError_t bad_device(int ordinal) {
 }
 
 // ---- kernels
-constexpr double kKernelUs = 10;  // on the clock of a machine that has one
-// Dynamic shared memory that a block of this kernel may have: what cudaFuncSetAttribute asked for, or the default.
+constexpr double kKernelUs = 10;  // duration on the nominal clock (Machine::has_clock)
+// Bytes of dynamic shared memory that a block of this kernel may have: set by cudaFuncSetAttribute, or the default.
 size_t limit_of(const State& s, const void* kernel) {
     const auto asked = s.shared_limit.find(kernel);
     return asked == s.shared_limit.end() ? kSharedPerBlock : asked->second;
@@ -139,7 +139,7 @@ cudaError_t check_launch(const State& s, const void* kernel, dim3 grid, dim3 blo
 }
 }  // namespace
 
-// ---- what cuda_state.h declares
+// ---- declared in cuda_state.h
 State& state() {
     static State& s = *new State;
     return s;
@@ -186,13 +186,13 @@ using namespace emulator::runtime;
 using emulator::machine;
 using emulator::Machine;
 
-// ---- what cuda_emulator_host.h and emulator.h declare
+// ---- declared in cuda_emulator_host.h and emulator.h
 namespace emulator {
 Machine& machine() {
     static Machine m = read_machine();
     return m;
 }
-void pass_us(double us) { state().passed_us += us; }  // operations run under the lock
+void pass_us(double us) { state().passed_us += us; }  // called by operations, which run under the lock
 void reset_device() {
     State& s = state();
     const std::lock_guard<std::mutex> lock(s.mutex);
@@ -214,14 +214,14 @@ cudaError_t enqueue_kernel(const void* kernel, dim3 grid, dim3 block, size_t n_s
         if (stream->device != t_device)
             return explain(cudaErrorInvalidResourceHandle, "the stream belongs to another device than the current one");
         if (const cudaError_t e = check_launch(s, kernel, grid, block, n_shared_bytes); e != cudaSuccess) return e;
-        // With the static arrays: a block that asked may have what the device has.
+        // Static arrays included: after cudaFuncSetAttribute a block may have all that the device has.
         const size_t limit = s.shared_limit.contains(kernel) ? shared_limit(machine().capability) : kSharedPerBlock;
         return enqueue(s, *stream, [=, body = std::move(body)] {
             pass_us(kKernelUs);
             return launch_impl(grid, block, n_shared_bytes, body, kernel, limit), true;
         });
     });
-    return cudaGetLastError();  // like a launch under nvcc: an older error that nobody took shows here
+    return cudaGetLastError();  // like a launch under nvcc: an older error that nobody fetched shows here
 }
 }  // namespace emulator
 

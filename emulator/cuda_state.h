@@ -1,8 +1,8 @@
-// What the files of the emulated CUDA runtime share: the state behind the calls, and how every call starts and ends.
+// Shared by the files of the emulated CUDA runtime: the state behind the calls, and how every call starts and ends.
 //
-// A stream is a queue of operations.  An operation runs when the host waits for it, or earlier where the mode says so,
-// and never before its predecessor in the stream and the operations it comes `after`; all of these were issued before
-// it, so there is no cycle.  One lock guards everything; operations run under it, on the thread that waits.
+// A stream is a queue of operations.  An operation runs when the host waits for it, or earlier where the stream mode
+// says so, and never before its predecessor in the stream and the operations in its `after`.  All of those were issued
+// earlier, so there is no cycle.  One lock guards everything; operations run under the lock, on the thread that waits.
 #pragma once
 #include <chrono>
 #include <deque>
@@ -28,7 +28,7 @@ using OpPtr = std::shared_ptr<Op>;
 
 struct Node {  // an operation of a graph
     Work work;
-    std::vector<size_t> after;  // its predecessors' places
+    std::vector<size_t> after;  // indices of its predecessors
 };
 using Nodes = std::vector<Node>;
 struct Capture {
@@ -37,7 +37,7 @@ struct Capture {
     std::thread::id thread;
     bool invalid = false;
     Nodes nodes;
-    std::map<CUstream_st*, std::vector<size_t>> ends;  // of each stream in it: what its next operation comes after
+    std::map<CUstream_st*, std::vector<size_t>> ends;  // by stream: the nodes that its next operation comes after
 };
 using CapturePtr = std::shared_ptr<Capture>;
 
@@ -60,8 +60,8 @@ struct State {
     bool memory_is_open = false;  // an ASan build lets the host touch device memory only inside operations
     uint64_t random = 0;
     uint64_t draw();
-    double passed_us = 0;                         // of the clock that events tell where the machine has one
-    std::chrono::steady_clock::time_point now();  // what an event that is reached here and now tells
+    double passed_us = 0;                         // time of the nominal clock, see Machine::has_clock
+    std::chrono::steady_clock::time_point now();  // the time that an event would record now
 };
 State& state();  // never destroyed: calls at exit are safe
 
@@ -86,7 +86,8 @@ void close_memory(State& s);
 int current_device();
 
 // ---- captures
-// Refuses what would wait, or touch other streams, while a capture is in progress that forbids it; spoils the capture.
+// For calls that wait or touch other streams: spoils the capture in progress that forbids such calls, and returns its
+// error; cudaSuccess where there is none.
 cudaError_t refuse_in_capture(State& s, const char* what);
 cudaError_t spoil(Capture& c, cudaError_t error, const char* why);
 
@@ -111,8 +112,8 @@ cudaError_t call(F&& f) {
 struct CUstream_st {
     int device = 0;
     bool is_null = false;
-    bool joins_null = true;  // waits for the default stream, and it for this one
-    bool destroyed = false;  // and gone with its last operation
+    bool joins_null = true;  // this stream and the default stream wait for each other
+    bool destroyed = false;  // true: erased after its last operation
     std::deque<emulator::runtime::OpPtr> queue;
     emulator::runtime::OpPtr last;
     emulator::runtime::CapturePtr capture;
@@ -120,10 +121,10 @@ struct CUstream_st {
 struct CUevent_st {
     int device = 0;
     bool timed = true;
-    emulator::runtime::OpPtr op;  // the last record; null: never
+    emulator::runtime::OpPtr op;  // the last record; null: never recorded
     std::shared_ptr<std::chrono::steady_clock::time_point> at;
-    emulator::runtime::CapturePtr capture;  // where it was last recorded in one:
-    std::vector<size_t> capture_ends;       // the nodes it stands for
+    emulator::runtime::CapturePtr capture;  // the capture that the event was last recorded in, or null
+    std::vector<size_t> capture_ends;       // the nodes of that capture that the event stands for
 };
 struct CUgraph_st {
     emulator::runtime::Nodes nodes;

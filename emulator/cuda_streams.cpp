@@ -1,7 +1,7 @@
 // The emulated runtime's streams and events, and when their operations run.
 //
 //   late    an operation runs when the host waits for it or for one that comes after it; of independent streams the
-//           newest runs first.  A query runs one operation, so a host that polls gets on.
+//           newest runs first.  A query runs one operation, so a host that polls makes progress.
 //   eager   at the call             random   some operations at every call, by the emulator's seed
 #include "cuda_state.h"
 
@@ -25,7 +25,7 @@ OpPtr first_before(OpPtr goal) {
     }
 }
 
-// Runs an operation that nothing pending comes before; false: it is not ready yet.
+// Runs an operation whose predecessors are all done; false: the operation is not ready yet.
 bool execute(State& s, const OpPtr& op) {
     if (!s.memory_is_open) open_memory(s);
     bool done = true;
@@ -47,7 +47,7 @@ bool execute(State& s, const OpPtr& op) {
     return true;
 }
 
-// Runs one operation of some stream, of `device` where that is not negative; false: none is ready.
+// Runs one operation of any stream of `device` (of any device where `device` is negative); false: none is ready.
 bool step_any(State& s, int device) {
     const size_t n = s.streams.size(), start = machine().mode == StreamMode::random && n ? s.draw() % n : 0;
     for (size_t i = 0; i < n; i++) {
@@ -67,7 +67,7 @@ void let_others_run(State& s) {
     std::this_thread::yield();
     s.mutex.lock();
 }
-// What a query does: one step towards `goal`, as the device would have got on meanwhile.
+// A query takes one step towards `goal`: a device would have made progress meanwhile.
 cudaError_t query(State& s, const OpPtr& goal) {
     if (goal && !goal->done) execute(s, first_before(goal));
     if (s.sticky != cudaSuccess) return s.sticky;
@@ -110,7 +110,7 @@ cudaError_t enqueue(State& s, CUstream_st& stream, Work work, OpPtr after) {
     op->work = std::move(work);
     op->stream = &stream;
     if (after && !after->done) op->after.push_back(std::move(after));
-    for (const auto& other : s.streams) {  // the default stream and those that join it wait for each other
+    for (const auto& other : s.streams) {  // the default stream and the streams that join it wait for each other
         const bool joined = stream.is_null ? other->joins_null : stream.joins_null && other->is_null;
         if (!joined || other.get() == &stream || other->device != stream.device) continue;
         if (other->capture)
@@ -185,7 +185,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
         if (!stream) return cudaErrorInvalidResourceHandle;
         if (stream->capture) return spoil(*stream->capture, cudaErrorStreamCaptureUnsupported, "cudaStreamSynchronize");
         std::vector<OpPtr> goals{stream->last};
-        if (stream->is_null)  // what waits for the default stream waits for all streams that join it
+        if (stream->is_null)  // a wait for the default stream is a wait for all streams that join it
             for (const auto& other : s.streams)
                 if (other->joins_null && other->device == stream->device) goals.push_back(other->last);
         for (const OpPtr& goal : goals)
@@ -271,8 +271,8 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
         return cudaSuccess;
     });
 }
-// External, in a capture: a node of the graph, which records the event whenever the graph runs.  A wait for the event
-// between the graph's launch and its run finds what was recorded before.
+// An external record in a capture becomes a node of the graph, which records the event whenever the graph runs.  A wait
+// for the event between the graph's launch and its run finds the record before.
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_handle, unsigned flags) {
     if (flags == cudaEventRecordDefault) return cudaEventRecord(handle, stream_handle);
     return call([&](State& s) -> cudaError_t {

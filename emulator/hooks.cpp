@@ -1,8 +1,9 @@
 // The runtime of -fsanitize=thread, for the race build: the compiler calls these functions at every access to memory
-// that is not a local variable, and the program is linked without libtsan.  In host code, which shares its object
-// files with the kernels, they do nothing.
+// that is not a local variable, and the program is linked without libtsan.  Called from host code, which shares its
+// object files with the kernels, the functions do nothing.
 //
-// memcpy and its kin are sent here by objcopy (see the Makefile): compilers turn copies of structs into calls of them.
+// objcopy redirects memcpy, memmove and memset to this file (see the Makefile): compilers turn copies of structs into
+// such calls.
 #include <cstring>
 
 #include "state.h"
@@ -22,7 +23,7 @@ void memory_hook(const void* p, size_t n_bytes, bool write, bool atomic, uintptr
 }
 
 namespace {
-// The entry points that are not called "unaligned" promise natural alignment; a device would fault.
+// Entry points without "unaligned" in their name promise natural alignment; a misaligned access would fault on a GPU.
 void check_natural_alignment(const void* p, size_t n_bytes, uintptr_t pc) {
     if (reinterpret_cast<uintptr_t>(p) % n_bytes == 0 || !in_kernel() || !block().racecheck || block().in_hook) return;
     block().in_hook = true;
@@ -77,7 +78,7 @@ using emulator::memory_hook;
         HOOK(p, N, true);                                         \
     }
 
-// Kernels use CUDA's atomics, which are functions of the emulator; these are of host code (a static variable's guard).
+// Atomics of host code, such as a static variable's guard.  Kernels use CUDA's atomics, functions of the emulator.
 #define ATOMIC_HOOKS(BITS, T)                                                                                         \
     T __tsan_atomic##BITS##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }           \
     void __tsan_atomic##BITS##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }           \

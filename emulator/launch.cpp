@@ -1,4 +1,4 @@
-// A grid: its blocks over OS threads, what is wrong with it as one error; configuration and statistics.
+// Runs a grid: spreads its blocks over OS threads, throws its reports as one error.  Configuration and statistics.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -11,7 +11,7 @@
 
 namespace emulator {
 namespace {
-// A switch of the environment is a user's: a wrong one ends the program before it can mislead.
+// Users set the switches of the environment: a wrong value ends the program before it can mislead.
 [[noreturn]] void refuse(const char* name, const char* value, const char* allowed) {
     std::fprintf(stderr, "%s=%s: expected %s\n", name, value, allowed);
     std::exit(2);
@@ -41,19 +41,19 @@ Config config_from_environment() {
     return c;
 }
 
-// The blocks of OS threads 0, 1, ...; kept, because stacks are dear.  Launches are one at a time.
+// The Block of OS thread 0, 1, ...; kept between launches, because stacks are expensive.  One launch runs at a time.
 Block& block_of_worker(size_t worker) {
     static std::mutex mutex;
     static std::vector<std::unique_ptr<Block>> blocks;
     const std::lock_guard<std::mutex> lock(mutex);
     while (blocks.size() <= worker) {
         blocks.push_back(std::make_unique<Block>());
-        blocks.back()->threads.reserve(1024);  // fibers are never moved
+        blocks.back()->threads.reserve(1024);  // fibers must never move
     }
     return *blocks[worker];
 }
 
-// One launch: what its OS threads share.
+// One launch: the state that its OS threads share.
 struct Launch {
     dim3 grid, dim;
     size_t n_shared_bytes;
@@ -96,7 +96,7 @@ void run_blocks(Launch& launch, size_t worker) {
     for (uint64_t i; (i = launch.next.fetch_add(1)) < launch.n_blocks;) {
         run_block(b, launch.grid, launch.dim, i, launch.n_shared_bytes);
         if (!b.failed) continue;
-        launch.next = launch.n_blocks;  // the others finish their block and stop
+        launch.next = launch.n_blocks;  // the other OS threads finish their block and stop
         add_report(b.failure_kind, b.failure);
     }
     const std::lock_guard<std::mutex> lock(launch.mutex);
@@ -138,7 +138,7 @@ void launch_impl(dim3 grid, dim3 dim, size_t n_shared_bytes, const std::function
     if (n_shared_bytes > kMaxDynamicShared)
         throw Error(failure_text(launch, {Report{"", "more than 227 KiB of dynamic shared memory"}}));
     start_launch_shadow();
-    // The shadow of global memory and the counters belong to one OS thread.
+    // The shadow of global memory and the counters have no lock: one OS thread only.
     const uint64_t n_workers = c.racecheck || c.counters ? 1 : uint64_t(std::max(1, c.threads));
     std::vector<std::thread> workers;
     for (uint64_t i = 1; i < std::min(n_workers, launch.n_blocks); i++)

@@ -69,7 +69,7 @@ void dev_free(void* p) {
     std::free(base);
 }
 
-// What an uninstrumented kernel wrote past a buffer is seen here, at the end of its launch.  ASan needs no help.
+// Reports an uninstrumented kernel's writes past a buffer, at the end of its launch.  ASan sees such writes itself.
 void check_redzones() {
     if (EMULATOR_ASAN) return;
     BufferTable& table = device_buffers();
@@ -112,7 +112,7 @@ void* static_shared(const void* tag, size_t n_bytes, size_t align) {
     const size_t a = std::max(align, size_t(16)), offset = (b.arena_used + kSharedGap + a - 1) / a * a;
     if (offset + n_bytes > kArenaBytes) fail("memcheck", "the block's shared memory exceeds the window");
     b.static_arrays.push_back({tag, offset, n_bytes});
-    // Dynamic memory begins on its own alignment behind the static arrays, as kernels declare it (SIMT_DYN_SHARED).
+    // On a GPU dynamic memory begins behind the static arrays, at the alignment that SIMT_DYN_SHARED declares.
     b.n_static_shared += n_bytes;
     const size_t pad = b.n_dynamic_shared ? 1024 : 1;
     if ((b.n_static_shared + pad - 1) / pad * pad + b.n_dynamic_shared > b.shared_limit)
@@ -146,7 +146,7 @@ bool inside_shared_array(size_t offset, size_t n_bytes) {
 }
 
 // ---- checks that need no instrumentation ----
-// The buffer that begins at or before p.  The table is locked.
+// The buffer that begins at or before p.  The caller holds the table's lock.
 static DeviceBuffer* buffer_below(const void* p) {
     const auto& table = device_buffers().by_address;
     const auto it = table.upper_bound(reinterpret_cast<uintptr_t>(p));

@@ -1,22 +1,23 @@
 // Stand-in for NCCL in the emulated build: moves the ranks' emulated device memory by MPI.
 //
-//   Calls are work on the emulated stream, done when the stream gets there and all ranks have: a stream moves only
-//   while its host looks at it.  Before any data, each call's ranks exchange what they call with which counts and
-//   types; a difference is an error of the communicator that quotes both sides, on every rank.
-//   Only non-blocking communicators: a call takes up to three looks at ncclCommGetAsyncError to end, and is not on the
-//   stream before; the next call meanwhile is refused.
+//   A call is work on the emulated stream, done when the streams of all ranks have reached it; a stream advances only
+//   while its host looks at it.  Before any data moves, the ranks exchange name, counts and types of the call; a
+//   difference is an error of the communicator on every rank, with a text that quotes both sides.
+//   Only non-blocking communicators: a call takes up to three looks at ncclCommGetAsyncError to end.  Until then the
+//   call is not on the stream, and the next call is refused.
 //   Buffers must be device memory.  Two ranks with one device are refused.
-//   ncclAllReduce adds in a ring's order, another one for every shard: not the order of kiln's own sums.
+//   ncclAllReduce adds every shard in a ring's order, which differs from shard to shard and from kiln's own sums.
 //   Groups hold sends and receives only, of one type on one stream, and are called by all ranks.
-//   ncclCommAbort ends the communicator's work on the stream at once, and returns when no graph holds calls of it.  It
-//   may be called by another thread than all else, and leaves what MPI has under way to the next communicator.
+//   ncclCommAbort ends the communicator's work on the stream at once, and returns when no graph holds calls of the
+//   communicator.  Any thread may call ncclCommAbort.  The next communicator drains the MPI messages left under way.
 //
-// To see failures, KILN_EMULATOR_NCCL_FAIL=<n> has a communicator's n-th call (making it is the first) end with
-// ncclRemoteError, KILN_EMULATOR_NCCL_HANG=<n> never; neither takes part, so that the other ranks wait.
-// KILN_EMULATOR_NCCL_FAIL_RUN=<n>: the n-th time that the stream comes to a call, which a replayed graph does too.
+// Faults for tests: KILN_EMULATOR_NCCL_FAIL=<n> ends a communicator's n-th call (making the communicator is the first)
+// with ncclRemoteError; KILN_EMULATOR_NCCL_HANG=<n> never ends it.  In both cases the rank takes no part in the call,
+// so that the other ranks wait.  KILN_EMULATOR_NCCL_FAIL_RUN=<n> fails the n-th time that the stream reaches a call,
+// replays of a graph included.
 //
-// Messages are point-to-point in MPI_COMM_WORLD with tags that nothing else uses: whatever a rank leaves undone can be
-// dropped, and no MPI call waits for others.
+// Messages are point-to-point in MPI_COMM_WORLD with tags that nothing else uses: a rank can drop whatever it leaves
+// undone, and no MPI call waits for others.
 #include <cuda_runtime.h>
 #include <nccl_emulator.h>
 #include <unistd.h>
@@ -39,11 +40,11 @@ constexpr int kFirstTag = 16384, kTags = 16384;  // MPI promises tags up to 3276
 
 struct UniqueId {
     char magic[8];
-    int root, number;  // rank in MPI_COMM_WORLD, how many it made before
+    int root, number;  // rank in MPI_COMM_WORLD, how many ids that rank made before
 };
 constexpr char kMagic[8] = "kilnfnc";
 
-// What two threads may touch.
+// State that two threads may touch.
 struct Shared {
     std::mutex mutex;
     std::vector<std::shared_ptr<ncclComm>> live, abandoned;
@@ -53,7 +54,7 @@ Shared& shared() {
     return s;
 }
 
-// What was sent to a communicator that this rank gave up, and nobody will ask for.
+// Receives and drops messages to communicators that this rank has aborted: nobody else will ask for them.
 void drain_abandoned() {
     std::vector<std::shared_ptr<ncclComm>> all;
     {

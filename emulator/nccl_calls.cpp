@@ -11,7 +11,7 @@
 using namespace emulator::nccl;
 
 namespace {
-constexpr size_t kBufferBytes = size_t(1) << 20;  // that the first call takes of the device's memory
+constexpr size_t kBufferBytes = size_t(1) << 20;  // of device memory, allocated by a communicator's first call
 
 const char* type_name(int t) {
     static const char* const names[] = {"int8",   "uint8",   "int32",   "uint32",  "int64",
@@ -31,7 +31,7 @@ struct Part {  // of a group
     size_t count;
 };
 
-// One call's work on the stream.  Runs anew each time that the stream comes past, as a captured graph does.
+// One call's work on the stream.  Runs anew each time that the stream reaches it: a replayed graph does so repeatedly.
 struct Op {
     std::shared_ptr<ncclComm> c;
     Kind kind;
@@ -43,7 +43,7 @@ struct Op {
 
     enum { start, comparing, moving } phase = start;
     Messages messages;
-    std::vector<uint64_t> mine, all;        // (4 + 2 size), (size, the same): what each rank calls
+    std::vector<uint64_t> mine, all;        // (4 + 2 size), (size, 4 + 2 size): each rank's call
     std::vector<std::vector<char>> copies;  // (size) of all_reduce
 
     size_t words() const { return 4 + 2 * size_t(c->size); }
@@ -78,7 +78,7 @@ struct Op {
         phase = comparing;
         mine.assign(words(), 0);
         mine[0] = uint64_t(number), mine[1] = uint64_t(kind), mine[2] = uint64_t(type), mine[3] = count;
-        for (const Part& p : parts) mine[4 + 2 * size_t(p.peer) + !p.is_send] += p.count + 1;  // an empty one counts
+        for (const Part& p : parts) mine[4 + 2 * size_t(p.peer) + !p.is_send] += p.count + 1;  // + 1: empty ones count
         all.assign(size_t(c->size) * words(), 0);
         for (int r = 0; r < c->size; r++) {
             messages.recv(&all[size_t(r) * words()], words() * 8, c->world(r), c->tag);
@@ -126,7 +126,7 @@ struct Op {
             if (!p.is_send) messages.recv(p.data, part_bytes, c->world(p.peer), c->tag);
         }
     }
-    // An all-gather whose own block is in its place already.
+    // True for an all-gather whose own block is in its place already.
     bool in_place() const {
         return kind == Kind::all_gather && send == recv + size_t(c->rank) * count * type_bytes(type);
     }

@@ -1,5 +1,5 @@
-// What the files of the emulated NCCL share: messages, and the communicator.  emulator/nccl.cpp says how they
-// behave.
+// Shared by the files of the emulated NCCL: messages and the communicator.  emulator/nccl.cpp says how the
+// emulated NCCL behaves.
 #pragma once
 #include <mpi.h>
 #include <nccl.h>
@@ -55,17 +55,17 @@ struct Member {
 struct ncclComm : std::enable_shared_from_this<ncclComm> {
     int rank = 0, size = 0, tag = 0, root = 0;
     std::vector<emulator::nccl::Member> members;  // (size)
-    emulator::nccl::Messages setup;               // under way while it is made
-    bool made = false, collecting = false;        // the root, until all members have reported
+    emulator::nccl::Messages setup;               // under way while the communicator is made
+    bool made = false, collecting = false;        // collecting: the root, until all members have reported
     ncclResult_t state = ncclInProgress;
     std::string error;
     bool hung = false, destroyed = false;
-    std::atomic<bool> aborted = false;                           // by another thread, perhaps
+    std::atomic<bool> aborted = false;                           // perhaps by another thread
     std::shared_ptr<void> in_graphs = std::make_shared<char>();  // each captured call holds a copy
-    int n_calls = 1;                                             // making it is the first
-    int n_runs = 0;                                              // of calls, on the stream
-    int looks = 0;                                               // until the call that is under way ends
-    void* buffer = nullptr;  // device memory, from the first call that moves data; what is aborted keeps it
+    int n_calls = 1;                                             // making the communicator is the first
+    int n_runs = 0;                                              // how often the stream has reached a call
+    int looks = 0;                                               // left until the current call ends
+    void* buffer = nullptr;  // device memory, from the first call that moves data; an aborted communicator keeps it
     std::function<void()> at_end;
 
     ncclResult_t fail(ncclResult_t r, const std::string& text) {
@@ -73,8 +73,8 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
         return state = r;
     }
     int world(int r) const { return members[size_t(r)].world_rank; }
-    void advance();  // a look at it
-    // A call: refused when the one before has not ended, else `work` is done when it ends.
+    void advance();  // one look (ncclCommGetAsyncError) at the communicator
+    // Begins a call, whose `work` is done when the call ends; refused while the previous call has not ended.
     ncclResult_t begin(const char* name, std::function<void()> work);
     bool faulty();  // the environment asks for a fault at this call
 
@@ -85,6 +85,6 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
 
 namespace emulator::nccl {
 std::shared_ptr<ncclComm> find(ncclComm_t c);  // null: not a communicator, or not any more
-int number_in(const char* variable);           // of the environment; 0 without
+int number_in(const char* variable);           // of the environment; 0 where unset
 void record(const char* name, size_t count = 0, const char* type = "");
 }  // namespace emulator::nccl

@@ -1,14 +1,16 @@
 // The race check: an exact happens-before detector over the accesses that were executed.
 //
-// Each agent (thread, a warp's wgmma, an mbarrier's TMA loads) has a clock, and a vector of what it knows of the
-// others'.  A cell remembers the last write and the reads since, with the clocks of their agents; an access races with
-// one that it conflicts with and does not know of.  A barrier of all threads orders everything: it only starts a new
-// epoch, and what is older needs no comparison.  Collectives do not order memory; __syncwarp, barriers and mbarriers
-// do.  Destinations of copies in flight are pending: any access races.  So are writes to what wgmma or a TMA store
-// still reads.  Global memory: cells also name the block.  Blocks are ordered only by __threadfence, an atomic, and an
-// atomic that sees it.
+// Each agent (a thread, a warp's wgmma, an mbarrier's TMA loads) has a clock, and a vector with the last clock that it
+// knows of every other agent.  A cell remembers the last write and the reads since then, with the clocks of their
+// agents; an access races with an earlier one that it conflicts with and whose clock its agent does not know.  A
+// barrier of all threads orders everything: it starts a new epoch, and accesses of older epochs need no comparison.
+// Collectives do not order memory; __syncwarp, barriers and mbarriers do.  Any access to the destination of a copy in
+// flight is a race, and so is a write to memory that wgmma or a TMA store still reads.  Cells of global memory also
+// name the block.  One block is ordered before another only by a __threadfence and then an atomic in the first, and a
+// later atomic on the same address in the second.
 //
-// Not seen: what was not executed.  Too coarse: accesses of different bytes in one granule of 2 count as conflicting.
+// Not seen: code that was not executed.  Too coarse: accesses of different bytes in one granule of 2 count as
+// conflicting.
 #include <algorithm>
 
 #include "state.h"
@@ -16,7 +18,7 @@
 namespace emulator {
 namespace {
 uint64_t g_launch = 0;
-std::map<const void*, std::set<uint32_t>> g_released;  // atomic -> blocks whose earlier writes it publishes
+std::map<const void*, std::set<uint32_t>> g_released;  // address of an atomic -> blocks whose writes it publishes
 
 enum class Region { none, redzone, shared, global };
 struct Place {
@@ -118,7 +120,7 @@ bool races_with_read(const Touched& t) {
     return false;
 }
 
-// False: the access raced, and the cell keeps what it knew.
+// False: the access raced, and the cell must stay as it was.
 bool check_granule(const Touched& t) {
     const Cell& c = t.cell;
     if (c.pending_write) {
@@ -154,13 +156,13 @@ void record_write(const Touched& t) {
     c.read_epoch = 0;
 }
 
-// The linker may have taken a std:: template from an instrumented file: what the check itself does must not be checked.
+// Turns the hooks off while the check itself runs: the linker may take its std:: templates from an instrumented file.
 struct NoHooks {
     bool before = std::exchange(block().in_hook, true);
     ~NoHooks() { block().in_hook = before; }
 };
 
-// False: the access is out of bounds, or of memory that is not watched.
+// False: the access is out of bounds, or the memory is not watched.
 bool check_region(const Access& a, const Place& at) {
     const auto out_of_bounds = [&](const char* memory, uintptr_t kind) {
         report("memcheck", a.pc, kind, [&] {
@@ -273,8 +275,8 @@ void check_access(const Access& a) {
     });
 }
 
-// What ordinary stores wrote is visible to TMA and wgmma after fence.proxy.async, by the writer after its write or by
-// the thread that issues the operation.
+// TMA and wgmma see ordinary stores only after a fence.proxy.async, either by the writer after its store or by the
+// thread that issues the operation.
 void check_proxy_fence(const void* p, size_t n_bytes, uintptr_t pc, const char* what) {
     const Block& b = block();
     for_cells(p, n_bytes, [&](Cell& c) {
@@ -288,7 +290,7 @@ void check_proxy_fence(const void* p, size_t n_bytes, uintptr_t pc, const char* 
     });
 }
 
-// Between blocks: a fence and an atomic publish what came before, an atomic that follows sees it.
+// Between blocks: a fence and then an atomic publish the earlier writes; a later atomic on the same address sees them.
 void atomic_hook(const void* p, size_t n_bytes) {
     const uintptr_t pc = CALLER_PC();
     if (!in_kernel()) return;

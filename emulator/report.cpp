@@ -1,4 +1,4 @@
-// Reports, and names for what they speak of: places in the source, threads, memory.
+// Reports, and the names that they use for places in the source, threads and memory.
 #include <unistd.h>
 
 #include <cstdio>
@@ -17,7 +17,7 @@ std::set<std::pair<uintptr_t, uintptr_t>> g_reported;
 // Lines that addr2line prints for an address of this program.
 std::vector<std::string> addr2line(const char* options, uintptr_t address) {
     const char* start = &__executable_start;
-    asm("" : "+r"(start));  // or the compiler reasons that one char has no ELF header
+    asm("" : "+r"(start));  // else the compiler reasons that one char has no ELF header
     constexpr uint16_t kPositionIndependent = 3;
     if (reinterpret_cast<const uint16_t*>(start)[8] == kPositionIndependent)
         address -= reinterpret_cast<uintptr_t>(start);
@@ -64,7 +64,7 @@ std::string place(uintptr_t pc) {
     if (pc == 0) return "?";
     std::string& chain = cache[pc];
     if (!chain.empty()) return chain;
-    for (const std::string& line : addr2line("-i -s", pc - 1)) {  // the call, not what follows it
+    for (const std::string& line : addr2line("-i -s", pc - 1)) {  // - 1: the call, not the instruction after it
         if (!chain.empty()) chain += " < ";
         chain += line.substr(0, line.find(' '));
     }
@@ -79,7 +79,7 @@ std::string name_of_kernel(const void* kernel) {
     if (!kernel) return "?";
     std::string& name = cache[kernel];
     if (!name.empty()) return name;
-    // A function and its place for each inlined call at the kernel's first instruction, the kernel itself last.
+    // Two lines (function, place) for each inlined call at the kernel's first instruction, the kernel itself last.
     const std::vector<std::string> lines = addr2line("-f -i -C", reinterpret_cast<uintptr_t>(kernel));
     name = lines.size() < 2 ? "?" : shortened(lines[lines.size() - 2]);
     return name;

@@ -1,8 +1,8 @@
-// Who runs next, and one block from its start to its end.
+// The choice of the thread that runs next, and the run of one block from its start to its end.
 //
 // A thread runs until it waits: for its warp in a collective, for its block in a barrier, for an mbarrier.  Sequential
 // and reverse order stay in a warp while it can run; random order stays seven times out of eight, so that warps run
-// far ahead of each other, as on hardware.  TMA lands when nothing else can run, and in random order at any time
+// far ahead of each other, as on hardware.  TMA copies land when no thread can run, in random order also at any time
 // before.
 #include <algorithm>
 #include <atomic>
@@ -47,7 +47,7 @@ Thread* pick_in_order() {
     return nullptr;
 }
 
-// Null: nobody can run and nothing is in flight.
+// Null: no thread can run and no TMA copy is in flight.
 Thread* pick() {
     Block& b = block();
     for (;;) {
@@ -58,8 +58,8 @@ Thread* pick() {
     }
 }
 
-// setmaxnreg shares out what a block was launched with: at most 65,536 registers, in steps of 8 and at most 255 a
-// thread.  More would be waited for in vain.
+// setmaxnreg redistributes the registers that a block was launched with: at most 65,536, in steps of 8 and at most 255
+// a thread.  On hardware a warp that asks for more waits for ever.
 void check_registers_of_block() {
     const Block& b = block();
     const int n_threads = b.n_warps * 32, launched = std::min(65536 / n_threads / 8 * 8, 255);
@@ -92,7 +92,7 @@ void leave_warp(Thread& t) {
     release_if_all_arrived();
 }
 
-// What fail() throws: unwinds the thread's stack, so that nothing on it is lost.
+// Thrown by fail(): unwinds the thread's stack, so that nothing that lies on it leaks.
 struct Abandoned {};
 
 // The life of a fiber: a thread of one block, then of the next.
@@ -152,7 +152,7 @@ void start_block(Block& b, dim3 grid, dim3 dim, uint64_t number, size_t n_shared
     b.in_flight.clear();
     b.known_blocks.clear();
     for (Barrier& barrier : b.barriers) barrier = Barrier{};
-    // A block's schedule depends on the seed and its number, whichever OS thread runs it.
+    // A block's schedule depends on the seed and the block's number only, not on the OS thread that runs the block.
     b.rng = config().seed * 0x9E3779B97F4A7C15ull + (number + 1) * 0xBF58476D1CE4E5B9ull;
     b.draw(), b.draw();
     if (b.racecheck) {
@@ -167,7 +167,7 @@ void start_block(Block& b, dim3 grid, dim3 dim, uint64_t number, size_t n_shared
     start_threads(b, dim);
 }
 
-// Who waits where: the threads that are left, grouped by what they wait for.
+// Lists the threads that have not exited, grouped by the place where they wait.
 std::string deadlock_text(const Block& b) {
     struct Group {
         int n = 0;
@@ -192,8 +192,8 @@ std::string deadlock_text(const Block& b) {
     return text + std::to_string(n_exited) + " of " + std::to_string(b.n_threads) + " have exited";
 }
 
-// Drops what abandoned threads owe, so that the next block starts clean.  The stacks of those that wait are not
-// unwound: what waits here holds no memory.
+// Drops the pending copies of abandoned threads, so that the next block starts clean.  The stacks of waiting threads
+// are not unwound: the emulator's functions that wait hold no memory.
 void abandon_threads(Block& b) {
     for (Thread& t : b.threads) {
         t.fresh = true;
@@ -249,7 +249,7 @@ void fail(const char* kind, const std::string& message) {
     throw Abandoned{};
 }
 
-// Until all threads have exited and TMA has landed, or a failure.
+// Runs until all threads have exited and all TMA copies have landed, or until a failure.
 static void run_threads(Block& b) {
     try {
         Thread* first = pick();
@@ -260,7 +260,7 @@ static void run_threads(Block& b) {
             b.failure = deadlock_text(b);
         }
         while (!b.failed && !b.in_flight.empty()) land_one(0);
-    } catch (const Abandoned&) {  // TMA that lands without a thread
+    } catch (const Abandoned&) {  // from a TMA copy that landed outside of any thread
     }
 }
 

@@ -1,14 +1,14 @@
-// What the emulator's files share: the state of the block that an OS thread runs, and the calls between the files.
+// Shared by the emulator's files: the state of the block that an OS thread runs, and the calls between the files.
 //
 //   scheduler.cpp  who runs next, one block from start to end       launch.cpp   a grid over OS threads, configuration
 //   fiber.cpp      the context switch                               memory.cpp   device and shared memory, their bounds
 //   sync.cpp       collectives of a warp, barriers of a block       report.cpp   reports, names of places
 //   async.cpp      cp.async, mbarrier      tma.cpp   TMA            race.cpp     vector clocks, shadow memory
-//   mma.cpp        mma.sync, ldmatrix      wgmma.cpp Hopper's mma   hooks.cpp    what instrumented kernels call
+//   mma.cpp        mma.sync, ldmatrix      wgmma.cpp Hopper's mma   hooks.cpp    hooks that instrumented kernels call
 //   counters.cpp   sectors and bank conflicts
 //
-// These files are compiled without instrumentation: everything that touches memory on behalf of a kernel is here and
-// not in the headers, where it would be instrumented with the kernel and reported as the last lane's own access.
+// These files are compiled without instrumentation.  Code that touches memory on behalf of a kernel stands here and not
+// in the headers: there it would be instrumented with the kernel, and reports would blame the last lane.
 #pragma once
 #include <deque>
 #include <memory>
@@ -34,14 +34,14 @@
 #include <ucontext.h>
 #endif
 
-// The return address of the function that uses it: a place in the kernel.
+// The return address of the function that uses the macro: a place in the kernel.
 #define CALLER_PC() (reinterpret_cast<uintptr_t>(__builtin_return_address(0)))
 
 namespace emulator {
 constexpr size_t kArenaBytes = 256 * 1024;  // a block's window of shared memory; addresses are offsets in it
 constexpr size_t kSharedBase = 1024;        // dynamic shared memory starts here, static arrays follow
 constexpr size_t kMaxDynamicShared = 227 * 1024;
-constexpr size_t kRedzone = 256;  // on both sides of a device buffer: a near miss is always ours
+constexpr size_t kRedzone = 256;  // bytes on each side of a device buffer, which catch a near miss
 constexpr uint32_t kFullMask = 0xffffffffu;
 constexpr int kMaxWarps = 32, kMaxMbarriers = 64, kBarriers = 16;
 
@@ -62,7 +62,7 @@ struct TmaOp {
 using TmaGroup = std::vector<std::shared_ptr<TmaOp>>;
 
 struct Thread : Fiber {
-    void* stack_pointer = nullptr;  // while it does not run
+    void* stack_pointer = nullptr;  // while the thread does not run
     uint8_t* stack = nullptr;
     void* fake_stack = nullptr;  // ASan's
     bool fresh = true;           // needs a new stack frame before it can run
@@ -75,9 +75,9 @@ struct Thread : Fiber {
     std::deque<std::vector<CopyOp>> copy_groups;
     TmaGroup bulk;
     std::deque<TmaGroup> bulk_groups;
-    std::vector<uint32_t> clock;  // what it knows of the others; valid when clock_epoch is the block's epoch
+    std::vector<uint32_t> clock;  // by agent: its last known clock; valid when clock_epoch is the block's epoch
     uint32_t clock_epoch = 0, now = 1;
-    uint64_t fenced_at = 0;      // time of its last fence.proxy.async
+    uint64_t fenced_at = 0;      // time of the thread's last fence.proxy.async
     bool thread_fenced = false;  // has executed __threadfence
 };
 
@@ -86,20 +86,20 @@ struct Collective {  // lanes of one warp that wait for each other
     const char* op;
     void* arguments[32];
 };
-struct Accumulator {  // of wgmma: values by lane, and the registers that get them back
+struct Accumulator {  // of wgmma: values by lane, and the registers that the values return to
     std::vector<float> values;
     float* registers[32];
-    int n;  // per lane
+    int n;  // values per lane
 };
 struct WgmmaOp {
     int n;
     std::shared_ptr<Accumulator> accumulator;
     uint32_t a_registers[32][4];
-    const uint32_t* a_at[32];  // where they were read
+    const uint32_t* a_at[32];  // the kernel's registers that a_registers was copied from
     bool a_in_registers;
     uint64_t a, b;  // descriptors
     int scale_d, transpose_a, transpose_b;
-    int first_row;  // of A: this warp's 16
+    int first_row;  // first of this warp's 16 rows of A
 };
 struct Warp {
     uint32_t runnable = 0, live = 0;
@@ -121,7 +121,7 @@ struct Barrier {
 struct Mbarrier {
     int64_t expected = 0, pending = 0, transaction_bytes = 0;
     uint32_t phase = 0, index = 0;
-    // What the arrivals of this phase, and of the last complete one, knew; each is valid for one epoch.
+    // By agent: the clocks known to the arrivals of this phase, and of the last complete one; each valid for one epoch.
     std::vector<uint32_t> arriving, released;
     uint32_t arriving_epoch = 0, released_epoch = 0, tma_clock = 0;
     uint32_t waiting[kMaxWarps] = {};
@@ -141,12 +141,12 @@ struct Read {
 // Shadow of one granule of two bytes.  Agents: the block's threads, then one per warp for wgmma's reads, then one per
 // mbarrier for TMA's writes.
 struct Cell {
-    uint64_t owner = 0;  // the block (shared) or launch (global) that wrote the rest; any other: the cell is stale
+    uint64_t owner = 0;  // the block (shared) or launch (global) that the other fields belong to; else they are stale
     uint32_t write_block = 0, write_epoch = 0, write_clock = 0, read_epoch = 0, read_block = 0;
     uint16_t writer = 0;
     uint16_t pending_reads = 0;  // wgmma and TMA stores in flight
     bool written = false, write_atomic = false, pending_write = false, write_generic = false;
-    bool any_read = false, many_readers = false;  // readers in more than one block
+    bool any_read = false, many_readers = false;  // many: in more than one block
     int32_t first_read = -1;                      // list in Block::reads, of the epoch read_epoch
     uint64_t write_time = 0;
     uintptr_t write_pc = 0, read_pc = 0;
@@ -162,7 +162,7 @@ struct DeviceBuffer {
 struct Request;
 struct AccessSite;
 
-// What an OS thread runs: one block at a time; the object is used again for the next.
+// The block that an OS thread runs; the object is used again for the thread's next block.
 struct Block {
     BlockInfo info{};
     const std::function<void()>* body = nullptr;
@@ -172,7 +172,7 @@ struct Block {
     Warp warps[kMaxWarps];
     Barrier barriers[kBarriers];
     std::map<uint32_t, Mbarrier> mbarriers;        // by address
-    std::deque<std::shared_ptr<TmaOp>> in_flight;  // TMA; lands when the scheduler likes
+    std::deque<std::shared_ptr<TmaOp>> in_flight;  // TMA copies; the scheduler decides when each lands
     int n_threads = 0, n_warps = 0, live = 0, current_warp = 0;
 
     Order order{};
@@ -193,14 +193,14 @@ struct Block {
     unsigned n_recent = 0;
 
     uint64_t serial = 0;  // names this block in cells of shared memory
-    uint32_t number = 0;  // place in the grid, from 1: names it in cells of global memory
-    uint32_t epoch = 1;   // one more at each barrier of all threads: everything older is ordered
+    uint32_t number = 0;  // place in the grid, from 1: names this block in cells of global memory
+    uint32_t epoch = 1;   // one more at each barrier of all threads: accesses of older epochs are ordered
     uint64_t time = 1;    // orders writes and proxy fences
     int n_agents = 0;
-    std::set<uint32_t> known_blocks;  // whose writes are ordered before this block's next accesses
+    std::set<uint32_t> known_blocks;  // blocks whose writes are ordered before this block's next accesses
     std::vector<Cell> cells;          // of the arena
     std::vector<Read> reads;
-    bool in_hook = false;  // std:: templates that the linker took from an instrumented file call hooks, too
+    bool in_hook = false;  // hooks do nothing: the linker may take our std:: templates from an instrumented file
 
     std::unordered_map<uintptr_t, std::shared_ptr<AccessSite>> sites[kMaxWarps];
     KernelCounters counted;
@@ -239,14 +239,14 @@ void run_block(Block& b, dim3 grid, dim3 block_dim, uint64_t number, size_t n_sh
 
 // ---- sync.cpp ----
 void collective_at(const char* op, uint32_t mask, void* argument, CollectiveBody body, uintptr_t pc);
-void release_if_all_arrived();  // a thread has exited: the others may be all that __syncthreads waits for
+void release_if_all_arrived();  // called when a thread exits: __syncthreads may have waited for this thread alone
 
 // ---- async.cpp, tma.cpp, wgmma.cpp ----
 Mbarrier& find_mbarrier(uint32_t address);
 void complete_phase(Mbarrier& b);
 void run_tma(TmaOp& op);
 uint32_t swizzled(uint32_t address, int mode);
-void finish_thread();  // what a thread that exits leaves in flight
+void finish_thread();  // completes and reports what an exiting thread leaves in flight
 
 // ---- memory.cpp ----
 struct BufferTable {
@@ -256,7 +256,7 @@ struct BufferTable {
 BufferTable& device_buffers();
 uint8_t* shared_pointer(uint32_t address);
 void check_bounds(const void* p, size_t n_bytes, const char* what);  // fails the launch, in every build
-const DeviceBuffer* find_buffer(const void* p, size_t n_bytes);      // that holds all of it, or null
+const DeviceBuffer* find_buffer(const void* p, size_t n_bytes);      // the buffer that holds all n_bytes, or null
 bool inside_shared_array(size_t offset, size_t n_bytes);
 void prepare_arena(Block& b, size_t n_shared_bytes);
 void check_redzones();  // reports what a launch wrote past device buffers
@@ -270,8 +270,8 @@ std::string object_name(const void* p);  // "dynamic shared +64"
 std::string coordinates(uint3 c);
 void add_report(const std::string& kind, const std::string& text);
 bool is_new_report(uintptr_t pc, uintptr_t other_pc);
-// make() builds the text, and only for a pair of places that was not reported yet: a racy loop meets one a million
-// times.
+// make() builds the text.  Called only for a pair of places that was not reported yet: a racy loop meets the same pair
+// a million times.
 template <class Make>
 void report(const char* kind, uintptr_t pc, uintptr_t other_pc, Make make) {
     if (is_new_report(pc, other_pc))
@@ -286,12 +286,12 @@ struct Access {
     uintptr_t pc;
     int agent;
     bool atomic = false;
-    const uint32_t* clock = nullptr;  // what the agent knows; null: the thread's own
+    const uint32_t* clock = nullptr;  // by agent: the clocks known to `agent`; null: those known to the thread
 };
 uint32_t* clock_of(int thread);
 void join(uint32_t* into, const uint32_t* from);
-void order_threads(const std::vector<int>& threads);  // all their accesses so far before all that follow
-void order_lanes(uint32_t mask);                      // of the own warp
+void order_threads(const std::vector<int>& threads);  // orders all their accesses so far before all later ones
+void order_lanes(uint32_t mask);                      // likewise for lanes of the own warp
 void check_access(const Access& a);
 void check_proxy_fence(const void* p, size_t n_bytes, uintptr_t pc, const char* what);
 void record_read(Cell& c, int agent, uint32_t clock, uintptr_t pc);
@@ -302,7 +302,7 @@ struct CellRange {
     size_t count;
     bool shared;
 };
-CellRange cells_of(const void* p, size_t n_bytes);  // none when p is not tracked
+CellRange cells_of(const void* p, size_t n_bytes);  // empty when p is not tracked
 template <class F>
 void for_cells(const void* p, size_t n_bytes, F f) {
     const CellRange range = cells_of(p, n_bytes);

@@ -14,7 +14,7 @@ Collective& enter_collective(const char* op, uint32_t mask) {
     if (mask & ~w.live) fail("synccheck", name + ": the mask names lanes that have exited or do not exist");
     for (int i = 0; i < w.n_collectives; i++) {
         Collective& c = w.collectives[i];
-        if (c.mask != mask) {  // lanes that run ahead may wait elsewhere; two that wait for each other never meet
+        if (c.mask != mask) {  // lanes that run ahead may wait elsewhere, but lanes that wait for each other never meet
             if ((c.arrived & mask) && (c.mask >> t.lane & 1))
                 fail("synccheck",
                      "divergent warp: the thread is in " + name + " and waits for lanes that wait for it in " + c.op);
@@ -45,8 +45,9 @@ void release(Barrier& barrier) {
     wake(barrier.waiting);
 }
 
-// All threads of a block must meet at the same statement.  The compiler may have made copies of it, so places in the
-// source are compared and not addresses; only in the race build, whose low optimisation leaves few copies.
+// All threads of a block must meet at the same statement.  The compiler may have copied the statement, so the check
+// compares places in the source and not addresses.  Only the race build, whose low optimisation leaves few copies,
+// checks.
 void check_same_statement(const Barrier& barrier, uintptr_t pc) {
     if (!block().racecheck || pc == barrier.first_pc) return;
     const std::string here = place(pc), there = place(barrier.first_pc);

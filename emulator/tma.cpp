@@ -1,4 +1,4 @@
-// TMA: boxes of a tensor between global and shared memory; what lies outside the tensor reads as zero and is not
+// TMA: copies boxes of a tensor between global and shared memory; elements outside the tensor read as zero and are not
 // written.
 #include <cstring>
 

@@ -1,6 +1,6 @@
 // wgmma: asynchronous products of a warpgroup.  A warp's part runs at its wait_group; until then the accumulator's
-// registers are NaN, and neither they nor the operands, in registers or in shared memory, may be written.  Whose warp
-// of the group reads which rows of A is not promised: each counts as a reader of all 64.
+// registers are NaN, and neither these nor the operands, in registers or in shared memory, may be written.  PTX does
+// not promise which warp of the group reads which rows of A: each warp counts as a reader of all 64.
 #include <algorithm>
 #include <cstring>
 
@@ -22,7 +22,7 @@ uint32_t element_address(uint64_t descriptor, bool mn_major, uint32_t mn, uint32
     const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4;
     const uint32_t leading = uint32_t(descriptor >> 16 & 0x3FFF) << 4, stride = uint32_t(descriptor >> 32 & 0x3FFF)
                                                                                 << 4;
-    // Field of the descriptor -> elements of a row, mode of swizzled(): none, 128, 64, 32 bytes.
+    // Swizzle field of the descriptor (none, 128, 64, 32 bytes) -> elements of a row, mode of swizzled().
     constexpr uint32_t kWidth[] = {8, 64, 32, 16};
     constexpr int kMode[] = {0, 3, 2, 1};
     const auto field = descriptor >> 62;
@@ -48,7 +48,7 @@ void for_operand(uint64_t descriptor, bool mn_major, uint32_t first, uint32_t n,
             for (uint32_t k = 0; k < 16; k += 8) f(shared_pointer(element_address(descriptor, false, r, k)));
     }
 }
-// All that this warp may read from shared memory.
+// Calls f(pointer) for each 16 bytes of shared memory that this warp may read.
 template <class F>
 void for_operands(const WgmmaOp& op, F f) {
     if (!op.a_in_registers) for_operand(op.a, op.transpose_a, 0, 64, f);
@@ -81,7 +81,8 @@ WgmmaOp make_op(const WgmmaLane* const* lanes) {
     return op;
 }
 
-// The accumulator in flight that these registers belong to; else takes the registers over and poisons them.
+// Returns the accumulator in flight that these registers belong to; where there is none, takes the registers over and
+// poisons them.
 std::shared_ptr<Accumulator> accumulator_of(const WgmmaLane* const* lanes, int n_per_lane) {
     const Warp& w = own_warp();
     std::shared_ptr<Accumulator> found;
@@ -113,10 +114,10 @@ void check_operands(const WgmmaOp& op, uintptr_t pc) {
     const unsigned warp = self().warp;
     for_operands(op, [](uint8_t* p) { check_bounds(p, 16, "wgmma operand"); });
     if (!b.racecheck) return;
-    std::vector<uint32_t> known(size_t(b.n_agents), 0);  // to any lane
+    std::vector<uint32_t> known(size_t(b.n_agents), 0);  // clocks known to any lane
     for (int l = 0; l < 32; l++) join(known.data(), clock_of(int(warp) * 32 + l));
     const int agent = b.wgmma_agent(warp);
-    known[size_t(agent)] = 0x7fffffff;  // not over before wait_group
+    known[size_t(agent)] = 0x7fffffff;  // the reads are not over before wait_group
     for_operands(op, [&](uint8_t* p) {
         check_access({p, 16, false, pc, agent, false, known.data()});
         check_proxy_fence(p, 16, pc, "wgmma");
@@ -170,7 +171,7 @@ void multiply(const WgmmaOp& op) {
     }
 }
 
-// Registers in flight are not the kernel's to write.
+// The kernel must not write registers in flight.
 void check_registers(const WgmmaOp& op) {
     if (!op.a_in_registers) return;
     for (int l = 0; l < 32; l++)
@@ -186,7 +187,7 @@ void check_poison(const Accumulator& accumulator) {
             fail("synccheck", "registers of wgmma's accumulator were written before wait_group");
 }
 
-// The operands may be written again by whoever knows of the wait.
+// Ends the reads of the operands: a thread that knows of the wait may write them again.
 void end_reads(const WgmmaOp& op, int agent, uint32_t clock) {
     for_operands(op, [&](uint8_t* p) {
         for_cells(p, 16, [&](Cell& c) {

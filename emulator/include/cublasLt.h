@@ -1,6 +1,6 @@
 // Stand-in for cuBLASLt in the emulated build: the calls that kiln makes, with their real signatures and values, so
-// that one source compiles against either.  Column-major; D = epilogue(alpha op(A) op(B) + beta C) in fp32, rounded
-// once.  What it refuses is said in emulator/cublaslt.cpp.
+// the same source compiles against both.  Column-major; D = epilogue(alpha op(A) op(B) + beta C) in fp32, rounded once.
+// emulator/cublaslt.cpp lists what the stand-in refuses.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -59,8 +59,8 @@ enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,             // const void*
     CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11,    // void*
     CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12,         // int64_t
-    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE = 22,  // int32_t, -1: as D
-    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26           // int32_t, -1: as D
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE = 22,  // int32_t, -1: D's type
+    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26           // int32_t, -1: D's type
 };
 enum cublasLtMatrixLayoutAttribute_t {
     CUBLASLT_MATRIX_LAYOUT_TYPE = 0,   // uint32_t
@@ -70,9 +70,9 @@ enum cublasLtMatrixLayoutAttribute_t {
     CUBLASLT_MATRIX_LAYOUT_LD = 4      // int64_t
 };
 enum cublasLtMatmulPreferenceAttributes_t {
-    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,    // uint64_t, 0
-    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,  // uint32_t, all
-    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,  // uint32_t, 256; the next three likewise
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,    // uint64_t, default 0
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,  // uint32_t, default all
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,  // uint32_t, default 256; likewise the next three
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8

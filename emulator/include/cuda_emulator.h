@@ -1,5 +1,5 @@
-// CUDA's spellings for the emulated build: what a kernel file may use beyond C++, on top of emulator.h.  Everything is
-// inlined into the kernel, so that a return address names the kernel's own line.
+// CUDA's keywords and intrinsics for the emulated build, on top of emulator.h: all that a kernel file may use beyond
+// C++.  Every function is inlined into the kernel, so that a return address names the kernel's own line.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,7 +10,7 @@
 
 #include "emulator.h"
 
-// No __noinline__: libstdc++ uses that word inside __attribute__.
+// __noinline__ is not defined: libstdc++ uses that word inside __attribute__.
 #define __global__
 #define __device__
 #define __host__
@@ -27,8 +27,8 @@
 #define gridDim (::emulator::t_blk->gdim)
 #define warpSize 32
 
-// A reference to an array in the block's window of shared memory, found by the address of a tag of the declaration.  A
-// true array reference: UBSan checks its bounds.
+// Declares `name` as a reference to an array in the block's window of shared memory; the address of the static tag
+// identifies the array.  The reference has a true array type: UBSan checks its bounds.
 #define SIMT_SHARED(T, name, dims)     \
     static const char name##_tag_ = 0; \
     using name##_type_ = T dims;       \
@@ -149,7 +149,7 @@ EMULATOR_VOTE(__reduce_and_sync, unsigned, unsigned, fold_and, ~0u)
 EMULATOR_VOTE(__reduce_xor_sync, unsigned, unsigned, fold_xor, 0u)
 #undef EMULATOR_VOTE
 
-// ---- atomics: real ones of the host, because blocks may run on several OS threads ----
+// ---- atomics: the host's atomic instructions, because blocks may run on several OS threads ----
 namespace emulator {
 template <class T, class F>
 __forceinline__ T atomic_update(T* p, F f) {

@@ -1,5 +1,5 @@
 // Stand-in for CUDA's runtime header in the emulated build: the calls that kiln makes, with their real signatures and
-// the values of CUDA's enums.  emulator/cuda_runtime.cpp says how they behave.
+// the values of CUDA's enums.  emulator/cuda_runtime.cpp says how the calls behave.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -79,7 +79,7 @@ constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
 constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
 constexpr unsigned cudaEventRecordDefault = 0, cudaEventRecordExternal = 1;
 
-struct cudaDeviceProp {  // the fields that are filled in
+struct cudaDeviceProp {  // only the fields that the emulator fills in
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
     int major, minor, multiProcessorCount, maxThreadsPerBlock, maxThreadsPerMultiProcessor, l2CacheSize;

@@ -1,16 +1,16 @@
-// The SIMT emulator: runs a grid block by block, a block's threads as fibers of one OS thread, and checks what they do.
+// The SIMT emulator: runs a grid block by block, a block's threads as fibers of one OS thread, and finds
 //
-//   what is found in every build   deadlocks, divergent warps and barriers, misuse of masks, barriers and mbarriers,
-//                                  misaligned vectors, out-of-bounds cp.async, TMA, ldmatrix and wgmma, writes that hit
-//                                  the red zones of device buffers, reads of data that an asynchronous copy still owes
-//   in the race build              data races, reads of shared memory never written, accesses out of bounds, missing
-//                                  proxy fences: kernels are compiled with -fsanitize=thread, and hooks.cpp stands in
-//                                  for its runtime
-//   in the sanitizer build         what ASan and UBSan see
+//   in every build           deadlocks, divergent warps and barriers, misuse of masks, barriers and mbarriers,
+//                            misaligned vectors, out-of-bounds cp.async, TMA, ldmatrix and wgmma, writes that hit the
+//                            red zones of device buffers, reads of data that an asynchronous copy has yet to deliver
+//   in the race build        data races, reads of shared memory never written, accesses out of bounds, missing proxy
+//                            fences: kernels are compiled with -fsanitize=thread, and hooks.cpp stands in for its
+//                            runtime
+//   in the sanitizer build   all that ASan and UBSan see
 //
 // Environment, for any binary that runs kernels here:
-//   KILN_EMULATOR_ORDER=sequential|reverse|random    who runs next (default sequential)
-//   KILN_EMULATOR_SEED=n       of the random order, drawn and printed with a failure when absent; implies random
+//   KILN_EMULATOR_ORDER=sequential|reverse|random    which thread runs next (default sequential)
+//   KILN_EMULATOR_SEED=n       seed of the random order; implies random; if absent, drawn and printed with a failure
 //   KILN_EMULATOR_THREADS=n    OS threads that run blocks (default 1)
 //   KILN_EMULATOR_PREEMPT=n    random order, race build: a thread also yields at one of n memory accesses
 //   KILN_EMULATOR_COUNTERS=1   prints the counters of each kernel at exit
@@ -41,7 +41,7 @@ struct Config {
     bool initcheck = true;    // with racecheck: report reads of shared memory that was never written
     bool counters = false;    // count sectors and bank conflicts per kernel
     int preempt = 0;          // random order and hooks: yield at 1/preempt of the memory accesses
-    bool fatal = true;        // a launch with reports throws; false: they wait for take_reports()
+    bool fatal = true;        // a launch with reports throws; false: the reports wait for take_reports()
     size_t max_reports = 8;
 };
 Config& config();
@@ -52,7 +52,7 @@ struct Report {
 };
 std::vector<Report> take_reports();
 
-// What a failed launch throws: the kernel, the schedule that failed, every report.
+// Thrown by a failed launch; the message has the kernel, the schedule that failed and every report.
 struct Error : std::exception {
     std::string m;
     explicit Error(std::string message) : m(std::move(message)) {}
@@ -67,22 +67,22 @@ struct Stats {
 Stats& stats();
 
 // One request is one instruction of one warp.  Ideal: 4 sectors per request of 32 lanes x 4 bytes, no conflict cycles.
-// Bytes are those that the lanes asked for, a byte that several want counted once: a request is coalesced when they
-// fill its sectors.
+// Bytes are those that the lanes ask for, counted once where several lanes want the same: a request is coalesced when
+// its bytes fill its sectors.
 struct KernelCounters {
     uint64_t launches = 0;
     uint64_t global_loads = 0, global_load_sectors = 0, global_load_bytes = 0;  // sectors of 32 bytes
     uint64_t global_stores = 0, global_store_sectors = 0, global_store_bytes = 0;
-    uint64_t shared_accesses = 0, shared_conflict_cycles = 0;  // cycles beyond those without bank conflicts
+    uint64_t shared_accesses = 0, shared_conflict_cycles = 0;  // extra cycles by bank conflicts
 };
 std::map<std::string, KernelCounters> counters();  // by kernel name
 void reset_counters();
 
 // ---- the CUDA runtime stand-in ----
-// Gives a launch to a stream; it runs when the stream gets there.
+// Queues a launch on a stream; the kernel runs when the stream reaches it.
 cudaError_t enqueue_kernel(const void* kernel, dim3 grid, dim3 block, size_t n_shared_bytes, cudaStream_t stream,
                            std::function<void()> body);
-// Runs a grid to its end; body() is one thread.  `kernel` only names it in messages and counters;
+// Runs a grid to its end; body() is the work of one thread.  `kernel` only gives messages and counters a name;
 // static and dynamic shared memory together must not exceed `shared_limit` bytes.
 void launch_impl(dim3 grid, dim3 block, size_t n_shared_bytes, const std::function<void()>& body,
                  const void* kernel = nullptr, size_t shared_limit = 227 << 10);
@@ -91,7 +91,7 @@ std::string name_of_kernel(const void* kernel);
 void* dev_alloc(size_t n_bytes);
 void dev_free(void* p);
 
-// ---- what CUDA spellings and ptx.cuh are made of: called by a kernel's threads only ----
+// ---- building blocks of cuda_emulator.h and ptx.cuh: called by a kernel's threads only ----
 struct Fiber {
     uint3 tid;
     unsigned lin, warp, lane;
@@ -111,7 +111,7 @@ uint32_t cvta_shared(const void* p);
 using CollectiveBody = void (*)(void* const* arguments, uint32_t mask);
 void warp_collective(const char* op, uint32_t mask, void* argument, CollectiveBody body);
 void warp_fence(uint32_t mask);        // __syncwarp
-void bar_sync(int id, int n_threads);  // 0 threads: all that have not exited
+void bar_sync(int id, int n_threads);  // n_threads 0: all threads that have not exited
 void bar_arrive(int id, int n_threads);
 enum class Reduce { count, all, any };
 int bar_reduce(int predicate, Reduce op);
@@ -142,10 +142,10 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b);
 void matrix_load(const char* op, uint32_t* registers, const void* row, int count, bool transposed);
 void matrix_store(const char* op, const uint32_t* registers, void* row, int count, bool transposed);
 
-void cp_async(void* to, const void* from, int n_bytes, int n_source_bytes);  // the rest of n_bytes becomes zero
+void cp_async(void* to, const void* from, int n_bytes, int n_source_bytes);  // the remaining bytes become zero
 void cp_async_commit();
 void cp_async_wait(int n_left);
-void setmaxnreg(int n);  // registers of each thread; that a block asks for more than it has shows at its end
+void setmaxnreg(int n);  // registers of each thread; a block that asks for too many is reported at its end
 void mbar_init(uint32_t address, unsigned count);
 void mbar_inval(uint32_t address);
 void mbar_arrive(uint32_t address, unsigned count, int64_t expect_tx);
@@ -164,7 +164,7 @@ void tma_store(const TensorMap* map, uint32_t from, std::initializer_list<int> a
 void bulk_commit();
 void bulk_wait(int n_left);
 
-// a_registers null: A comes from shared memory by its descriptor.  transpose: 1 for an operand that is MN-major.
+// a_registers null: A comes from shared memory by its descriptor `a`.  transpose: 1 for an operand that is MN-major.
 void wgmma_issue(int n, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int scale_d, int transpose_a,
                  int transpose_b);
 void wgmma_fence();

@@ -1,5 +1,5 @@
 // Stand-in for NCCL's header in the emulated build: the calls that kiln makes, with their real signatures and the
-// values of NCCL's enums.  emulator/nccl.cpp says how they behave.
+// values of NCCL's enums.  emulator/nccl.cpp says how the calls behave.
 #pragma once
 #include <cuda_runtime.h>
 

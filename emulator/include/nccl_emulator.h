@@ -1,4 +1,4 @@
-// What tests see of the emulated NCCL.
+// The emulated NCCL as tests see it.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -7,10 +7,10 @@
 namespace emulator {
 struct NcclCall {
     std::string name;  // "ncclAllReduce"
-    size_t count;      // elements, as the call names them
-    std::string type;  // "float32", "" where the call has none
+    size_t count;      // the call's count argument, in elements
+    std::string type;  // "float32"; "" where the call has no type
     bool operator==(const NcclCall&) const = default;
 };
-// All calls of this process that move data, make or end a communicator; a test may clear it.
+// All calls of this process that move data, make or end a communicator; a test may clear the list.
 std::vector<NcclCall>& nccl_calls();
 }  // namespace emulator

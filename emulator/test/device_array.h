@@ -28,7 +28,7 @@ class DeviceArray {
     ~DeviceArray() { cudaFree(p_); }
     T* data() { return p_; }
     size_t size() const { return n_; }
-    // Waits for the kernels before.
+    // Waits for the kernels launched before.
     std::vector<T> host() const {
         std::vector<T> values(n_);
         expect_success(cudaMemcpyAsync(values.data(), p_, n_ * sizeof(T), cudaMemcpyDeviceToHost, nullptr));

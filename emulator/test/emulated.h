@@ -1,4 +1,4 @@
-// What the emulator's own tests share: launches without the CUDA runtime in between, and the kernels' errors against
+// Shared by the emulator's own tests: launches without the CUDA runtime in between, and the kernels' errors against
 // double references.
 #pragma once
 #include <doctest/doctest.h>
@@ -12,7 +12,7 @@
 #include "emulator/test/kernels.cuh"
 
 namespace emulated {
-// The configuration as a test wants it; what it was comes back.
+// Sets the configuration for a test; the destructor restores the former one.
 class WithConfig {
   public:
     explicit WithConfig(emulator::Order order = emulator::Order::Sequential, uint64_t seed = 1)
@@ -63,7 +63,7 @@ std::vector<T> normal(size_t n, unsigned seed) {
     return v;
 }
 
-// What a kernel gave, and what it should have.
+// The numbers that a kernel gave, and those that it should give.
 struct Result {
     std::vector<float> got;
     std::vector<double> want;

@@ -1,4 +1,4 @@
-// Kernels of the kinds that kiln has, each with the defects that its kind invites.  DEFECT seeds one.
+// Kernels of the kinds that kiln has, each with the defects that are likely in its kind.  DEFECT selects one.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -7,7 +7,7 @@
 
 enum class Defect {
     none,
-    no_barrier,           // between a write to shared memory and the others' reads, or before it is written again
+    no_barrier,           // between a write to shared memory and other threads' reads, or before the next write
     no_copy_wait,         // for cp.async
     shared_off_by_a_row,  // an index into shared memory
     no_bounds_check,      // a tail in global memory
@@ -17,8 +17,8 @@ enum class Defect {
     init_not_published,   // mbarriers used without a barrier after their init
     expects_too_many_bytes,
     read_before_wait,     // of wgmma's accumulators
-    write_before_wait,    // to them
-    operand_before_wait,  // to wgmma's operand in registers
+    write_before_wait,    // to wgmma's accumulators
+    operand_before_wait,  // a write to wgmma's operand in registers
     write_over_operand    // in shared memory, by a warp that knows of its own wait only
 };
 

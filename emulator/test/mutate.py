@@ -2,14 +2,14 @@
 """Removes every barrier and asynchronous wait of the CUDA kernels, one at a time: do the tests notice?
 
     python3 emulator/test/mutate.py             all removals
-    python3 emulator/test/mutate.py --every 3 --first 7     each third one, beginning with 7 mod 3: CI, by the commit's hash
+    python3 emulator/test/mutate.py --every 3 --first 7     each third one, from 7 mod 3; CI: by the hash of the commit
 
-A copy of the kernels is made in which each removable call asks an environment variable whether to run; it is compiled
-once, with the race check, and its op tests run for each call, in order and then under random schedules. A removal counts
-as detected when a test fails or a report of the emulator appears. A barrier with a vote (__syncthreads_or) is replaced
-by the thread's own vote. HARMLESS lists the calls that no test can miss, with the reason.
-Left in: commits and arrivals by bytes, without which nothing moves on. Exit code 1: less than 95 % of the others were
-detected, one of Hopper's attention was not, or a listed one was.
+The script copies the kernels; in the copy each removable call asks an environment variable whether to run. The copy is
+compiled once, with the race check, and its op tests run for each removal, in order and then under random schedules. A
+removal counts as detected when a test fails or a report of the emulator appears. A barrier with a vote
+(__syncthreads_or) is replaced by the thread's own vote. HARMLESS lists the calls whose removal no test can notice, with
+the reason. Never removed: commits and arrivals by bytes, without which nothing moves on. Exit code 1: less than 95 % of
+the unlisted removals were detected, one in Hopper's attention was not, or a listed one was.
 """
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ REMOVABLE = re.compile(
     r"|(?:\w+(?:\.|->))*(?:wait_full|wait_empty|give_back)|__threadfence)\s*\("
 )
 TIMEOUT_S = 300
-ORDERS = ("", "1", "2", "3")        # of threads, until one notices: in order, then at random by these seeds
+ORDERS = ("", "1", "2", "3")        # of threads, tried until one notices: in order, then random by these seeds
 NOTHING = 0                         # the number of no site
-# (file, number of the call in it, from 1, the call): why leaving it out changes nothing.
+# (file, number of the call in the file, from 1, the call): why leaving the call out changes nothing.
 HARMLESS: dict[tuple[str, int, str], str] = {
     ("kernels/cuda/attention_sm90_backward.cuh", 24, "ptx::wgmma_wait<0>()"):
         "leaves registers to the compiler: the wait for the next block's scores is also one for this product",
@@ -106,7 +106,7 @@ def make_copy() -> list[Site]:
 
 
 def tests_of(site: Site) -> list[str]:
-    """doctest filters: the tests of the file's op; for the header that ops share, of those that call its block_sum."""
+    """doctest filters for the tests of the file's op; for the header that ops share, of all ops that call block_sum."""
     name = Path(site.file).stem
     if name.startswith("attention_sm90"):
         return ["attention sm90: forward and backward*"]
@@ -119,7 +119,7 @@ def tests_of(site: Site) -> list[str]:
 
 
 def detected(site: Site, orders: tuple[str, ...] = ORDERS) -> str:
-    """What noticed the removal; empty: nothing did."""
+    """The kind of check that noticed the removal; empty: none did."""
     for order in orders:
         env = dict(os.environ, KILN_LEAVE_OUT=str(site.number), OMP_NUM_THREADS="1")
         if order:
@@ -168,7 +168,7 @@ def main() -> int:
             surprising.append(site)
     counted = [s for s in chosen if (s.file, s.place, s.text) not in HARMLESS]
     print(f"{len(counted) - len(missed)} of {len(counted)} removals detected, {len(chosen) - len(counted)} listed as harmless")
-    unheard = [s for s in missed if "sm90" in s.file]           # too new for any doubt
+    unheard = [s for s in missed if "sm90" in s.file]           # here every miss counts
     for site in surprising:
         print(f"listed as harmless, yet detected: {site}")
     return 1 if surprising or unheard or len(missed) > 0.05 * len(counted) else 0

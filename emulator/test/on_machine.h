@@ -1,4 +1,4 @@
-// What the tests of the emulated CUDA runtime and of the CUDA backend on it share: a machine as a test wants it, its
+// Shared by the tests of the emulated CUDA runtime and of the CUDA backend on it: a machine that a test sets up, its
 // memory and streams, and kernels that work or fail.
 #pragma once
 #include <doctest/doctest.h>
@@ -18,7 +18,7 @@ __global__ void broken_kernel(T* p) {  // not all of the warp's lanes come to th
 }
 
 namespace emulated {
-// A failed kernel's threads are abandoned where they stand, with what they own.
+// A failed kernel's threads are abandoned where they stand, with the memory that they own: no leak to report.
 #ifdef __SANITIZE_ADDRESS__
 using MayLeak = __lsan::ScopedDisabler;
 #else
@@ -27,7 +27,7 @@ struct MayLeak {
 };
 #endif
 
-// A machine as a test wants it; what it was comes back, and nothing that went wrong stays.
+// Sets the stream mode for a test; the destructor clears all errors and restores the former machine.
 class OnMachine {
   public:
     explicit OnMachine(emulator::StreamMode mode) : before_(emulator::machine()) { emulator::machine().mode = mode; }
@@ -60,7 +60,7 @@ struct TestStream {
     operator cudaStream_t() const { return s; }
 };
 
-inline int value_of(const int* p) {  // without regard to any stream
+inline int value_of(const int* p) {  // at once, without waiting for other streams
     int v = -1;
     TestStream s;
     REQUIRE(cudaMemcpyAsync(&v, p, sizeof v, cudaMemcpyDeviceToHost, s) == cudaSuccess);

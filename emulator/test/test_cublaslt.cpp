@@ -1,7 +1,7 @@
-// The stand-in for cuBLASLt against a plain loop in double: the GEMM's tests rest on it.  Made to fail by: a leading
-// dimension taken for another, a transposition left out, beta ignored, the bias along columns, GELU of the rounded sum,
-// each condition of its check() functions left out, a part of a split sum left out, the sums of A taken along k's wrong
-// axis, every algorithm computed in one part.
+// The stand-in for cuBLASLt against a plain loop in double; the tests of the GEMM rely on it.  Made to fail by: a
+// leading dimension taken for another, a transposition left out, beta ignored, the bias along columns, GELU of the
+// rounded sum, each condition of the stand-in's check() functions left out, a part of a split sum left out, the sums of
+// A taken along the wrong axis, every algorithm computed in one part.
 #include <cublasLt.h>
 #include <doctest/doctest.h>
 
@@ -18,7 +18,7 @@
 namespace {
 constexpr size_t kWorkspace = 1 << 20;
 
-// Numbers in device memory that a test can read and write at once.
+// Numbers in device memory; the constructor and host() wait for their copies.
 class Numbers {
   public:
     Numbers(cudaDataType_t type, const Doubles& values) : type_(type), n_(values.size()) {
@@ -60,9 +60,9 @@ class Numbers {
 };
 DType dtype(cudaDataType_t t) { return t == CUDA_R_16BF ? DType::bf16 : DType::f32; }
 
-// One product with everything that goes with it; a test changes what it is about.
+// One product with all its parameters; each test changes those that it is about.
 struct Case {
-    int m = 8, n = 16, k = 24, gap = 0;  // gap: what each leading dimension has beyond the rows
+    int m = 8, n = 16, k = 24, gap = 0;  // gap: each leading dimension exceeds the rows by this
     bool a_transposed = false, b_transposed = false;
     cudaDataType_t in = CUDA_R_32F, out = CUDA_R_32F;
     float alpha = 1, beta = 0;
@@ -161,7 +161,7 @@ class Product {
         return s;
     }
 
-    // Of A (m) or B (n) over k.
+    // The sums of A (m) or B (n) over k.
     Doubles sums(bool of_a, bool of_absolutes) const {
         Doubles s(size_t(of_a ? h.m : h.n));
         for (int i = 0; i < int(s.size()); i++)
@@ -193,12 +193,12 @@ class Product {
 double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 double gelu_grad(double x) { return (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5; }
 
-// |got - want| within one rounding of `want` to `t` and `slack` before it.
+// |got - want| is within one rounding of `want` to `t`, plus an error of `slack` before that rounding.
 bool near(double got, double want, double slack, cudaDataType_t t) {
     return std::abs(got - want) <= slack + (t == CUDA_R_16BF ? 0x1p-8 : kUnit) * (std::abs(want) + slack);
 }
 
-// By the which-th algorithm that the search finds.
+// Checks a product by the which-th algorithm that the search finds.
 void check_product(const Case& how, size_t which = 0) {
     INFO("algorithm ", which, "m ", how.m, " n ", how.n, " k ", how.k, " gap ", how.gap, " a_transposed ",
          how.a_transposed, " b_transposed ", how.b_transposed, " in ", how.in, " out ", how.out, " beta ", how.beta,
@@ -229,7 +229,7 @@ void check_product(const Case& how, size_t which = 0) {
             for (int i = how.m; i < how.aux_ld; i++)
                 outside += aux[size_t(j) * how.aux_ld + i] != p.vaux[size_t(j) * how.aux_ld + i];
     }
-    const size_t used = p.found.workspaceSize / 4;  // all of it, and no more
+    const size_t used = p.found.workspaceSize / 4;  // the product fills these floats, and no more
     for (size_t i = 0; i < used; i++) outside += !std::isnan(workspace[i]);
     outside += workspace[used] != 0;
     CHECK(wrong == 0);
@@ -247,7 +247,7 @@ TEST_CASE("emulated cublasLt: alpha op(A) op(B) + beta C of every layout and typ
                 for (float beta : {0.0f, 0.5f})
                     for (int gap : {0, 3, 8}) {
                         if (in == CUDA_R_32F && out == CUDA_R_16BF) continue;
-                        // the first splits its sum where all is aligned
+                        // k is long: where all is aligned, the first algorithm takes a workspace
                         Case c = {.m = 8,
                                   .n = 16,
                                   .k = 72,
@@ -286,7 +286,7 @@ TEST_CASE("emulated cublasLt: every algorithm computes the product") {
                                 .beta = 0.5f};
                 const std::vector<cublasLtMatmulHeuristicResult_t> all = Product(c).search_all();
                 CHECK(all.size() == 8);
-                // Those whose parts meet in bf16 round twice more than is allowed here.
+                // Algorithms 4 and 5 add their parts in bf16, two roundings more than are allowed here.
                 for (size_t i = 0; i < all.size(); i++)
                     if (out == CUDA_R_32F || (i != 4 && i != 5)) check_product(c, i);
             }
@@ -305,12 +305,12 @@ TEST_CASE("emulated cublasLt: algorithms differ in their bits, and one from run 
     for (size_t i = 0; i < all.size(); i++) {
         const Doubles first = bits(all[i]);
         CHECK((bits(all[i]) == first) == (i != 6));
-        if (i == 5 || i == 7) continue;  // as 4, fp32 throughout; in one part, as 0
+        if (i == 5 || i == 7) continue;  // 5: like 4, fp32 throughout; 7: one part, like 0
         CHECK(std::find(seen.begin(), seen.end(), first) == seen.end());
         seen.push_back(first);
     }
     CHECK(emulator::products_run() == std::vector<int>{0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7});
-    // In place and in D's type only where the caller allows it.
+    // Algorithms add in place or in D's type only where the caller allows it.
     const uint32_t compute_type = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     REQUIRE(cublasLtMatmulPreferenceSetAttribute(p.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
                                                  &compute_type, sizeof compute_type) == kGood);

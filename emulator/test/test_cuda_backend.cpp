@@ -1,4 +1,4 @@
-// The CUDA backend where only an emulated device can show it: devices refused, errors and what they name, out of
+// Behaviour of the CUDA backend that only an emulated device can show: refused devices, the text of errors, out of
 // memory, uploads that do not wait.
 #include <doctest/doctest.h>
 
@@ -52,7 +52,7 @@ TEST_CASE("cuda backend: an error names the call, what the kernel did and the ke
     DeviceInts p(32);
     k.zero(p, 128, nullptr);
     CUDA_CHECK(simt::launch(twice_kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
-    // As launchers choose an instance: the name is the kernel's, not the text's.
+    // Launchers choose an instance through such a variable: the error must name the kernel, not the variable.
     const auto kernel = broken_kernel<int>;
     CUDA_CHECK(simt::launch(kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
     CUDA_CHECK(simt::launch(add_kernel, 1, 32, 0, nullptr, static_cast<int*>(p), 1));
@@ -66,7 +66,7 @@ TEST_CASE("cuda backend: an error names the call, what the kernel did and the ke
               "; launched last: ", "twice_kernel, broken_kernel<int>, add_kernel"})
             CHECK_MESSAGE(std::string(e.what()).find(part) != std::string::npos, e.what());
     }
-    CHECK_THROWS_AS(k.zero(p, 128, nullptr), Error);  // it stays
+    CHECK_THROWS_AS(k.zero(p, 128, nullptr), Error);  // the error stays
 }
 
 TEST_CASE("cuda backend: with KILN_CUDA_SYNC=1 the launch that failed throws") {
@@ -117,10 +117,10 @@ TEST_CASE("cuda backend: an upload from pinned memory does not wait: the buffer 
     DeviceInts p(1);
     *host.as<int>() = 1;
     k.upload(p, host.as<void>(), sizeof(int), s.get());
-    *host.as<int>() = 2;  // too early
+    *host.as<int>() = 2;  // too early: the upload has not read it
     k.set_mark(sent.get(), s.get());
     k.wait_mark(sent.get());
     CHECK(value_of(p) == 2);
-    *host.as<int>() = 3;  // the mark is past
+    *host.as<int>() = 3;  // safe: the mark is past
     CHECK(value_of(p) == 2);
 }

@@ -1,4 +1,4 @@
-// Kernels that are broken on purpose: every defect is seen, in the race build in every run, and named well.
+// Kernels that are broken on purpose: every defect is seen, in the race build in every run, and its place is reported.
 // Made to fail by: each check of sync.cpp, async.cpp and race.cpp left out in turn.
 #include <functional>
 
@@ -10,12 +10,12 @@ using emulator::Order;
 
 enum class Seen {
     always,      // a report in every build and order
-    race_check,  // a report in every run of the race build; else not, or by luck
-    numbers      // as race_check; in other builds random order shows it by a report or wrong numbers
+    race_check,  // a report in every run of the race build; in other builds none, or by luck
+    numbers      // like race_check; in other builds random order shows the defect by a report or wrong numbers
 };
 struct Expected {
     Seen seen;
-    const char* kinds;  // the reports it may give; empty: wrong numbers are enough in the race build, too
+    const char* kinds;  // of reports that may appear; empty: wrong numbers are enough in the race build, too
 };
 
 bool has_coordinates(const std::string& text) {
@@ -92,7 +92,7 @@ __global__ void exited_lane_kernel(float* out) {
     __syncwarp();
     out[threadIdx.x] = __shfl_sync(0xffffffffu, 1.0f, 0);
 }
-__global__ void two_barriers_kernel(float* out) {  // both halves wait at a barrier, at another one each
+__global__ void two_barriers_kernel(float* out) {  // each half waits at a barrier of its own
     SIMT_SHARED(float, s, [64]);
     s[threadIdx.x] = 1.0f;
     if (threadIdx.x < 32) {
@@ -173,7 +173,7 @@ TEST_CASE("misaligned vectors") {
     expect_defect("float4 at +4 bytes", {Seen::always, "memcheck"}, over_ones(misaligned_kernel, 1, 1, 1));
     expect_clean("float4 at +16 bytes", over_ones(misaligned_kernel, 1, 1, 4));
 }
-#ifndef __SANITIZE_ADDRESS__  // which ends the program at the first of these
+#ifndef __SANITIZE_ADDRESS__  // ASan ends the program at the first of these errors
 __global__ void past_the_end_kernel(float* p) { p[threadIdx.x + 40] = 2.0f; }
 TEST_CASE("out of bounds") {
     const Expected memcheck{Seen::always, "memcheck"};
@@ -237,7 +237,7 @@ TEST_CASE("missing waits and fences in Hopper's pipeline") {
 }
 
 #if SIMT_HOOKED
-// ---- what only the race check sees ----
+// ---- defects that only the race check sees ----
 __global__ void blocks_add_kernel(float* out) { out[threadIdx.x] += 1.0f; }
 __global__ void blocks_add_atomically_kernel(float* out) { atomicAdd(&out[threadIdx.x], 1.0f); }
 __global__ void exchange_kernel(float* p, bool fence) {
@@ -253,7 +253,7 @@ __global__ void last_block_kernel(float* p, bool fence) {  // 16 partial sums, t
     if (threadIdx.x == 0) {
         p[blockIdx.x] = 2.0f;
         if (fence) __threadfence();
-        const int first = __float_as_int(1.0f);  // what the counter holds at the start
+        const int first = __float_as_int(1.0f);  // the counter's value at the start
         last[0] = atomicAdd(reinterpret_cast<int*>(&p[17]), 1) == first + int(gridDim.x) - 1;
     }
     __syncthreads();
@@ -270,7 +270,7 @@ __global__ void shared_past_the_end_kernel(float* p, int n) {
     float* all = s;
     p[threadIdx.x] = all[int(threadIdx.x) + n];
 }
-// Copies of one statement, and a barrier inside a function that is called twice, are no divergence.
+// Copies of one barrier are no divergence; different calls of a function with a barrier are.
 __device__ __forceinline__ float shared_sum(float* s, float v) {
     s[threadIdx.x] = v;
     __syncthreads();

@@ -1,7 +1,7 @@
-// Choosing algorithms and ways of matrix products, where a test says how long each takes.  Made to fail by: the first
-// guess kept, the slowest kept, every candidate timed to the end, the run that compares bits left out, a choice not
-// looked up again, choices() without the ways, set_choices() that keeps old plans or takes another version's, tuning in
-// a capture, the way that is slower taken.
+// The choice of algorithms and of ways (fused or apart) for matrix products, on a nominal clock that the test sets.
+// Made to fail by: the first guess kept, the slowest kept, every candidate timed to the end, the run that compares bits
+// left out, a choice not looked up again, choices() without the ways, set_choices() that keeps old plans or takes
+// another version's, tuning in a capture, the slower way taken.
 #include <algorithm>
 #include <cmath>
 #include <set>
@@ -21,7 +21,7 @@ const Target t = {&cuda_backend(), DType::bf16, "cuda bf16"};
 constexpr int BT = 32, C = 16, OC = 24;
 constexpr int kRestless = 6;
 
-// A machine with a clock; choices, and the machine as it was, are gone at the end.
+// A machine with the nominal clock; the destructor drops all choices and restores the former machine.
 struct Clocked {
     const emulator::Machine before = emulator::machine();
     explicit Clocked(int fastest, int epilogue_us = 0) {
@@ -41,7 +41,7 @@ struct Clocked {
     }
 };
 
-// d = a b of fp32 or bf16 numbers, long enough for every algorithm.
+// d = a b, d in fp32 or bf16, with a K long enough for every algorithm.
 struct Product {
     explicit Product(DType out = DType::f32, int K = 96)
         : a(t, DType::bf16, rounded(normal(size_t(BT) * K, 1), DType::bf16)),
@@ -73,7 +73,7 @@ TEST_CASE("gemm choice: the fastest algorithm is kept; without tuning it is the 
         CHECK(chosen().empty());
         CHECK(tuned([&] { p.run(); }) == "");
         CHECK(chosen().size() == 1);
-        Clocked::set(fastest == 2 ? 1 : 2);  // no matter: it has been chosen
+        Clocked::set(fastest == 2 ? 1 : 2);  // changes nothing: the choice is made
         for (int i = 0; i < 2; i++) CHECK(p.run() == fastest);
         tuned([&] { CHECK(p.run() == fastest); });
         CHECK(chosen().size() == 1);
@@ -83,9 +83,9 @@ TEST_CASE("gemm choice: the fastest algorithm is kept; without tuning it is the 
 TEST_CASE("gemm choice: a slow candidate is dropped after its first timed run") {
     Clocked machine(0);
     tuned([] { Product().run(); });
-    CHECK(count(0) == 1 + 1 + 3 * 2 + 2 + 1);  // not timed; once; 3 rounds of 2 to fill 0.2 ms; compared; the call
+    CHECK(count(0) == 1 + 1 + 3 * 2 + 2 + 1);  // untimed; timed once; 3 rounds of 2 to fill 0.2 ms; 2 compared; a call
     for (int slow : {1, 2, 3, 4, 7}) CHECK(count(slow) == 2);
-    CHECK(count(5) == 0);  // parts that meet in the output's type in the workspace are never asked for
+    CHECK(count(5) == 0);  // adds parts in the output's type in the workspace, which is never asked for
 }
 
 TEST_CASE("gemm choice: where the library has few guesses, k is also split as it did not propose") {
@@ -104,7 +104,7 @@ TEST_CASE("gemm choice: where the library has few guesses, k is also split as it
         CHECK(now != guess);
         for (size_t i = 0; i < now.size(); i++)
             CHECK(std::abs(now[i] - guess[i]) < 1e-4);  // 96 fp32 roundings of about 20
-        const std::string text = k.choices();           // and it is kept like the others
+        const std::string text = k.choices();           // a split is kept like the others
         k.set_choices(text);
         CHECK(p.run() == number);
     }
@@ -115,11 +115,11 @@ TEST_CASE("gemm choice: where the library has few guesses, k is also split as it
         tuned([&] { cuda::gemm(product.g, nullptr); });
         return std::set<int>(emulator::products_run().begin(), emulator::products_run().end());
     };
-    // Up to 16, each once: 2 splits as 0 does, and 1 and 2 have 2 and 4 parts of their own.
+    // Up to 16 candidates, each once: algorithm 2 splits as 0 does, and 1 and 2 have 2 and 4 parts of their own.
     CHECK(tried(p) == std::set<int>{0, 1, 2, 3, 4, 6, 7, 102, 103, 203, 104, 204, 106, 206, 108, 208});
     CHECK(count(103) == 2);
     CHECK(tried(Product(DType::f32, 8)) ==
-          std::set<int>{0, 1, 2, 4, 7, 102, 103, 203, 104, 204});  // k has no more parts
+          std::set<int>{0, 1, 2, 4, 7, 102, 103, 203, 104, 204});  // a K of 8 has no more parts
     emulator::machine().splits = false;
     CHECK(tried(p) == std::set<int>{0, 1, 2, 3, 4, 6, 7});
 }
@@ -145,7 +145,7 @@ TEST_CASE("gemm choice: an algorithm that does not repeat its bits is rejected, 
           "32 x 24 x 96, bf16 x bf16 -> f32, DEFAULT, aligned 16 16 16 16 0 0: an algorithm of 100.0 us is not used, "
           "it gave other bits when it was repeated\n");
     CHECK(p.run() == 0);
-    // Also where it adds to its own output, which changes from run to run whatever the algorithm.
+    // Also where the product adds to its own output, which changes from run to run with any algorithm.
     p.g.c = p.g.d;
     CHECK(tuned([&] { p.run(); }).find("-> +f32, DEFAULT") != std::string::npos);
     CHECK(p.run() == 0);
@@ -238,7 +238,7 @@ TEST_CASE("gemm choice: a captured stream never tunes, and its kind may be tuned
 }
 
 namespace {
-struct Layer {  // every way that linear.cu has
+struct Layer {  // runs every kind of product of linear.cu
     explicit Layer(const Target& target = ::t) : t(target) {}
     const Target t;
     Dev x{t, t.real, rounded(normal(size_t(BT) * C, 3), t.real)},
@@ -260,7 +260,7 @@ struct Layer {  // every way that linear.cu has
         return {y.host(), y_pre.host(), gelu.host(), dx.host(), dw.host(), db.host()};
     }
 };
-// "BIAS GELU_AUX_BIAS ...": the epilogues among the choices that are fused, or those that are not.
+// "BIAS GELU_AUX_BIAS ...": the epilogues among the choices that are fused or, with `apart`, not fused.
 std::string epilogues(bool apart) {
     std::vector<std::string> names;
     for (const auto& [kind, choice] : chosen()) {
@@ -278,8 +278,8 @@ TEST_CASE("gemm choice: the faster way is taken, fused or apart, and is kept lik
     Clocked machine(0);
     Layer layer;
     const std::vector<Doubles> untuned = layer.outputs();
-    // A kernel takes 10 us.  Column sums of so few rows are one, bias and GELU together two: an epilogue is worth it
-    // when it takes less.
+    // A kernel takes 10 us.  Column sums of so few rows take one kernel, bias and GELU together two: fusing pays when
+    // the epilogue takes less.
     for (const auto& [epilogue_us, fused] : {std::pair{9, true}, {21, false}}) {
         CAPTURE(epilogue_us);
         Clocked::set(0, epilogue_us);
@@ -290,7 +290,7 @@ TEST_CASE("gemm choice: the faster way is taken, fused or apart, and is kept lik
         const std::vector<Doubles> now = layer.outputs();
         for (size_t i = 0; i < now.size(); i++) {
             CAPTURE(i);
-            // bf16: rounded once more where it is apart, by 2^-8 of numbers up to 40
+            // bf16: the way apart rounds once more, by 2^-8 of numbers up to 40
             CHECK(worst(now[i], untuned[i], 0.16, 0.02) <= 1);
         }
         const std::string text = k.choices();
@@ -314,7 +314,7 @@ TEST_CASE("gemm choice: sums are fused only where that was chosen") {
     tuned([&] { layer.run(); });
     CHECK(epilogues(false).starts_with("BGRADA"));
     layer.run();
-    CHECK(layer.db.host() != apart);  // the product's order, in four parts
+    CHECK(layer.db.host() != apart);  // summed in the product's order, in four parts
     const Doubles want = [&] {
         Doubles sum(OC);
         const Doubles dy = layer.dy.host();

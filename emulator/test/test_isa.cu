@@ -1,5 +1,5 @@
 // One small test per instruction that ptx.cuh wraps and per CUDA spelling that kernels use, written from the definition
-// in the PTX manual and not from the emulator.  Runs emulated and on a GPU: it is what ties the emulator to hardware.
+// in the PTX manual and not from the emulator.  The tests run emulated and on a GPU: they tie the emulator to hardware.
 // Made to fail by: an operand's map with two indices swapped, a swizzle on other address bits, a wrong barrier count.
 #include <doctest/doctest.h>
 
@@ -9,7 +9,7 @@
 #include "kernels/tensor_map.h"
 #include "emulator/test/device_array.h"
 
-// Natively the Hopper tests exist in a binary for compute capability 9.0a alone (-DKILN_SM90=1); emulated always.
+// A native binary has the Hopper tests only for compute capability 9.0a (-DKILN_SM90=1), an emulated one always.
 #ifndef KILN_SM90
 #define KILN_SM90 SIMT_EMULATED
 #endif
@@ -238,7 +238,7 @@ TEST_CASE("isa: mma.m16n8k16") {
 }
 
 #if KILN_SM90
-// ---- stmatrix: what ldmatrix read, back ----
+// ---- stmatrix: stores the registers that ldmatrix has read ----
 __global__ void isa_stmatrix_kernel(const bf16* in, uint4* x4, uint4* x4_trans, uint4* x2, uint4* x2_trans) {
     SIMT_SHARED(uint4, rows, [32]);
     SIMT_SHARED(uint4, back, [4][32]);
@@ -332,7 +332,7 @@ TEST_CASE("isa: TMA loads that reach outside the tensor") {
     CHECK(wrong_elements<2>({72, 40}, {64, 16}, {72, 0, 0, 0}, true) == 0);
 }
 
-// A box of ones, stored and then added twice, over the corner of a (rows, 64) tensor.
+// A box of rows 1 .. 64, stored once and then added twice, over the corner of a (rows, 64) tensor.
 template <class T>
 __global__ void isa_tma_store_kernel(SIMT_PARAM simt::TensorMap map, int x, int y) {  // box (8, 64)
     SIMT_DYN_SHARED(box);

@@ -1,7 +1,6 @@
-// Every op of the CUDA backend: the same bits under 20 random schedules, on one OS thread and on two.  The shapes turn
-// every pipeline more than once, and together run every instance of every kernel.
-// In the race build the same runs are the race check under those schedules; there and under sanitizers the larger
-// shapes have 5 of them.
+// Every op of the CUDA backend: the same bits under 20 random schedules, on one OS thread and on two.  The shapes reuse
+// every pipeline's buffers, and together run every instance of every kernel.
+// The race build checks the same runs for races; there and under sanitizers the larger shapes run under 5 schedules.
 // Made to fail by: layernorm's partial rows added in the order in which blocks arrive (an atomicAdd); an instance of a
 // kernel that no shape here chooses.
 #include <algorithm>
@@ -27,7 +26,7 @@ constexpr bool kSlow = true;
 constexpr bool kSlow = false;
 #endif
 
-// The schedule of what runs while it lives; whatever the emulator finds is an error of the op.
+// Sets the schedule while the object lives; every report of the emulator is an error of the op.
 class Schedule {
   public:
     explicit Schedule(uint64_t seed) : before_(emulator::config()) {
@@ -41,7 +40,7 @@ class Schedule {
     emulator::Config before_;
 };
 
-// Launches are counted while it lives: counters() knows the kernels.
+// Counts launches while the object lives, so that counters() knows the kernels that ran.
 class Counting {
   public:
     Counting() { emulator::config().counters = !kSlow; }
@@ -61,7 +60,7 @@ class Capability {
 
 struct OpCase {
     std::string name;
-    bool large;                                 // in time
+    bool large;                                 // takes long
     std::function<Doubles(const Target&)> run;  // all outputs, one behind the other
 };
 
@@ -75,7 +74,7 @@ Doubles joined(std::initializer_list<const Dev*> outputs) {
 }
 Doubles numbers(size_t n, unsigned seed) { return normal(n, seed, 0.5); }
 
-// V: few, so that a token's rows span several chunks of 32.
+// V is small, so that a token's rows span several chunks of 32.
 struct EmbeddingShape {
     int B, T, C, V;
 };
@@ -158,7 +157,7 @@ Doubles attention(const Target& t, const AttentionShape& d) {
     return joined({&y, &lse, &dqkv});
 }
 
-// By the kernels for 9.0, whichever the target's.
+// By the kernels for compute capability 9.0, whichever kernels the target would choose.
 Doubles attention_sm90(const Target& t, const AttentionShape& d) {
     return attention({&cuda_backend(AttentionKernel::sm90), t.real, t.name}, d);
 }
@@ -242,31 +241,31 @@ std::vector<OpCase> ops(const Target& t) {
     for (const auto& d : {EmbeddingShape{2, 37, 32, 50}, EmbeddingShape{3, 67, 33, 4}, EmbeddingShape{2, 37, 264, 5}})
         add(false, embedding, d, fmt::format("embedding B={} T={} C={} V={}", d.B, d.T, d.C, d.V));
     // Several chunks of 64 rows; then, by width, rows in the registers of one warp, of two and of eight, where one
-    // barrier serves two rows in turn; and rows of which no 16-byte access is allowed.
+    // barrier serves two rows in turn; and rows that allow no 16-byte access.
     for (const auto& d : {NormShape{150, 32}, NormShape{70, 100}, NormShape{9, 520}, NormShape{9, 1000},
                           NormShape{17, 1600}, NormShape{3, 2049}, NormShape{4, 4104}})
         add(d.C > 1000, layernorm, d, fmt::format("layernorm BT={} C={}", d.BT, d.C));
     for (const auto& d : {LinearShape{74, 32, 24}, LinearShape{150, 32, 40}, LinearShape{150, 30, 27}})
         add(false, linear, d, fmt::format("linear BT={} C={} OC={}", d.BT, d.C, d.OC));
-    // Tiles have 64 or 128 rows and two stages: 130 rows turn each of the bf16 kernels three times, or twice.
+    // Tiles have 64 or 128 rows, pipelines two stages: 130 rows take each of the bf16 kernels three tiles, or two.
     const std::vector<AttentionShape> fp32 = {{2, 37, 2, 16, 0.2f}, {1, 37, 2, 17, 0}, {1, 67, 1, 40, 0.2f}};
     const std::vector<AttentionShape> bf16 = {{2, 37, 2, 16, 0.2f},   {1, 130, 1, 16, 0},    {1, 130, 1, 16, 0.2f},
                                               {1, 130, 1, 64, 0},     {1, 130, 1, 64, 0.2f}, {1, 130, 1, 128, 0},
                                               {1, 130, 1, 128, 0.2f}, {1, 200, 1, 32, 0.2f}};
     for (const auto& d : t.real == DType::bf16 ? bf16 : fp32)
         add(d.T > 100, attention, d, fmt::format("attention B={} T={} HS={} p={}", d.B, d.T, d.HS, d.p));
-    // Three tiles of 128 rows, the last one nearly empty; two heads: 4 pairs of tiles for the 4 multiprocessors, and
-    // with six heads a second and a third pair for some, which turn every ring of buffers.
+    // Three tiles of 128 rows, the last one nearly empty.  Two heads make 4 pairs of tiles for the 4 multiprocessors;
+    // six heads give some multiprocessors a second and a third pair, which reuse every ring of buffers.
     const std::vector<AttentionShape> sm90 = {{1, 260, 2, 64, 0}, {1, 260, 2, 128, 0}, {2, 260, 3, 64, 0}};
     if (t.real == DType::bf16)
         for (const auto& d : sm90)
             add(true, attention_sm90, d, fmt::format("attention sm90 B={} T={} NH={} HS={}", d.B, d.T, d.NH, d.HS));
     for (const size_t parts : {4, 32}) add(false, elementwise, parts, fmt::format("elementwise, {} parts", parts));
-    // GPT-2's row stays in shared memory on 9.0, and is read twice on 8.6.
+    // A row of GPT-2's logits stays in shared memory on 9.0, and is read twice on 8.6.
     for (const auto& d :
          {LogitsShape{74, 50, 128, 90}, LogitsShape{1, 50257, 50304, 90}, LogitsShape{1, 50257, 50304, 86}})
         add(d.Vp > 128, cross_entropy, d, fmt::format("cross_entropy Vp={} on {}", d.Vp, d.capability));
-    if (t.real == DType::bf16) return all;  // the others have one dtype
+    if (t.real == DType::bf16) return all;  // the other ops have one dtype
     for (const size_t n : {size_t(3000), kGradNormChunk + 100})
         add(n > 3000, grad_norm, n, fmt::format("grad_norm n={}", n));
     for (const OptimizerKind kind : {OptimizerKind::adamw, OptimizerKind::adam, OptimizerKind::sgd})
@@ -283,13 +282,13 @@ std::set<std::string> kernels_in_sources() {
         const std::string text{std::istreambuf_iterator<char>(in), {}};
         for (std::sregex_iterator i(text.begin(), text.end(), kernel), end; i != end; ++i) names.insert((*i)[1]);
     }
-    names.erase("probe_kernel");  // is asked about, never launched
+    names.erase("probe_kernel");  // only its attributes are read
     return names;
 }
-// Their instances in this program, as counters() names them: "layernorm_forward_kernel<float, 8>".
+// The instances of these kernels in this program, as counters() names them: "layernorm_forward_kernel<float, 8>".
 std::set<std::string> kernels_in_program() {
     const std::set<std::string> sources = kernels_in_sources();
-    // type, "void ", namespaces, name, template arguments; not what is inside of a kernel
+    // type, "void ", namespaces, name, template arguments; symbols inside of a kernel do not match
     static const std::regex symbol(
         R"(^\S+ [tTW] (?:void )?((?:\w+::|\(anonymous namespace\)::)*)(\w+_kernel)(<.*>)?\(.*\)$)");
     std::set<std::string> names;
@@ -330,7 +329,7 @@ TEST_CASE("ops: the same bits under 20 random schedules, by every kernel") {
             }
         }
     }
-    if (kSlow) return;  // the same kernels, and counting accesses would take long
+    if (kSlow) return;  // these builds run the same kernels, and counting would take long
     std::set<std::string> ran;
     for (const auto& [name, counted] : emulator::counters()) ran.insert(name);
     const std::set<std::string> expected = kernels_in_program();

@@ -1,6 +1,6 @@
-// The emulated CUDA runtime: what runs when, what is refused, how errors stay.  Made to fail by: events that do not
-// wait, a default stream that joins none, a staged copy of pinned memory, a pageable source read late, a sticky error
-// that clears, no range check, a graph in any order, a free that does not wait, uncounted memory.
+// The emulated CUDA runtime: when work runs, which calls are refused, how errors stay.  Made to fail by: events that do
+// not wait, a default stream that joins none, a staged copy of pinned memory, a pageable source read late, a sticky
+// error that clears, no range check, a graph in any order, a free that does not wait, uncounted memory.
 #include <doctest/doctest.h>
 
 #include <cstdlib>
@@ -71,7 +71,7 @@ TEST_CASE("emulated runtime: a late stream runs when the host waits for it, and 
     pending();
     { DeviceInts freed(1); }
     CHECK(value_of(p) == 5);
-    pending();  // polling gets on
+    pending();  // polling makes progress
     CHECK(add(p, 4, 5, s) == cudaSuccess);
     CHECK(cudaStreamQuery(s) == cudaErrorNotReady);
     CHECK(cudaGetLastError() == cudaErrorNotReady);

@@ -26,14 +26,14 @@ __global__ void past_local_kernel(float* out, int n) {
     asm volatile("" : "+r"(p));
     out[threadIdx.x] = p[int(threadIdx.x) % 4 + n];
 }
-__global__ void array_bound_kernel(float* out, int n) {  // inside the array as a whole
+__global__ void array_bound_kernel(float* out, int n) {  // past a row, but inside the whole array
     SIMT_SHARED(float, a, [4][8]);
     a[threadIdx.x % 4][0] = 0.0f;
     __syncthreads();
     out[0] = a[threadIdx.x & 3][n];
 }
 
-// What the child says before it ends; empty when it ends well.
+// The text that the child writes to stderr; empty when the child ends well.
 std::string complaint(void (*kernel)(float*, int), int n) {
     int ends[2];
     REQUIRE(pipe(ends) == 0);

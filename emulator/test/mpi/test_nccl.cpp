@@ -1,4 +1,4 @@
-// The reduction by NCCL on the emulated one: which calls it makes, and what becomes of ranks that fail.
+// The reduction by NCCL, on the emulated NCCL: the calls that it makes, and the errors on ranks when one fails.
 // Seen to fail, or to hang, with: no abort after a failure; no deadline in a call, or in the wait; no look at the
 // asynchronous error in the wait; a group left open; ncclCommDestroy while an exception flies.
 #include <cuda_emulator_host.h>
@@ -27,7 +27,8 @@ class Setting {
     const char* name_;
 };
 
-// A call of the emulated runtime would else last until the device is done: nothing to give up on.
+// Late streams: in the other modes a call of the emulated runtime may last until the device is done, and no deadline
+// could end it.
 class LateStreams {
   public:
     LateStreams() : before_(emulator::machine().mode) { emulator::machine().mode = emulator::StreamMode::late; }
@@ -37,7 +38,7 @@ class LateStreams {
     emulator::StreamMode before_;
 };
 
-// Runs f, which must throw, and returns what; fails the test when it took longer than `limit` seconds.
+// Runs f, which must throw, and returns the error; fails the test when f took longer than `limit` seconds.
 template <class F>
 Error thrown_within(double limit, F&& f) {
     const auto start = std::chrono::steady_clock::now();
@@ -91,7 +92,7 @@ TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction 
         if (world().size() > 1) CHECK(calls == Calls{{"ncclAllReduce", n, "float32"}});
     }
     CHECK(n >= count_params(o.model));
-    // What NCCL takes at its first call is there before the first step.
+    // NCCL allocates memory at its first call: the trainer makes one before the first step.
     CHECK(connecting == (world().size() == 1 ? Calls{} : Calls{{"ncclAllReduce", n, "float32"}}));
 }
 
@@ -115,7 +116,7 @@ TEST_CASE("ordered, moved by nccl: which calls, and how long") {
 }
 
 TEST_CASE("a clean end destroys the communicator, an exception aborts it") {
-    gpu();  // opens it
+    gpu();  // opens the GPU
     const Calls clean = calls_of([] { NcclComm nccl(world(), kTimeout); });
     CHECK(clean.back().name == "ncclCommDestroy");
     const Calls unwound = calls_of([] {
@@ -147,7 +148,7 @@ TEST_CASE("a network error ends the wait on every rank, and names the call") {
     k.synchronize(stream.get());
 }
 
-// The rank with the fault hangs in the call itself, the others in the wait: their stream never gets past it.
+// The rank with the fault hangs in the call itself, the others in the wait: their stream never gets past the call.
 TEST_CASE("a rank that hangs is a lost rank after the deadline") {
     const LateStreams late;
     const Backend& k = *gpu();
@@ -166,7 +167,7 @@ TEST_CASE("a rank that hangs is a lost rank after the deadline") {
     k.synchronize(stream.get());  // aborted: nothing is left on the stream
 }
 
-// As in a step that is replayed: the graph goes only when the exception has unwound as far.
+// As in a replayed step: the graph is destroyed only when the exception unwinds past its owner.
 TEST_CASE("a rank that is lost while a graph holds calls is no hang") {
     const LateStreams late;
     const Backend& k = *gpu();
@@ -192,7 +193,7 @@ TEST_CASE("a rank that is lost while a graph holds calls is no hang") {
 }
 
 TEST_CASE("a communicator that does not come about is an error after the deadline") {
-    gpu();  // opens it
+    gpu();  // opens the GPU
     const Setting fault("KILN_EMULATOR_NCCL_HANG", world().rank() == world().size() - 1 ? "1" : "0");
     const Error e = thrown_within(kTimeout / 2, [&] { NcclComm(world(), 0.5); });
     CHECK(e.code == Exit::peer_lost);
