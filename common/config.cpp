@@ -36,7 +36,7 @@ std::string shown(const YamlNode& v) {
     fail(Exit::usage, "{}: {} = {} {}", at, key.name, shown(v), why);
 }
 
-// The whole of a plain scalar as a T; what it is not is refused with `expected`.
+// Reads the whole of a plain scalar as a T; refuses any other value, and says what is expected.
 template <class T>
 T number(const std::string& at, const Key& key, const YamlNode& v) {
     const std::string expected = allowed_values(key);
@@ -164,7 +164,7 @@ void apply_override(Config& c, Places& places, const std::string& text) {
     places[key.name] = at;
 }
 
-// What no key can see alone.  `at` tells where a key was set.
+// The checks that concern several keys.  `at` tells where a key was set.
 class Checks {
   public:
     Checks(const Config& c, const Places& places, const std::string& name) : c_(c), places_(places), name_(name) {}
@@ -249,14 +249,14 @@ class Checks {
     const std::string& name_;
 };
 
-// Overrides and escapes may make the resolved config larger than what a resume would read: then nothing starts.
+// Overrides and escapes may make the resolved config larger than a resume could read: then the run does not start.
 void check_reads_back(const Config& c, const std::string& name) {
     try {
         parse_yaml(to_yaml(c), "config.yaml", Exit::usage);
     } catch (const Error& e) { fail(Exit::usage, "{}: too large to be written as one file: {}", name, e.what()); }
 }
 
-// As to_yaml writes it; empty: the key is not written.
+// The key's value as to_yaml writes it; empty: the key is not written.
 std::string yaml_value(Config& c, const Key& key) {
     const auto block = [](const std::vector<std::string>& list) {  // an item a line: the reader bounds the line
         std::string items;

@@ -1,7 +1,7 @@
 // The config of a run: one YAML file plus --set overrides.  Defaults are the initialisers below; README.md has the
 // table, config_keys.cpp the allowed values.  An unknown or duplicate key, a wrong type or an impossible value is
-// Error(Exit::usage) with file:line, the value, what is allowed and, for a near miss, "did you mean".  A key or value
-// of what is not built yet is "not available in this build".
+// Error(Exit::usage) with file:line, the value, what is allowed and, for a near miss, "did you mean".  A known key or
+// value whose feature is not built yet is "not available in this build".
 #pragma once
 #include <cstdint>
 #include <string>

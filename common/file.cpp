@@ -26,8 +26,8 @@ struct Fd {  // closes on every way out
     }
 };
 
-// What the system refuses says nothing about the file: Exit::io.  What the file is (absent, a directory, not permitted
-// to this user) is the caller's kind of error.
+// The exit code after a refused open.  An error about the file (absent, a directory, not permitted to this user) gets
+// the caller's code, any other error of the system Exit::io.
 Exit refusal(Exit code) {
     const bool about_the_file = errno == ENOENT || errno == ENOTDIR || errno == EACCES || errno == ELOOP ||
                                 errno == ENAMETOOLONG || errno == EISDIR;
@@ -185,7 +185,7 @@ void make_directories(const fs::path& path) {
     make_directories(path.parent_path());
     fs::create_directory(path, error);
     if (error) fail(Exit::io, "{}: cannot create the directory: {}", path.string(), error.message());
-    sync_directory(path.parent_path());  // what is saved in it is only as durable as its name
+    sync_directory(path.parent_path());  // a directory's files are only as durable as its name
 }
 
 void rename_path(const fs::path& from, const fs::path& to) {

@@ -13,5 +13,5 @@
 // messages.
 nlohmann::json parse_json(std::string_view text, const std::string& name, Exit code, size_t max_bytes = 100'000'000);
 
-// The text with every byte that is not UTF-8 replaced by U+FFFD: what a model of bytes writes may be anything.
+// The text with every byte that is not UTF-8 replaced by U+FFFD: a model of bytes may write any bytes.
 std::string as_utf8(const std::string& text);

@@ -30,7 +30,7 @@ int parent_of(int pid) {
     return parent;
 }
 
-// Does a person see stdout?  Under mpirun it is a pipe to the launcher, whose own stdout tells.
+// True when a person sees stdout.  Under mpirun stdout is a pipe to the launcher: then the launcher's stdout decides.
 bool on_terminal() {
     static const bool tty = [] {
         if (isatty(STDOUT_FILENO)) return true;

@@ -1,6 +1,6 @@
 // Messages for people, from rank 0: to the terminal and to the run's train.log.  Other ranks say nothing here; their
-// failures are told by main().  A full disk or a closed terminal
-// never stops a run: what cannot be written is dropped.
+// failures are told by main().  A full disk or a closed terminal never stops a run: text that cannot be written is
+// dropped.
 #pragma once
 #include <fmt/format.h>
 
@@ -28,7 +28,7 @@ class Log {
     void warn(fmt::format_string<A...> f, A&&... a) {
         write("warning: ", fmt::format(f, std::forward<A>(a)...));
     }
-    // For the file alone: what would fill the terminal.
+    // For the file alone: text that would fill the terminal.
     void detail(const std::string& message);
     // The error that ends the run, for the file: main() tells the terminal.
     void failure(const std::string& message);

@@ -12,7 +12,7 @@ constexpr const char* kFormat = "kiln choices 1";
 constexpr std::string_view kHash = "hash ", kIs = " = ";
 constexpr size_t kMaxText = size_t(16) << 20;  // bytes
 
-// Of what choices are made for, as a file's name: letters, digits and dots stay.
+// The name of the file for `made_for`: letters, digits and dots stay.
 std::string file_name(const std::string& made_for) {
     std::string name;
     for (const char c : made_for) {
@@ -54,7 +54,7 @@ Choices parse_choices(const std::string& text, const std::string& name) {
 }
 
 fs::path ChoiceCache::directory() {
-    // A path that is not absolute is to be ignored: the XDG Base Directory Specification.
+    // The XDG Base Directory Specification says to ignore a path that is not absolute.
     if (const char* cache = std::getenv("XDG_CACHE_HOME"); cache && *cache == '/') return fs::path(cache) / "kiln";
     if (const char* home = std::getenv("HOME"); home && *home == '/') return fs::path(home) / ".cache" / "kiln";
     return {};
@@ -78,10 +78,10 @@ Choices ChoiceCache::read() const {
 
 void ChoiceCache::add(const Choices& c) const {
     if (path_.empty()) return log_.info("neither XDG_CACHE_HOME nor HOME is set: choices are not kept for later runs");
-    Log silent(1);  // what is wrong with the file has been said when it was read
+    Log silent(1);  // errors of the file were reported when it was read
     Choices all = ChoiceCache(path_.parent_path(), made_for_, silent).read();
     for (const auto& [kind, choice] : c.by_kind) all.by_kind[kind] = choice;
-    // A name that no other run has: replace_file's is for one writer.
+    // A temporary name that no other run has: replace_file() allows one writer only.
     const fs::path temporary = fmt::format("{}.tmp-{:08x}", path_.string(), std::random_device()());
     try {
         make_directories(path_.parent_path());

@@ -6,7 +6,8 @@
 //   65536 x 768 x 3072, bf16 x bf16 -> bf16, BIAS, aligned 16 16 0 16 16 0 = 0a1b...
 //   hash 0123456789abcdef
 //
-// Line 2 is what they were made for, and they are valid for nothing else.  The hash is of all lines before it.
+// Line 2 names the device and library that the choices were made for; the choices are valid for no other.  The hash
+// covers all lines before it.
 #pragma once
 #include <map>
 #include <string>
@@ -20,11 +21,11 @@ struct Choices {
     bool operator==(const Choices&) const = default;
 };
 std::string to_text(const Choices& c);
-// Error(Exit::data) that begins with `name` when the text is not such a text, or is damaged.
+// Throws Error(Exit::data) that begins with `name` when the text is not of this format, or is damaged.
 Choices parse_choices(const std::string& text, const std::string& name);
 
-// Choices that fresh runs of a user share: a file for each thing that they were made for.  What goes wrong with a cache
-// never ends a run: it is logged, and the cache is as if it were empty.
+// Choices that fresh runs of a user share: one file for each made_for.  A failure of the cache never ends a run: the
+// failure is logged, and the cache counts as empty.
 class ChoiceCache {
   public:
     // In $XDG_CACHE_HOME/kiln or ~/.cache/kiln.  Empty: neither variable is set, and nothing is read or kept.
@@ -32,7 +33,8 @@ class ChoiceCache {
     ChoiceCache(const fs::path& directory, const std::string& made_for, Log& log);
     const fs::path& path() const { return path_; }
     Choices read() const;
-    // Adds these to what is there now.  Several runs may do so at once: a file is always whole, and the last one's.
+    // Adds `c` to the choices in the file.  Several runs may add at once: the file is always whole, and the last
+    // writer's.
     void add(const Choices& c) const;
 
   private:

@@ -135,8 +135,8 @@ size_t utf8_length(std::string_view s, size_t i) {
     return n > 2 && (byte(1) < low || byte(1) > high) ? 0 : n;  // overlong, surrogate, past U+10FFFF
 }
 
-// Refuses what is not lines of text, before any parsing.  To yaml-cpp's scanner, byte 4 would be the end of the file;
-// and it keeps the tokens of a whole line, or of all open brackets, before the first event: hence the bounds on both.
+// Refuses bytes that are not lines of text, before any parsing.  yaml-cpp's scanner takes byte 4 for the end of file,
+// and keeps the tokens of a whole line, or of all open brackets, before the first event: hence the bounds on both.
 void check_text(const std::string& text, const Builder& report) {
     int line = 0;
     size_t n_marks = 0, line_start = 0;

@@ -12,7 +12,7 @@ constexpr const char* kOwnFiles[] = {"config.yaml", "config.yaml.tmp", "metrics.
                                      "status.json", "status.json.tmp", "train.log"};
 constexpr size_t kMaxMetrics = size_t(16) << 30;
 
-// Keeps what belongs to the steps up to `step`.
+// The records of steps up to `step`, and all `run` and `event` records.
 std::string kept_metrics(const std::string& text, int64_t step) {
     std::string kept;
     for (size_t at = 0; at < text.size();) {
@@ -38,7 +38,7 @@ void remove_path(const fs::path& path) {
     if (error) fail(Exit::io, "{}: cannot remove: {}", path.string(), error.message());
 }
 
-// The files of an earlier run, and nothing else.
+// Removes the files of an earlier run, and nothing else.
 void remove_run(const fs::path& run) {
     for (const char* name : kOwnFiles) remove_path(run / name);
     const fs::path checkpoints = run / "checkpoints";
@@ -52,7 +52,7 @@ void remove_run(const fs::path& run) {
     fs::remove(checkpoints, error);  // stays while it holds somebody else's files
 }
 
-// Nothing there but the lock of a run that never began.
+// True when the directory is absent, empty, or holds only the lock of a run that never began.
 bool is_unused(const fs::path& path) {
     std::error_code error;
     if (!fs::exists(path, error) && !error) return true;
