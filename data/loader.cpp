@@ -14,7 +14,8 @@
 //   can be undone whatever the round function, so the network is a bijection.  Cycle walking restricts it to [0, N):
 //   while the result is not below N, permute again.  The walk follows a cycle of the bijection that starts inside
 //   [0, N), so it comes back inside, and different starts end differently.  4^w < 4 N for N > 1: fewer than 4 walks on
-//   average.  8 rounds; 4 already suffice for a pseudorandom permutation when the rounds are (Luby and Rackoff 1988).
+//   average.  8 rounds: 4 rounds of a pseudorandom function already make a pseudorandom permutation (Luby and Rackoff
+//   1988).
 uint64_t sequence_at(uint64_t position, uint64_t n_sequences, bool shuffle, uint64_t seed) {
     CHECK_THAT(n_sequences > 0, "a stream of no sequences");
     const uint64_t epoch = position / n_sequences;
@@ -61,14 +62,14 @@ Loader::~Loader() {
 const Loader::MicroBatch& Loader::next() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [&] { return filled_ > taken_ || error_; });
-    if (filled_ == taken_) std::rethrow_exception(error_);  // what was read before the error is delivered first
+    if (filled_ == taken_) std::rethrow_exception(error_);  // micro-batches read before the error come first
     taken_++;
     changed_.notify_all();
     return slot_[(taken_ - 1) % slot_.size()];
 }
 
-// Slot k % slot_.size() holds micro-batch k of this loader.  The caller's hands hold taken_ - 1, so [taken_ - 1,
-// filled_) are in use; only this thread writes the slot at filled_, without the lock.
+// Slot k % slot_.size() holds micro-batch k of this loader.  The caller holds micro-batch taken_ - 1, so [taken_ - 1,
+// filled_) are in use; only this thread writes the slot of micro-batch filled_, without the lock.
 void Loader::run() {
     try {
         while (true) {

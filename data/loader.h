@@ -25,7 +25,7 @@ class Loader {
     struct MicroBatch {
         std::vector<int32_t> inputs, targets;  // (B, T) each
         std::vector<int32_t> order;            // (B*T) rows of inputs sorted by token (common/token_order.h)
-        std::vector<uint64_t> sequences;       // (B) indices in the data set: what this rank really read
+        std::vector<uint64_t> sequences;       // (B) indices in the data set of the sequences read
     };
     // Starts at the first micro-batch of global batch `first_step` (counted from 0).
     Loader(const TokenStream& data, int context_length, Plan plan, uint64_t first_step);
@@ -33,7 +33,7 @@ class Loader {
     Loader(const Loader&) = delete;
     Loader& operator=(const Loader&) = delete;
 
-    // Next micro-batch of this rank: n_micro of them make a step.  Rethrows what the thread met.  The reference is
+    // Next micro-batch of this rank: n_micro of them make a step.  Rethrows an error of the thread.  The reference is
     // valid until the next call.
     const MicroBatch& next();
 
@@ -45,7 +45,7 @@ class Loader {
     const int context_length_;
     const Plan plan_;
     uint64_t step_;
-    std::vector<MicroBatch> slot_;  // one in the caller's hands, a step ready, one being filled
+    std::vector<MicroBatch> slot_;  // one in the caller's hands, a whole step's ready, one being filled
     uint64_t filled_ = 0, taken_ = 0;
     bool stop_ = false;
     std::exception_ptr error_;

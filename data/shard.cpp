@@ -18,7 +18,8 @@ int32_t header_int(const MappedFile& f, size_t i) {
     return v;
 }
 
-// Reads the header of a file that is not empty: bytes per token, and the count that it states checked against the size.
+// Reads the header of a file that is not empty: returns the bytes per token; `count` becomes the stated count, which is
+// checked against the file's size.
 size_t check_header(const MappedFile& f, uint64_t& count) {
     const std::string path = f.path().string();
     const size_t size = f.bytes().size();

@@ -41,7 +41,7 @@ class TokenStream {
     // Sequence i: inputs[t] = token t, targets[t] = token t+1.  Both of context_length.  Safe from several threads.
     void read(uint64_t i, std::span<int32_t> inputs, std::span<int32_t> targets) const;
 
-    struct Part {          // for the checkpoint: what was read, and whether it is still the same on resume
+    struct Part {          // identifies a shard in the checkpoint, so that a resume notices other data
         std::string file;  // name without folders: data may move between machines
         uint64_t tokens, fingerprint;
     };

@@ -35,7 +35,7 @@ Tokenizer Tokenizer::load(const fs::path& file) {
         return t;
     }
     t.vocab_size_ = integer("vocab_size", 256, INT32_MAX);
-    if (j.contains("end_of_text") && j["end_of_text"].is_null()) return t;  // said to have none
+    if (j.contains("end_of_text") && j["end_of_text"].is_null()) return t;  // the file says that there is none
     if (t.vocab_size_ == 256)
         refuse(fmt::format("end_of_text is {}; expected null, as a vocab_size of 256 has only the bytes",
                            shown("end_of_text")));
