@@ -39,7 +39,7 @@ std::unique_ptr<Comm> make_self_comm();
 // All ranks hold this value; else Error(code): "rank(s) 1, 3 have <what>".
 void require_same(Comm& comm, uint64_t value, Exit code, const std::string& what);
 
-// Owns MPI_Init_thread / MPI_Finalize; make one in main() before anything else.  The world communicator lives as long.
+// Owns MPI_Init_thread / MPI_Finalize and the world communicator; make one in main() before anything else.
 // Throws Error(Exit::usage) when this process was started as one of several ranks but sees a world of one
 // (another MPI's mpirun), naming the launcher's variable.
 class MpiSession {

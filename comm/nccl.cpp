@@ -1,10 +1,10 @@
 // DeviceComm over NCCL.  The only file that sees nccl.h.
 //
-// The communicator is non-blocking: a call may return ncclInProgress, and is then asked for until it has ended.  No
-// call and no wait is without a deadline.  What ends badly is aborted before the exception is thrown: a kernel that
-// waits for a lost rank would else hold up the release of the device's memory.  An abort stops the kernels at once, but
-// returns only when no graph holds calls of the communicator, even a non-blocking one: commDestroySync in NCCL's
-// init.cc.  Such a graph goes when the exception unwinds, so the abort has a thread of its own.
+// The communicator is non-blocking: a call may return ncclInProgress, and is then polled until it has ended.  Every
+// call and every wait has a deadline.  A communicator that fails is aborted before the exception is thrown: a kernel
+// that waits for a lost rank would else hold up the release of the device's memory.  An abort stops the kernels at
+// once, but returns only when no graph holds calls of the communicator, even a non-blocking one: commDestroySync in
+// NCCL's init.cc.  Such a graph is destroyed when the exception unwinds, so the abort has a thread of its own.
 #include "comm/nccl.h"
 
 #include <cuda_runtime.h>
@@ -20,9 +20,9 @@
 namespace {
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kAbortWait{1};    // for an abort that no graph holds up
-constexpr std::chrono::seconds kAbortLimit{10};  // for one that none does any more; then it is left behind
+constexpr std::chrono::seconds kAbortLimit{10};  // for an abort whose graphs are gone; then it is left behind
 
-// Between two looks: first the host stays awake, then it naps, so that a long step costs no core.
+// Waits between two polls: at first by yielding, after 1 ms by short sleeps, so that a long step costs no core.
 class Patience {
   public:
     explicit Patience(double seconds) : seconds_(seconds) {}
@@ -38,7 +38,7 @@ class Patience {
     Clock::time_point start_ = Clock::now();
 };
 
-// NCCL's words without its advice in parentheses, which all of its errors get here.
+// NCCL's text of an error without its advice in parentheses: messages here end with such advice of their own.
 std::string text_of(ncclResult_t result) {
     const std::string text = ncclGetErrorString(result);
     return text.substr(0, text.find(" ("));
@@ -98,7 +98,7 @@ struct NcclComm::State {
         check(state);
         return state == ncclInProgress;
     }
-    // Until the call that returned `result` has ended.
+    // Waits until the call that returned `result` has ended.
     void finish(ncclResult_t result) {
         check(result);
         const Patience patience(timeout_s);
@@ -118,8 +118,8 @@ NcclComm::NcclComm(Comm& comm, double timeout_s)
     state_->finish(ncclCommInitRankConfig(&state_->nccl, comm.size(), id, comm.rank(), &config));
 }
 
-// Unwinding: this rank leaves while others may be in the middle of a call, so the clean end, which waits for them, is
-// not to be had.
+// While an exception unwinds, other ranks may be in the middle of a call: the communicator is aborted, as a clean end
+// would wait for those ranks.
 NcclComm::~NcclComm() {
     if (state_->aborted.valid()) state_->aborted.wait_for(kAbortLimit);  // its graphs have gone
     if (!state_->nccl) return;
@@ -156,7 +156,7 @@ void NcclComm::all_to_all(Buf send, Buf recv, Stream s) {
         add(ncclSend(send.as<float>() + size_t(r) * n, n, ncclFloat32, r, state_->nccl, s));
         add(ncclRecv(recv.as<float>() + size_t(r) * n, n, ncclFloat32, r, state_->nccl, s));
     }
-    const ncclResult_t ended = ncclGroupEnd();  // always: an open group would swallow what comes next
+    const ncclResult_t ended = ncclGroupEnd();  // always: an open group would swallow the next calls
     state_->finish(result == ncclSuccess ? ended : result);
 }
 

@@ -8,9 +8,9 @@
 #include "kernels/ops.h"
 
 // Every rank calls the same operations in the same order, on its compute stream, with the same counts.  Buffers are
-// f32 in device memory.  Calls only enqueue; wait() is where the host learns what came of them.  Failures throw
+// f32 in device memory.  Calls only enqueue; the host learns of their success or failure in wait().  Failures throw
 // Error(Exit::peer_lost) where another rank or the network is to blame or nothing moved until the deadline, else
-// Error(Exit::internal); after one the object is only good for destruction.
+// Error(Exit::internal); after a failure the object is only good for destruction.
 class DeviceComm {
   public:
     virtual ~DeviceComm() = default;
@@ -25,9 +25,9 @@ class DeviceComm {
     virtual void wait(Stream s) = 0;
 };
 
-// The one that NCCL makes.  All ranks of `comm` make theirs at the same time, each with its own device opened before;
-// NCCL refuses ranks that share a device.  The communicator is non-blocking: whatever does not end within timeout_s is
-// an Error, not a hang.
+// DeviceComm by NCCL.  All ranks of `comm` construct theirs at the same time, each with its own device opened before;
+// NCCL refuses ranks that share a device.  The communicator is non-blocking: a call that does not end within timeout_s
+// is an Error, not a hang.
 class NcclComm final : public DeviceComm {
   public:
     explicit NcclComm(Comm& comm, double timeout_s = 600);

@@ -18,6 +18,6 @@ const char* reduction_name(Reduction r);
 //   ring     reduce-scatter and all-gather around the ring 0 -> 1 -> ... -> 0 by send_recv; any size, any length
 void all_reduce(Comm& comm, std::span<float> data, Reduction how);
 
-// all_reduce() over `size` ranks works through a buffer in pieces of this many elements: a call for each piece gives
-// the bits of one call.
+// all_reduce() over `size` ranks works through a buffer in pieces of this many elements: one call per piece gives the
+// same bits as one call for the whole buffer.
 size_t reduction_piece(int size);

@@ -108,8 +108,8 @@ class Fused final : public Reducer {
 };
 
 // Every rank gets one shard of a piece from all ranks, sums it by the tree, and hands it to all.  Sums are element by
-// element: where pieces and shards end does not touch the bits.  The last few elements, which do not make a shard for
-// every rank, go to everyone and are summed by everyone.
+// element: the sizes of pieces and shards do not touch the bits.  The last few elements, too few to make a shard for
+// every rank, go to every rank, and every rank sums them.
 class MovedShards final : public Reducer {
   public:
     MovedShards(const Backend& k, DeviceComm& device, size_t n, size_t longest)
@@ -162,7 +162,7 @@ std::unique_ptr<Reducer> make_reducer(const Backend& k, Comm& comm, Reduction ho
     CHECK_THAT(how != Reduction::ordered || (comm.size() & (comm.size() - 1)) == 0,
                "ordered reduction over {} ranks; needs a power of two", comm.size());
     CHECK_THAT(how != Reduction::nccl || nccl, "the nccl reduction needs a communicator between devices");
-    DeviceComm* device = nccl;  // calls go through its table, so that a build without CUDA links without comm/nccl.cpp
+    DeviceComm* device = nccl;  // virtual calls only, so that a build without CUDA links without comm/nccl.cpp
     CHECK_THAT(!device || device->size() == comm.size(), "{} ranks, but {} devices", comm.size(), device->size());
     if (how == Reduction::nccl) return std::make_unique<Fused>(*device, n);
     if (&k == &cpu_backend()) return std::make_unique<InPlace>(comm, how, n);

@@ -11,16 +11,16 @@ class NcclComm;
 class Reducer {
   public:
     virtual ~Reducer() = default;
-    // grad (n) f32, in memory of the backend: the sum over all ranks, in place, the same bits everywhere.  Work given
-    // to the stream before is summed; what is given to it afterwards sees the sum.  The host may not have waited for
-    // either.
+    // grad (n) f32, in memory of the backend: the sum over all ranks, in place, the same bits everywhere.  The sum
+    // includes work given to the stream before; work given afterwards sees the sum.  sum() may return before the stream
+    // has done any of it.
     virtual void sum(Buf grad, Stream s) = 0;
     // The host waits until the stream is done, like Backend::synchronize, but a lost rank is an Error, not a hang.
     virtual void wait(Stream s) = 0;
     virtual const char* name() const = 0;  // "nccl", "ordered through host memory", ...
-    // Plans what sum() needs of the backend's memory; to be placed before the first sum().
+    // Plans the memory of the backend that sum() needs; the caller places it before the first sum().
     virtual void plan(Arena&) {}
-    // sum() waits for the device and takes part itself, so it cannot be recorded (Backend::begin_graph).
+    // True: in sum() the host waits for the device and takes part, so a graph cannot record it (Backend::begin_graph).
     virtual bool needs_host() const { return false; }
 };
 

@@ -1,8 +1,8 @@
-// Who does what: pure functions of (rank, size, shape of the batch).
+// Each rank's share of the batch and of the cores: pure functions of (rank, size, shape of the batch).
 //
 // The global batch of G sequences is M = G / micro_batch_size micro-batches, numbered by their place.  M = 2^k q with q
 // odd: 2^k runs of q consecutive micro-batches.  A rank owns consecutive micro-batches; with the ordered reduction also
-// whole runs, so that the order of every sum is fixed by M alone and not by the number of ranks.
+// whole runs, so that M alone fixes the order of every sum, and not the number of ranks.
 #pragma once
 
 struct BatchShare {
