@@ -1,4 +1,4 @@
-// What the tests of attention share: calls of the op, and a naive softmax over a T x T matrix in double.
+// Shared by the tests of attention: calls of the op, and a naive softmax over a T x T matrix in double.
 #pragma once
 #include "common/rng.h"
 #include "test/cpu_check.h"
@@ -9,7 +9,7 @@ namespace emulator {
 
 namespace attention_test {
 inline bool emulated() { return emulator::reset_device != nullptr; }
-// Hopper's kernels; none, with a message, where they cannot run.
+// The target with Hopper's kernels; no target, and a message, where these kernels cannot run.
 inline std::vector<Target> hopper() {
     if (const std::string refusal = cuda_attention_refusal(AttentionKernel::sm90); !refusal.empty()) {
         MESSAGE("skipped: " << refusal);
@@ -63,15 +63,15 @@ inline Doubles backward(const Target& t, const Case& c, const Doubles& qkv, cons
     return dqkv.host();
 }
 
-// The naive answer; beside each value the sum of its terms' absolute values, with what the error of a score adds
-// (size), and the sum that roundings of f p and ds to bf16 act on (round):
+// The naive answer.  Two sums stand beside each value: `size`, of its terms' absolute values and of the errors that
+// come through the scores; and `round`, which roundings of f p and ds to bf16 act on:
 //
 //   y    sum_j f p v       each f p is off by 2^-8 f p                      round = sum_j f p |v|
 //   dv   sum_i f p dy      likewise                                         round = sum_i f p |dy|
 //   dq   sum_j ds k        ds by 2^-8 |ds|, and by 2^-8 p sum_c |dy y|      round = sum_j (|ds| + p sum_c |dy y|) |k|
 //   dk   sum_i ds q        because D is summed from a rounded y             likewise with |q|
 //
-// A bf16 result is off by 2^-8 round, by 2^-8 |result| of its own store, and by what an fp32 one is off.
+// A bf16 result is off by 2^-8 round, by 2^-8 |result| of its own store, and by the error of an fp32 result.
 struct Naive {
     Doubles y, lse, dqkv, y_size, lse_size, dqkv_size, y_round, dqkv_round;
 };
@@ -87,7 +87,7 @@ struct Head {  // one head of one sequence, with accessors into the packed layou
     int b, h;
     size_t qkv(int t, int which, int k) const { return (((size_t(b) * c.T + t) * 3 + which) * c.NH + h) * c.HS + k; }
     size_t y(int t, int k) const { return ((size_t(b) * c.T + t) * c.NH + h) * c.HS + k; }
-    double factor(int i, int j) const {  // of dropout: ops.h, word for word
+    double factor(int i, int j) const {  // of dropout, exactly as ops.h defines it
         if (c.p == 0) return 1;
         const size_t e = (size_t(h) * c.T + i) * c.T + j;
         const Philox4 r = philox(kSeed, kStep, kPlace + uint32_t(b), kSite, uint32_t(e / 4));
@@ -146,8 +146,8 @@ inline Naive naive(const Case& c, const Doubles& qkv, const Doubles& dy) {
     return o;
 }
 
-// One case of one target: forward, then the backward from the exact y and lse.  `slack` for a library that may round
-// more often than said above.
+// Checks one case of one target: forward, then the backward from the exact y and lse.  `slack` multiplies the
+// tolerances, for a library that may round more often than said above.
 inline void check_against_naive(const Target& t, const Case& c, double slack = 1) {
     const Doubles qkv = rounded(normal(3 * size_of(c), 1), t.real), dy = rounded(normal(size_of(c), 2), t.real);
     const Naive want = naive(c, qkv, dy);

@@ -1,4 +1,4 @@
-// Seeded mutations of a valid input, for parser tests: bytes flipped, cut, repeated, and what parsers trip over.
+// Seeded mutations of a valid input, for parser tests: bytes flipped, cut, repeated, and texts that parsers trip over.
 #pragma once
 #include <algorithm>
 #include <random>

@@ -1,4 +1,4 @@
-// What every op test shares: targets, exact-size device tensors, the comparison, finite differences.
+// Shared by every op test: targets, exact-size device tensors, the comparison, finite differences.
 //
 // A test writes its inputs once as doubles rounded to the target's dtype, runs the op on the target and on the double
 // instance of the CPU backend, and compares: worst = max |got - want| / (atol + rtol |want|), a NaN counts as infinity.
@@ -60,7 +60,7 @@ inline Doubles integers(size_t n, unsigned seed, int below) {
     for (double& x : v) x = double(gen() % unsigned(below));
     return v;
 }
-// Stands in every output before an op runs: an element that is not written shows.
+// Fills every output before an op runs, so that an element that the op does not write shows.
 inline Doubles poison(size_t n) { return Doubles(n, std::numeric_limits<double>::quiet_NaN()); }
 
 // A tensor in a backend's memory, of exactly its own size, so that one element out of bounds is seen by ASan.

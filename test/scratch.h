@@ -32,7 +32,7 @@ class Scratch {
     fs::path dir_;
 };
 
-// The bytes of a shard in llm.c's layout; `count` -1: as many as there are.
+// The bytes of a shard in llm.c's layout; `count` -1: the header states the number of tokens.
 template <class T = uint16_t>
 std::string shard_bytes(const std::vector<T>& tokens, int32_t magic = sizeof(T) == 2 ? 20240520 : 20240801,
                         int32_t version = sizeof(T) == 2 ? 1 : 7, int64_t count = -1) {
