@@ -1,6 +1,6 @@
 #!/bin/bash
-# make bundle: everything that a GPU machine needs of kiln in one archive. The other machine needs x86-64 Linux with
-# the glibc and the CPU that README.txt in it names, an NVIDIA driver, and CUDA 13's libraries; python3 for
+# make bundle: everything that a GPU machine needs of kiln in one archive. The GPU machine must have x86-64 Linux with
+# the glibc and the CPU that the archive's README.txt names, an NVIDIA driver, and CUDA 13's libraries; python3 for
 # scripts/gpu_check.sh.
 # Usage: scripts/bundle.sh BUILD_FOLDER [ARCHIVE]
 #   BUILD_FOLDER   build/release-x86-64-v3, or build/release, whose programs are tied to this machine's CPU
@@ -22,10 +22,10 @@ esac
 programs=(train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_attention)
 launcher=${HYDRA:-$(command -v mpiexec.hydra)} || { echo "mpiexec.hydra (MPICH) not found" >&2; exit 2; }
 
-# From the machine, never from the bundle: glibc, whose parts must match its kernel and each other, the driver, CUDA.
+# Not packed, as the GPU machine has its own: glibc, whose parts must match its kernel and each other, the driver, CUDA.
 not_ours='^(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|anl|mvec|nsl|nss_.*|thread_db|BrokenLocale|cuda|nvidia.*|cudart|cublas|cublasLt|cudnn.*|nccl|nvrtc|nvJitLink))\.so'
 
-# Libraries that a program or library loads, transitively: "name path" per line.
+# Prints the libraries that a program or library loads, transitively: "name path" per line.
 closure() {
     local listed
     listed=$(ldd "$1")
@@ -36,8 +36,8 @@ closure() {
     awk '$2 == "=>" && $3 ~ /^\// {print $1, $3}' <<<"$listed" | { grep -vE "$not_ours" || true; }
 }
 
-# Kernels' objects are the same for every CPU: build/release/obj/cuda for build/release-x86-64-v3 too. What ptxas has
-# said of each stands beside it, with a line for each kernel and architecture.
+# Kernels' objects are the same for every CPU: build/release/obj/cuda for build/release-x86-64-v3 too. The output of
+# ptxas stands beside each object, with a line for each kernel and architecture.
 kernels_are_complete() {
     local objects log object source wanted arch program missing=0 found=0
     objects=$(dirname "$build")/$(basename "$build" | cut -d- -f1)/obj/cuda/kernels/cuda
@@ -84,12 +84,12 @@ files+=("$top"/libexec/mpiexec.hydra "$top"/libexec/hydra_pmi_proxy)
 needed=$(for f in "${files[@]}"; do closure "$f" || exit 1; done | sort -u)
 while read -r name path; do
     cp -L "$path" "$top/lib/$name"
-    # UCX loads its transports from ucx/ beside itself; of those in files of their own only cma stays within one host.
+    # UCX loads its transports from ucx/ beside itself; of transports in separate files only cma works within a host.
     if [ "$name" = libucs.so.0 ] && [ -e "$(dirname "$path")/ucx/libuct_cma.so.0" ]; then
         cp -L "$(dirname "$path")/ucx/libuct_cma.so.0" "$top/lib/ucx/"
     fi
 done <<<"$needed"
-# -lineinfo is device code's and stays.
+# strip leaves -lineinfo, which belongs to device code.
 find "$top/libexec" "$top/lib" -type f -exec strip --strip-debug {} + 2>/dev/null
 
 cat >"$top/bin/run" <<'END'
@@ -139,7 +139,7 @@ The demo, on two ranks, which may share one GPU; the first line makes its data, 
 END
 
 rm -f "$archive"
-# The programs share the kernels' code: a window over several of them stores it once.
+# The programs share the kernels' code: a compression window over several programs stores that code once.
 pack=(tar --sort=name --owner=0 --group=0 --numeric-owner -C "$work" -c kiln-bundle)
 case $archive in
     *.zst) "${pack[@]}" | zstd -q -T0 "-${LEVEL:-15}" --long=27 -o "$archive" ;;

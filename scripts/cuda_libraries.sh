@@ -1,9 +1,9 @@
 #!/bin/bash
 # Prints the folders of CUDA 13's libcublasLt, of NCCL, and of cuDNN 9 where it is there, joined by colons, as
 # LD_LIBRARY_PATH wants them.
-# Looked for in CUDA_HOME, LD_LIBRARY_PATH, the loader's own list, beside nvcc, in /usr/local/cuda*, and in python3's
-# nvidia-* packages; the first that has it counts. A library that is nowhere is named on stderr, and the exit code is 1; cuDNN may
-# be missing: it only serves for comparison.
+# Looks for each library in CUDA_HOME, LD_LIBRARY_PATH, the loader's own list, beside nvcc, in /usr/local/cuda*, and in
+# python3's nvidia-* packages; the first folder that has the library counts. A library that is nowhere is named on
+# stderr, and the exit code is 1; cuDNN may be missing: it only serves for comparison.
 # KILN_CUDA_SYSTEM=DIR:DIR (may be empty) stands in for the loader's list and /usr/local/cuda*.
 set -uo pipefail
 
@@ -15,7 +15,7 @@ for path in sys.path:
 END
 }
 
-folder_of() {  # library: its folder
+folder_of() {  # library: prints its folder
     local name=$1 dir listed nvcc
     local -a places=() system=()
     [ -z "${CUDA_HOME:-}" ] || places+=("$CUDA_HOME/lib64" "$CUDA_HOME/lib" "$CUDA_HOME/targets/x86_64-linux/lib")

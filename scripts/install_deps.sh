@@ -21,7 +21,7 @@ done
 packages=(g++ make mpich libmpich-dev libcli11-dev doctest-dev libyaml-cpp-dev libdnnl-dev nlohmann-json3-dev libfmt-dev
           libxxhash-dev python3 python3-matplotlib python3-venv python3-pytest python3-pytest-xdist python3-xxhash
           clang-format shellcheck zstd)
-# OpenBLAS: the reference BLAS that PyTorch gets otherwise would make a straw man of it.
+# OpenBLAS: with the reference BLAS, which comes otherwise, PyTorch would be too slow for a fair comparison.
 [ $torch = 0 ] || packages+=(python3-torch libopenblas0-openmp)
 
 install_packages() {
@@ -48,7 +48,7 @@ for p in "${packages[@]}"; do
 done
 [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"
 
-unpack() {  # package==version, folder of the wheel, where that goes
+unpack() {  # package==version, path in the wheel, where that path goes
     local wheels
     wheels=$(mktemp -d build/deps/.wheels.XXXXXX)
     [ -x build/deps/venv/bin/pip ] || /usr/bin/python3 -m venv build/deps/venv
