@@ -1,6 +1,8 @@
 #!/bin/bash
-# Checks the includes:  train -> model -> comm -> kernels -> common    train -> data -> common    test -> anything
-# and the rules by which kernel files parse as plain C++20 (the head of kernels/simt.h):
+# Who may include whom:
+#   train.cu -> run -> trainer, checkpoint, bench -> model, comm -> kernels -> common    run -> data -> common
+#   emulator -> kernels, common    tests, and the programs bench/bench_*.cpp -> anything
+# and what keeps kernel files parsing as plain C++20 (the rules at the head of kernels/simt.h):
 #   headers of CUDA, cuBLASLt, cuDNN and NCCL only in kernels/*.cuh, kernels/simt.h, kernels/tensor_map.h, kernels/cuda/
 #   and comm/nccl.cpp, and for bf16 in common/buf.h; in kernels/, inline asm only in ptx.cuh and wgmma.cuh, <<<>>> and
 #   __shared__ only in simt.h, cooperative groups and printf nowhere.  Comments do not count.
@@ -13,22 +15,30 @@ report() {  # the rule, then the lines that break it
     echo "$2"
     bad=1
 }
-check() {  # folder, then the folders it may include
-    local folder=$1 allowed
+ROOMS='bench|checkpoint|comm|common|data|emulator|kernels|model|run|test|trainer'
+check() {  # folder or file, then the folders it may include
+    local from=$1 allowed
     shift
     allowed=$(IFS='|'; echo "$*")
-    report "$folder/ may include only: $*" "$(
-        grep -rnE '^ *# *include "(common|kernels|comm|model|data|test)/' "$folder" |
-            grep -vE "include \"($allowed)/" || true
+    report "$from may include only: $*" "$(
+        find "$from" -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' |
+            grep -vE '^(emulator/test/|bench/bench_)' |
+            xargs grep -nHE "^ *# *include \"($ROOMS)/" | grep -vE "include \"($allowed)/" || true
     )"
 }
 check common common
 check kernels kernels common
+check emulator emulator kernels common
 check comm comm kernels common
-check model model comm kernels common
+check model model kernels common
+check checkpoint checkpoint trainer model comm kernels common
+check trainer trainer model comm kernels common
+check bench bench trainer model comm kernels common
 check data data common
+check run run trainer checkpoint bench data model comm kernels common
+check train.cu run trainer checkpoint bench data model comm kernels common
 
-only_in() {  # expression of the files that are allowed, the rule, expression of the forbidden text, where to look
+only_in() {  # the files that may have it (an expression), what it is, its expression, where to look
     local allowed=$1 what=$2 expression=$3
     shift 3
     report "$what" "$(
@@ -36,7 +46,7 @@ only_in() {  # expression of the files that are allowed, the rule, expression of
             grep -E "^[^:]*:[0-9]+:.*($expression)" | grep -vE "^($allowed):" || true
     )"
 }
-SOURCES=(common kernels comm model data ./*.cu ./*.cpp ./*.h)
+SOURCES=(common kernels comm model trainer checkpoint data bench run train.cu)
 CUDA_HEADER='# *include [<"](cuda|cublas|cudnn|nccl|nv|cooperative_groups|mma)'
 only_in 'kernels/cuda/[^:]*|kernels/[^/:]*\.cuh|kernels/(simt|tensor_map)\.h|comm/nccl\.cpp|common/buf\.h' \
     'only kernels for GPUs and comm/nccl.cpp may include headers of CUDA, cuBLASLt, cuDNN and NCCL:' "$CUDA_HEADER" "${SOURCES[@]}"
