@@ -47,14 +47,10 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
       share_(batch_share(o_.global_batch_size, o_.micro_batch_size, comm.rank(), comm.size(),
                          o_.reduction == Reduction::ordered)),
       stream_owner_(k),
-      copy_stream_owner_(k),
       stream_(stream_owner_.get()),
-      copy_stream_(copy_stream_owner_.get()),
       fold_(share_.n_runs),
       memory_(o_, share_.n_micro, fold_.n_buffers()),
-      host_batch_("tokens on the host", share_.n_micro, size_t(o_.micro_batch_size) * o_.model.T),
-      sent_(k),
-      taken_(k) {
+      feed_(k, o_, share_, memory_.staging, memory_.batch) {
     CHECK_THAT(o_.real != DType::f64 || comm_.size() == 1, "the double instance runs on one rank, not {}",
                comm_.size());
     if (!o_.inference && o_.real != DType::f64)
@@ -62,7 +58,6 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
     if (reducer_) reducer_->plan(memory_.scalar_arena);
     memory_.require(k_.memory_state(), comm_.size());
     memory_.allocate(k_, stream_);
-    host_batch_.arena.allocate(k_.host_memory, [](void* p, size_t n_bytes) { std::memset(p, 0, n_bytes); });
     if (!o_.inference) {
         mark_decay();
         marks_.emplace(k_, share_.n_micro);
@@ -76,10 +71,9 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
 
 // Work may still read what is about to be given back: an error can leave a step in its middle.
 Trainer::~Trainer() {
-    for (Stream s : {copy_stream_, stream_}) try {
-            k_.synchronize(s);
-        } catch (const std::exception&) {  // the error that ends the step has been told
-        }
+    try {
+        k_.synchronize(stream_);
+    } catch (const std::exception&) {}  // the step that met the error has told it
 }
 
 // A reduction of the gradient while it is zero.  NCCL connects the ranks, and takes memory for it, at the first call of
@@ -202,52 +196,6 @@ GPT2Batch Trainer::batch(int micro) const {
             .seed = o_.seed};
 }
 
-// Gets the tokens of a step and sends them to `staging`, beside whatever the compute stream does.
-void Trainer::fetch(int64_t step, const NextMicroBatch& next) {
-    const size_t BT = size_t(o_.micro_batch_size) * o_.model.T;
-    fetched_ = -1;
-    k_.wait_mark(sent_.get());  // the device has what host_batch_ held before
-    for (int i = 0; i < share_.n_micro; i++) {
-        const Tokens tokens = next();
-        const auto& order = tokens.order;
-        CHECK_THAT(tokens.inputs.size() == BT && tokens.targets.size() == BT && (order.empty() || order.size() == BT),
-                   "a micro-batch of {} and {} tokens in an order of {}, expected B*T = {}", tokens.inputs.size(),
-                   tokens.targets.size(), order.size(), BT);
-        const size_t at = size_t(i) * BT;
-        int32_t* host_order = host_batch_.order.as<int32_t>() + at;  // (BT)
-        std::ranges::copy(tokens.inputs, host_batch_.inputs.as<int32_t>() + at);
-        std::ranges::copy(tokens.targets, host_batch_.targets.as<int32_t>() + at);
-        std::ranges::copy(order, host_order);
-        if (order.empty()) sort_rows_by_token(tokens.inputs.data(), host_order, BT, o_.model.V);
-        uint32_t* where = host_batch_.where.as<uint32_t>() + 2 * size_t(i);
-        where[0] = uint32_t(step);
-        where[1] = uint32_t((share_.first_micro + i) * o_.micro_batch_size);
-    }
-    k_.wait_for(copy_stream_, taken_.get());
-    const Buf from = host_batch_.arena.bytes();
-    k_.upload(memory_.staging.arena.bytes().data, from.data, from.count, copy_stream_);
-    k_.set_mark(sent_.get(), copy_stream_);
-    fetched_ = step;
-}
-
-// The tokens of this step become those that the ops read.
-void Trainer::take_batch(int64_t step, const NextMicroBatch& next) {
-    if (fetch_error_) std::rethrow_exception(std::exchange(fetch_error_, nullptr));
-    if (fetched_ != step) fetch(step, next);
-    k_.wait_for(stream_, sent_.get());
-    const Buf from = memory_.staging.arena.bytes();
-    k_.copy(memory_.batch.arena.bytes().data, from.data, from.count, stream_);
-    k_.set_mark(taken_.get(), stream_);
-    fetched_ = -1;
-}
-
-// An error belongs to the step that needs the tokens: this one may still end well.
-void Trainer::fetch_ahead(int64_t step, const NextMicroBatch& next) {
-    try {
-        fetch(step, next);
-    } catch (...) { fetch_error_ = std::current_exception(); }
-}
-
 // Recording costs about as much as some launches do; a step of very many is long enough to hide them.
 void Trainer::decide_on_graphs() {
     constexpr int64_t kMostLaunches = 1 << 16, kPerBlock = 26, kElse = 30;
@@ -366,7 +314,7 @@ void Trainer::update(Buf grad) {
 StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatch& next, bool more) {
     StepResult result;
     Stopwatch clock;
-    take_batch(step, next);
+    feed_.take(step, next, stream_);
     result.ms.data = clock.lap_ms();
     set_rates(learning_rate);
     const auto gradient = [&] { return memory_.flat_gradient(fold_.result()); };
@@ -381,7 +329,7 @@ StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatc
         });
     }
     const double given_ms = clock.ms();
-    if (more) fetch_ahead(step + 1, next);
+    if (more) feed_.fetch_ahead(step + 1, next);
     const double fetched_ms = clock.ms();
     if (needs_host) {
         if (before_reduce) show_gradient(gradient());

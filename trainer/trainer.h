@@ -14,14 +14,14 @@
 #include "comm/run_fold.h"
 #include "common/clock.h"
 #include "kernels/owners.h"
-#include "trainer/memory.h"
+#include "trainer/token_feed.h"
 
 struct StepResult {
     double loss = 0;       // mean over the tokens of the global batch, before the update
     double grad_norm = 0;  // before clipping
     bool updated = true;   // false: norm not finite, parameters left as they were
     struct Phases {
-        double data = 0;  // that the device had nothing to do because tokens were not there yet
+        double data = 0;                                              // the device sat idle, waiting for tokens
         double forward = 0, backward = 0, reduce = 0, optimizer = 0;  // of the device
     } ms;
 };
@@ -41,12 +41,8 @@ struct StateTensor {
 
 class Trainer {
   public:
-    // One micro-batch; valid until the next call.
-    struct Tokens {
-        std::span<const int32_t> inputs, targets;  // (B, T) each
-        std::span<const int32_t> order;            // (B*T) of inputs (common/token_order.h); empty: sorted here
-    };
-    using NextMicroBatch = std::function<Tokens()>;
+    using Tokens = TokenFeed::Tokens;
+    using NextMicroBatch = TokenFeed::NextMicroBatch;
     using ReadSequence = std::function<void(uint64_t index, std::span<int32_t> inputs, std::span<int32_t> targets)>;
 
     Trainer(const Backend& k, Comm& comm, TrainerOptions options);
@@ -112,9 +108,6 @@ class Trainer {
     void connect();
     bool has_masters() const { return memory_.has_masters(); }
     GPT2Params& masters() { return has_masters() ? memory_.masters : memory_.params; }
-    void fetch(int64_t step, const NextMicroBatch& next);
-    void take_batch(int64_t step, const NextMicroBatch& next);
-    void fetch_ahead(int64_t step, const NextMicroBatch& next);
     void decide_on_graphs();
     void run(Piece& piece, const std::function<void()>& work);
     void accumulate_micro_batches();
@@ -130,18 +123,15 @@ class Trainer {
     Comm& comm_;
     const TrainerOptions o_;
     const BatchShare share_;
-    const StreamOwner stream_owner_, copy_stream_owner_;
-    const Stream stream_, copy_stream_;  // all work; tokens on their way to the device
+    const StreamOwner stream_owner_;
+    const Stream stream_;  // all work but the tokens' way to the device
     RunFold fold_;
     uint64_t updates_ = 0;
 
     TrainerMemory memory_;
     std::unique_ptr<Reducer> reducer_;
     size_t reduction_bytes_ = 0;
-    StepBatch host_batch_;    // pinned
-    MarkOwner sent_, taken_;  // staging holds what host_batch_ held; staging has been read
-    int64_t fetched_ = -1;    // the step whose tokens are in host_batch_; -1: none
-    std::exception_ptr fetch_error_;
+    TokenFeed feed_;
     std::optional<Marks> marks_;                     // absent when only evaluating
     std::optional<HostBuffer> rate_host_, outcome_;  // pinned: rate on its way there, losses and norm back
     // A step is one piece, or two around a reduction that needs the host.
