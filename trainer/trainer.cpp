@@ -33,6 +33,12 @@ TrainerOptions checked(TrainerOptions o) {
     check_model(o.model, o.real);
     return o;
 }
+
+// Launches of a rank's part of a step on a GPU, about.
+int64_t launches_of_step(const GPT2Config& c, int n_micro) {
+    constexpr int64_t kPerBlock = 26, kElse = 30;  // of a micro-batch
+    return n_micro * (c.L * kPerBlock + kElse);
+}
 }  // namespace
 
 Trainer::Marks::Marks(const Backend& k, int n_micro) : reduced(k), end(k) {
@@ -63,7 +69,7 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
         marks_.emplace(k_, share_.n_micro);
         rate_host_.emplace(k_, 3 * sizeof(double));
         outcome_.emplace(k_, (memory_.losses.count + 1) * sizeof(double));
-        decide_on_graphs();
+        graphs_.emplace(k_, o_.graph, launches_of_step(o_.model, share_.n_micro), o_.nccl != nullptr);
     }
     k_.synchronize(stream_);
     connect();
@@ -196,40 +202,6 @@ GPT2Batch Trainer::batch(int micro) const {
             .seed = o_.seed};
 }
 
-// Recording costs about as much as some launches do; a step of very many is long enough to hide them.
-void Trainer::decide_on_graphs() {
-    constexpr int64_t kMostLaunches = 1 << 16, kPerBlock = 26, kElse = 30;
-    const int64_t n_launches = share_.n_micro * (o_.model.L * kPerBlock + kElse);
-    use_graphs_ = o_.graph != UseGraph::off && k_.can_record();
-    if (o_.graph == UseGraph::on && !use_graphs_)
-        fail(Exit::usage, "device.graph: on needs a GPU, and KILN_CUDA_SYNC not set; use device.graph: auto");
-    if (o_.graph == UseGraph::automatic && use_graphs_ && n_launches > kMostLaunches) {
-        use_graphs_ = false;
-        graph_note_ = fmt::format("steps of about {} launches are not recorded as a graph", n_launches);
-    }
-}
-
-// Gives `work` to the stream: at first as it is, so that all that is made at a first use is there; then it is recorded,
-// and from then on replayed.
-void Trainer::run(Piece& piece, const std::function<void()>& work) {
-    if (!use_graphs_ || !std::exchange(piece.has_run, true)) return work();
-    if (!piece.graph) {
-        try {
-            piece.graph.emplace(k_, stream_, work);
-        } catch (const Error& e) {
-            if (o_.graph == UseGraph::on) throw;
-            // NCCL is given up by a failure inside it, and other ranks would wait for what this one does not record.
-            if (o_.nccl)
-                fail(e.code, "a step could not be recorded as a graph: {}; use --resume --set device.graph=off",
-                     e.what());
-            use_graphs_ = false;
-            graph_note_ = fmt::format("steps are not replayed from a graph, which failed: {}", e.what());
-            return work();
-        }
-    }
-    piece.graph->launch(stream_);
-}
-
 void Trainer::accumulate_micro_batches() {
     const int B = o_.micro_batch_size;
     const float grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
@@ -320,9 +292,9 @@ StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatc
     const auto gradient = [&] { return memory_.flat_gradient(fold_.result()); };
     const bool needs_host = before_reduce || (reducer_ && reducer_->needs_host());
     if (needs_host) {
-        run(until_reduction_, [&] { accumulate_micro_batches(); });
+        graphs_->run(until_reduction_, stream_, [&] { accumulate_micro_batches(); });
     } else {
-        run(whole_, [&] {
+        graphs_->run(whole_, stream_, [&] {
             accumulate_micro_batches();
             if (reducer_) reducer_->sum(gradient(), stream_);
             update(gradient());
@@ -334,7 +306,7 @@ StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatc
     if (needs_host) {
         if (before_reduce) show_gradient(gradient());
         if (reducer_) reducer_->sum(gradient(), stream_);
-        run(after_reduction_, [&] { update(gradient()); });
+        graphs_->run(after_reduction_, stream_, [&] { update(gradient()); });
     }
     collect(result);
     // Until then the device had work while the next tokens were fetched.

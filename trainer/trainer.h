@@ -14,6 +14,7 @@
 #include "comm/run_fold.h"
 #include "common/clock.h"
 #include "kernels/owners.h"
+#include "trainer/step_graph.h"
 #include "trainer/token_feed.h"
 
 struct StepResult {
@@ -86,8 +87,8 @@ class Trainer {
     size_t reduction_bytes() const { return reduction_bytes_; }
     const TrainerMemory& memory() const { return memory_; }
     // Whether steps are replayed from graphs, and why not where they could have been.
-    bool uses_graphs() const { return use_graphs_; }
-    const std::string& graph_note() const { return graph_note_; }
+    bool uses_graphs() const { return graphs_ && graphs_->used(); }
+    std::string graph_note() const { return graphs_ ? graphs_->note() : ""; }
     // Test hook: sees this rank's gradient (n) just before the reduction, and may change it.
     std::function<void(std::span<double>)> before_reduce;
 
@@ -98,18 +99,11 @@ class Trainer {
         MarkOwner reduced, end;
         Marks(const Backend& k, int n_micro);
     };
-    // A stretch of a step that needs nothing from the host.
-    struct Piece {
-        bool has_run = false;
-        std::optional<GraphOwner> graph;
-    };
 
     void mark_decay();
     void connect();
     bool has_masters() const { return memory_.has_masters(); }
     GPT2Params& masters() { return has_masters() ? memory_.masters : memory_.params; }
-    void decide_on_graphs();
-    void run(Piece& piece, const std::function<void()>& work);
     void accumulate_micro_batches();
     void show_gradient(Buf grad);
     double gather_loss(const std::vector<double>& mine);
@@ -135,9 +129,8 @@ class Trainer {
     std::optional<Marks> marks_;                     // absent when only evaluating
     std::optional<HostBuffer> rate_host_, outcome_;  // pinned: rate on its way there, losses and norm back
     // A step is one piece, or two around a reduction that needs the host.
-    Piece whole_, until_reduction_, after_reduction_;
-    bool use_graphs_ = false;
-    std::string graph_note_;
+    StepGraphs::Piece whole_, until_reduction_, after_reduction_;
+    std::optional<StepGraphs> graphs_;  // absent when only evaluating
 };
 
 // Numbers in host memory - f32, f64 or bf16 - as doubles.
