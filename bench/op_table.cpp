@@ -207,7 +207,9 @@ void add_dropout(Ops& all, const StepShape& z) {
 void add_optimizer(Ops& all, const StepShape& z) {
     GPT2Params none;
     size_t n = 0;
-    visit(none, z.model, [&](const ParamInfo& p, Buf&) { n += (p.count() + 63) / 64 * 64; });  // as in their arena
+    visit(none, z.model, [&](const ParamInfo& p, Buf&) {  // as in their arena
+        n += (p.count() + kDecayBlock - 1) / kDecayBlock * kDecayBlock;
+    });
     const double N = double(n);
     const std::string shape = shape_of({n});
     all.push_back({"gradient norm", "optimizer", 1, [=](Bench& b) {
@@ -219,7 +221,8 @@ void add_optimizer(Ops& all, const StepShape& z) {
     const char* name = sgd ? "sgd" : z.optimizer == OptimizerKind::adam ? "adam" : "adamw";
     all.push_back({name, "optimizer", 1, [=, kind = z.optimizer](Bench& b) {
         OptimizerUpdate u{.param = b.stat(n, 0.02), .m = b.stat(n, 1e-3), .grad = b.stat(n, 1e-3),
-                          .decay = b.zeros(n / 64, DType::u8), .rate = b.copy_of(std::vector<float>{1e-4f, 0.1f, 0.05f}),
+                          .decay = b.zeros(n / kDecayBlock, DType::u8),
+                          .rate = b.copy_of(std::vector<float>{1e-4f, 0.1f, 0.05f}),
                           .clip = b.copy_of(std::vector<float>{1}), .kind = kind, .weight_decay = 0.1f};
         if (!sgd) u.v = b.zeros(n, DType::f32);
         if (b.real_type() == DType::bf16) u.copy = b.real(n);

@@ -1,6 +1,6 @@
 // Dropout masks on the device: the words of DropoutMask (ops.h) for four elements of one row of the batch at a time.
 //
-//   host     device::dropout_stream("attention.dropout.where", a.dropout)   the values known before the launch
+//   host     device::dropout_stream(a.dropout)   the values known before the launch
 //   kernel   device::DropoutStream drop = parameter;  drop.read_where();    then words(b, element / 4), keeps(word)
 //
 // on() tells whether dropout is on at all.  It is the same for all threads: the host may choose a kernel by it.
@@ -28,11 +28,9 @@ struct DropoutStream {
     __device__ __forceinline__ bool keeps(uint32_t word) const { return word < below; }
 };
 
-// `what` names mask.where in the size error.
-inline DropoutStream dropout_stream(const char* what, const DropoutMask& mask) {
+inline DropoutStream dropout_stream(const DropoutMask& mask) {
     DropoutStream d;
     if (!(mask.p > 0)) return d;
-    expect_size(what, mask.where, 2, "2");
     d.key = stream_key(mask.seed, RngStream::dropout);
     d.site = mask.site;
     d.below = keep_below(mask.p);

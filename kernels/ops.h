@@ -6,9 +6,9 @@
 // One struct per op, outputs first, named fields; each op is a free function of the struct and a stream.  `=`
 // overwrites, `+=` adds.  Buffers are in the backend's memory; `real` is the computing type: f32 or bf16 (f64 in the
 // double instance of the CPU backend, which is the tests' reference).  `stat` is f32 (f64 in the double instance);
-// gradients of parameters are stat.  A null Buf is an absent optional argument.  Every backend checks every size before
-// it touches memory and throws Error(Exit::internal); the CPU backend also checks tokens and targets,
-// Error(Exit::data).
+// gradients of parameters are stat.  A null Buf is an absent optional argument.  Every size is checked before an op
+// touches memory, for all backends by kernels/check.cpp: Error(Exit::internal).  The CPU backend also checks tokens and
+// targets, Error(Exit::data).
 //
 // Values that change from step to step reach an op as a Buf in backend memory, never by value, so that a step can be
 // captured as a graph.  No op allocates backend memory (the CPU's ops keep a little host scratch per thread).  No
@@ -172,6 +172,8 @@ struct Hash {  // y = sum of hash_word(i, x's word i) (common/hash.h), modulo 2^
     Buf x;     // (n)  of any dtype, a multiple of 4 bytes
 };
 
+constexpr size_t kDecayBlock = 64;  // elements of a flat buffer that share one flag of weight decay
+
 // The three optimizers share one struct.  All moments and master parameters are f32 (f64 in the double instance).
 //   g = grad * clip[0];   adamw: decoupled decay, p -= lr * weight_decay * p where decay[] says so
 //   adam:  g += weight_decay * p where decay[] says so, then as adamw without its decay
@@ -182,7 +184,7 @@ struct OptimizerUpdate {
     Buf copy;   // (n)     out  =   bf16: param rounded, for the next forward pass; absent where param itself is used
     Buf m, v;   // (n)     out  =   first and second moment
     Buf grad;   // (n)     of the whole global batch, before clipping
-    Buf decay;  // (ceil(n/64))  u8: 1 where weight decay applies to this block of 64 elements
+    Buf decay;  // (ceil(n/kDecayBlock))  u8: 1 where weight decay applies to this block of elements
     Buf rate;   // (3)     stat: learning rate, 1 - beta1^t, 1 - beta2^t
     Buf clip;   // (1)     stat: factor on the gradient; not finite: nothing is updated
     OptimizerKind kind = OptimizerKind::adamw;
@@ -199,6 +201,45 @@ struct GradNorm {        // norm = sqrt(sum grad^2), clip = max_norm > 0 and nor
 };
 constexpr size_t kGradNormChunk = size_t(1) << 16;  // elements summed by one partial
 constexpr size_t grad_norm_scratch(size_t n) { return (n + kGradNormChunk - 1) / kGradNormChunk; }
+
+// ---- The list of ops: the function's name in every backend, and the struct of its arguments.
+//
+// A new op is its struct above, a line here, its check in check.cpp and its function in cpu/ and in cuda/.  The list
+// declares those functions and fills both tables, so nothing else has to name the op.  A list by macro is the exception
+// to the house's rule against macros: no template can make members and functions from a name.
+#define KILN_OPS(OP)                      \
+    OP(embedding_forward, Embedding)      \
+    OP(embedding_backward, EmbeddingGrad) \
+    OP(layernorm_forward, LayerNorm)      \
+    OP(layernorm_backward, LayerNormGrad) \
+    OP(linear_forward, Linear)            \
+    OP(linear_backward, LinearGrad)       \
+    OP(gelu_forward, Gelu)                \
+    OP(gelu_backward, GeluGrad)           \
+    OP(attention_forward, Attention)      \
+    OP(attention_backward, AttentionGrad) \
+    OP(dropout, Dropout)                  \
+    OP(cross_entropy, CrossEntropy)       \
+    OP(row_sum, RowSum)                   \
+    OP(add, Add)                          \
+    OP(tree_sum, TreeSum)                 \
+    OP(cast, Cast)                        \
+    OP(hash, Hash)                        \
+    OP(optimizer_update, OptimizerUpdate) \
+    OP(grad_norm, GradNorm)
+
+// Throws Error(Exit::internal) where an op's arguments do not fit together:
+// "layernorm.x holds 32 elements, expected BT*C = 36".
+#define OP_CHECK(function, Op) void check(const Op&);
+KILN_OPS(OP_CHECK)
+#undef OP_CHECK
+
+// An entry of a backend's table: what all backends check, then the backend's own function.
+template <class Op, void (*function)(const Op&, Stream)>
+void checked(const Op& op, Stream s) {
+    check(op);
+    function(op, s);
+}
 
 struct Mark;   // a point in the work given to a stream
 struct Graph;  // recorded work, which can be launched any number of times
@@ -240,25 +281,10 @@ struct Backend {
     void (*launch_graph)(Graph*, Stream);
     void (*free_graph)(Graph*);
 
-    void (*embedding_forward)(const Embedding&, Stream);
-    void (*embedding_backward)(const EmbeddingGrad&, Stream);
-    void (*layernorm_forward)(const LayerNorm&, Stream);
-    void (*layernorm_backward)(const LayerNormGrad&, Stream);
-    void (*linear_forward)(const Linear&, Stream);
-    void (*linear_backward)(const LinearGrad&, Stream);
-    void (*gelu_forward)(const Gelu&, Stream);
-    void (*gelu_backward)(const GeluGrad&, Stream);
-    void (*attention_forward)(const Attention&, Stream);
-    void (*attention_backward)(const AttentionGrad&, Stream);
-    void (*dropout)(const Dropout&, Stream);
-    void (*cross_entropy)(const CrossEntropy&, Stream);
-    void (*row_sum)(const RowSum&, Stream);
-    void (*add)(const Add&, Stream);
-    void (*tree_sum)(const TreeSum&, Stream);
-    void (*cast)(const Cast&, Stream);
-    void (*hash)(const Hash&, Stream);
-    void (*optimizer_update)(const OptimizerUpdate&, Stream);
-    void (*grad_norm)(const GradNorm&, Stream);
+    // One for each op of the list: void (*layernorm_forward)(const LayerNorm&, Stream), and so on.
+#define OP_MEMBER(function, Op) void (*function)(const Op&, Stream);
+    KILN_OPS(OP_MEMBER)
+#undef OP_MEMBER
 
     // Choices made by timing: how a GPU computes each kind of matrix product (kernels/cuda/gemm_tuning.h).  While
     // tuning is on, the first call of a kind chooses, and the outputs of that call are meaningless.  Returns the notes
@@ -301,7 +327,7 @@ struct CudaDevice {
 };
 CudaDevice open_cuda_device(int ordinal);
 
-// The size check that every backend starts with: "layernorm.x holds 32 elements, expected BT*C = 36".
+// One check of a size: "layernorm.x holds 32 elements, expected BT*C = 36".
 inline void expect_size(const char* what, const Buf& b, size_t expected, const char* formula) {
     CHECK_THAT(b.data && b.count == expected, "{} holds {} elements, expected {} = {}", what, b.data ? b.count : 0,
                formula, expected);

@@ -11,8 +11,9 @@ void plan_params(Arena& arena, GPT2Params& p, const GPT2Config& c, DType t, cons
     visit(p, c, [&](const ParamInfo& info, Buf& b) { arena.add(b, prefix + info.name, info.count(), t); });
 }
 
-// Arenas that hold a number per parameter: a tensor begins at the same element in each, whatever its dtype.
-Arena make_param_arena(const char* name, DType t) { return Arena(name, kParamBlock * dtype_bytes(t)); }
+// Arenas that hold a number per parameter: a tensor begins at the same element in each, whatever its dtype, and no
+// decay block straddles two tensors.
+Arena make_param_arena(const char* name, DType t) { return Arena(name, kDecayBlock * dtype_bytes(t)); }
 
 constexpr std::array kLevels = {Recompute::none, Recompute::gelu, Recompute::block};
 const char* level_name(Recompute level) {
@@ -89,7 +90,7 @@ TrainerMemory::TrainerMemory(const TrainerOptions& options, int n_micro, int n_g
     scalar_arena.add(hash, "hash", 2, DType::u32);
     scalar_arena.add(losses, "losses", size_t(n_micro) * B, stat());
     if (o_.inference) return;
-    scalar_arena.add(decay, "decay", n_params() / kParamBlock, DType::u8);
+    scalar_arena.add(decay, "decay", n_params() / kDecayBlock, DType::u8);
     scalar_arena.add(rate, "rate", 3, stat());
     scalar_arena.add(clip, "clip", 1, stat());
     scalar_arena.add(norm, "norm", 1, stat());

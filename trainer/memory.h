@@ -18,9 +18,6 @@ struct StepBatch {
     StepBatch(const char* name, int n_micro, size_t BT);
 };
 
-// Elements of a flat buffer that one decay flag stands for; no block of them straddles two tensors.
-constexpr size_t kParamBlock = 64;
-
 class TrainerMemory {
   public:
     // Plans.  n_grads: gradient buffers, see RunFold.

@@ -92,13 +92,13 @@ void Trainer::connect() {
     reduction_bytes_ = before - std::min(before, k_.memory_state().n_free);
 }
 
-// Marks the blocks of 64 elements that weight decay applies to.
+// Marks the blocks of kDecayBlock elements that weight decay applies to.
 void Trainer::mark_decay() {
     std::vector<uint8_t> decay(memory_.decay.count);
     const char* base = static_cast<const char*>(memory_.param_arena.flat(o_.real).data);
     visit(memory_.params, o_.model, [&](const ParamInfo& info, Buf& b) {
         const size_t first = size_t(static_cast<const char*>(b.data) - base) / dtype_bytes(o_.real);
-        for (size_t i = first; i < first + b.count; i += kParamBlock) decay[i / kParamBlock] = info.decay;
+        for (size_t i = first; i < first + b.count; i += kDecayBlock) decay[i / kDecayBlock] = info.decay;
     });
     k_.upload(memory_.decay.data, decay.data(), decay.size(), stream_);
     k_.synchronize(stream_);

@@ -59,10 +59,9 @@ void begin_graph(Stream) { no_graphs(); }
 Graph* end_graph(Stream) { no_graphs(); }
 void launch_graph(Graph*, Stream) { no_graphs(); }
 void free_graph(Graph*) {}
-}  // namespace
 
-const Backend& cpu_backend() {
-    static constexpr Backend backend = {
+constexpr Backend make_table() {
+    Backend table = {
         .name = "cpu",
         .memory = {.alloc = alloc, .free = std::free},
         .host_memory = {.alloc = alloc, .free = std::free},
@@ -85,28 +84,18 @@ const Backend& cpu_backend() {
         .end_graph = end_graph,
         .launch_graph = launch_graph,
         .free_graph = free_graph,
-        .embedding_forward = cpu::embedding_forward,
-        .embedding_backward = cpu::embedding_backward,
-        .layernorm_forward = cpu::layernorm_forward,
-        .layernorm_backward = cpu::layernorm_backward,
-        .linear_forward = cpu::linear_forward,
-        .linear_backward = cpu::linear_backward,
-        .gelu_forward = cpu::gelu_forward,
-        .gelu_backward = cpu::gelu_backward,
-        .attention_forward = cpu::attention_forward,
-        .attention_backward = cpu::attention_backward,
-        .dropout = cpu::dropout,
-        .cross_entropy = cpu::cross_entropy,
-        .row_sum = cpu::row_sum,
-        .add = cpu::add,
-        .tree_sum = cpu::tree_sum,
-        .cast = cpu::cast,
-        .hash = cpu::hash,
-        .optimizer_update = cpu::optimizer_update,
-        .grad_norm = cpu::grad_norm,
         .tune = [](bool) { return std::string(); },
         .choices = [] { return std::string(); },
         .set_choices = [](const std::string&) { return std::string(); },
     };
-    return backend;
+#define OP_ENTRY(function, Op) table.function = checked<Op, cpu::function>;
+    KILN_OPS(OP_ENTRY)
+#undef OP_ENTRY
+    return table;
+}
+}  // namespace
+
+const Backend& cpu_backend() {
+    static constexpr Backend table = make_table();
+    return table;
 }

@@ -8,25 +8,9 @@
 #include "kernels/ops.h"
 
 namespace cpu {
-void embedding_forward(const Embedding&, Stream);
-void embedding_backward(const EmbeddingGrad&, Stream);
-void layernorm_forward(const LayerNorm&, Stream);
-void layernorm_backward(const LayerNormGrad&, Stream);
-void linear_forward(const Linear&, Stream);
-void linear_backward(const LinearGrad&, Stream);
-void gelu_forward(const Gelu&, Stream);
-void gelu_backward(const GeluGrad&, Stream);
-void attention_forward(const Attention&, Stream);
-void attention_backward(const AttentionGrad&, Stream);
-void dropout(const Dropout&, Stream);
-void cross_entropy(const CrossEntropy&, Stream);
-void row_sum(const RowSum&, Stream);
-void add(const Add&, Stream);
-void tree_sum(const TreeSum&, Stream);
-void cast(const Cast&, Stream);
-void hash(const Hash&, Stream);
-void optimizer_update(const OptimizerUpdate&, Stream);
-void grad_norm(const GradNorm&, Stream);
+#define OP_FUNCTION(function, Op) void function(const Op&, Stream);
+KILN_OPS(OP_FUNCTION)
+#undef OP_FUNCTION
 
 // Calls f.operator()<float>() or <double>() by the dtype of an op's `real` tensors: the only dtype switch of an op.
 template <class F>

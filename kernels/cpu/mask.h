@@ -15,9 +15,8 @@ struct Mask {
     double scale = 1;    // of the elements that stay
     bool on = false;
 
-    Mask(const char* what, const DropoutMask& m) : site(m.site), on(m.p > 0) {
+    explicit Mask(const DropoutMask& m) : site(m.site), on(m.p > 0) {
         if (!on) return;
-        expect_size(what, m.where, 2, "2");
         key = stream_key(m.seed, RngStream::dropout);
         step = m.where.as<uint32_t>()[0];
         place = m.where.as<uint32_t>()[1];

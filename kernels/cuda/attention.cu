@@ -52,7 +52,7 @@ struct Call {
     }
 };
 Call call_of(int B, int T, int NH, int HS, const DropoutMask& mask, Stream s) {
-    return {B, {T, NH, HS, 0, 1 / std::sqrt(float(HS))}, device::dropout_stream("attention.dropout.where", mask), s};
+    return {B, {T, NH, HS, 0, 1 / std::sqrt(float(HS))}, device::dropout_stream(mask), s};
 }
 
 void expect_bf16_head(int HS) {
@@ -93,7 +93,7 @@ void launch_fp32(const Call& call, Kernel* kernel, size_t n_floats, const attent
 
 namespace cuda {
 void attention_forward(const Attention& a, Stream s) {
-    expect_attention(a, a.qkv.dtype == DType::bf16);
+    if (a.qkv.dtype == DType::bf16) expect_aligned(a);
     const Call call = call_of(a.B, a.T, a.NH, a.HS, a.dropout, s);
     if (a.qkv.count == 0) return;
     with_real(a.qkv.dtype, [&]<class T>() {
@@ -113,7 +113,7 @@ void attention_forward(const Attention& a, Stream s) {
 }
 
 void attention_backward(const AttentionGrad& a, Stream s) {
-    expect_attention(a, a.qkv.dtype == DType::bf16);
+    if (a.qkv.dtype == DType::bf16) expect_aligned(a);
     const Call call = call_of(a.B, a.T, a.NH, a.HS, a.dropout, s);
     if (a.qkv.count == 0) return;
     float *lse = a.lse.as<float>(), *D = a.scratch.as<float>();  // (B, NH, T)

@@ -228,7 +228,7 @@ void* part(void* packed, int i, const Shape& a) { return static_cast<bf16*>(pack
 void backward(const AttentionGrad& a, Pass pass, Stream s) {
     const Shape shape = {a.B, a.T, a.NH, a.HS};
     if (!takes(a.qkv.dtype, a.dropout, shape)) return cuda_backend().attention_backward(a, s);
-    cuda::expect_attention(a, true);
+    cuda::expect_aligned(a);
     void* const qkv = a.qkv.as<bf16>();
     void* const dqkv = a.dqkv.as<bf16>();
     run(shape, pass,
@@ -249,7 +249,7 @@ namespace cuda {
 void attention_cudnn_forward(const Attention& a, Stream s) {
     const Shape shape = {a.B, a.T, a.NH, a.HS};
     if (!takes(a.qkv.dtype, a.dropout, shape)) return cuda_backend().attention_forward(a, s);
-    expect_attention(a, true);
+    expect_aligned(a);
     void* const qkv = a.qkv.as<bf16>();
     run(shape, Pass::forward,
         {{kQ, part(qkv, 0, shape)},

@@ -99,14 +99,14 @@ void backward(const AttentionGrad& p, Stream s) {
 namespace cuda {
 void attention_sm90_forward(const Attention& a, Stream s) {
     if (!takes(a.qkv.dtype, a.HS, a.dropout)) return attention_forward(a, s);
-    expect_attention(a, true);
+    expect_aligned(a);
     if (a.qkv.count == 0) return;
     a.HS == 64 ? forward<64>(a, s) : forward<128>(a, s);
 }
 
 void attention_sm90_backward(const AttentionGrad& a, Stream s) {
     if (!takes(a.qkv.dtype, a.HS, a.dropout)) return attention_backward(a, s);
-    expect_attention(a, true);
+    expect_aligned(a);
     if (a.qkv.count == 0) return;
     a.HS == 64 ? backward<64>(a, s) : backward<128>(a, s);
 }

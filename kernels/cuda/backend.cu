@@ -96,9 +96,8 @@ void launch_graph(Graph* g, Stream s) {
 }
 void free_graph(Graph* g) { cudaGraphExecDestroy(reinterpret_cast<cudaGraphExec_t>(g)); }
 
-constexpr Backend table(void (*attention_forward)(const Attention&, Stream),
-                        void (*attention_backward)(const AttentionGrad&, Stream)) {
-    return {
+constexpr Backend make_table() {
+    Backend table = {
         .name = "cuda",
         .memory = {.alloc = alloc, .free = release},
         .host_memory = {.alloc = alloc_host, .free = release_host},
@@ -121,38 +120,31 @@ constexpr Backend table(void (*attention_forward)(const Attention&, Stream),
         .end_graph = end_graph,
         .launch_graph = launch_graph,
         .free_graph = free_graph,
-        .embedding_forward = cuda::embedding_forward,
-        .embedding_backward = cuda::embedding_backward,
-        .layernorm_forward = cuda::layernorm_forward,
-        .layernorm_backward = cuda::layernorm_backward,
-        .linear_forward = cuda::linear_forward,
-        .linear_backward = cuda::linear_backward,
-        .gelu_forward = cuda::gelu_forward,
-        .gelu_backward = cuda::gelu_backward,
-        .attention_forward = attention_forward,
-        .attention_backward = attention_backward,
-        .dropout = cuda::dropout,
-        .cross_entropy = cuda::cross_entropy,
-        .row_sum = cuda::row_sum,
-        .add = cuda::add,
-        .tree_sum = cuda::tree_sum,
-        .cast = cuda::cast,
-        .hash = cuda::hash,
-        .optimizer_update = cuda::optimizer_update,
-        .grad_norm = cuda::grad_norm,
         .tune = cuda::tune,
         .choices = cuda::choices,
         .set_choices = cuda::set_choices,
     };
+#define OP_ENTRY(function, Op) table.function = checked<Op, cuda::function>;
+    KILN_OPS(OP_ENTRY)
+#undef OP_ENTRY
+    return table;
+}
+// The same with other kernels for attention.
+template <void (*forward)(const Attention&, Stream), void (*backward)(const AttentionGrad&, Stream)>
+constexpr Backend with_attention() {
+    Backend table = make_table();
+    table.attention_forward = checked<Attention, forward>;
+    table.attention_backward = checked<AttentionGrad, backward>;
+    return table;
 }
 }  // namespace
 
 const Backend& cuda_backend(AttentionKernel attention) {
-    static constexpr Backend portable = table(cuda::attention_forward, cuda::attention_backward);
-    static constexpr Backend sm90 = table(cuda::attention_sm90_forward, cuda::attention_sm90_backward);
-    static constexpr Backend cudnn = table(cuda::attention_cudnn_forward, cuda::attention_cudnn_backward);
+    static constexpr Backend portable = make_table();
+    static constexpr Backend sm90 = with_attention<cuda::attention_sm90_forward, cuda::attention_sm90_backward>();
+    static constexpr Backend cudnn = with_attention<cuda::attention_cudnn_forward, cuda::attention_cudnn_backward>();
     static constexpr Backend cudnn_fastest =
-        table(cuda::attention_cudnn_forward, cuda::attention_cudnn_backward_fastest);
+        with_attention<cuda::attention_cudnn_forward, cuda::attention_cudnn_backward_fastest>();
     if (const std::string why = cuda_attention_refusal(attention); !why.empty()) fail(Exit::internal, "{}", why);
     switch (attention) {
         case AttentionKernel::portable:

@@ -5,25 +5,9 @@
 #include "kernels/simt.h"
 
 namespace cuda {
-void embedding_forward(const Embedding&, Stream);
-void embedding_backward(const EmbeddingGrad&, Stream);
-void layernorm_forward(const LayerNorm&, Stream);
-void layernorm_backward(const LayerNormGrad&, Stream);
-void linear_forward(const Linear&, Stream);
-void linear_backward(const LinearGrad&, Stream);
-void gelu_forward(const Gelu&, Stream);
-void gelu_backward(const GeluGrad&, Stream);
-void attention_forward(const Attention&, Stream);
-void attention_backward(const AttentionGrad&, Stream);
-void dropout(const Dropout&, Stream);
-void cross_entropy(const CrossEntropy&, Stream);
-void row_sum(const RowSum&, Stream);
-void add(const Add&, Stream);
-void tree_sum(const TreeSum&, Stream);
-void cast(const Cast&, Stream);
-void hash(const Hash&, Stream);
-void optimizer_update(const OptimizerUpdate&, Stream);
-void grad_norm(const GradNorm&, Stream);
+#define OP_FUNCTION(function, Op) void function(const Op&, Stream);
+KILN_OPS(OP_FUNCTION)
+#undef OP_FUNCTION
 
 // Throws Error(Exit::internal) with the error, the call's text, and the kernels launched last (a kernel's own fault
 // shows at a later call; KILN_CUDA_SYNC=1 waits after each launch and names the guilty one).  Exit::memory when memory
