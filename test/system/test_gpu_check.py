@@ -272,7 +272,7 @@ def test_what_the_sanitizers_run(check: Check, tmp_path: Path) -> None:
         return matches(takes) and not matches(leaves)
 
     on_devices = {}
-    for path in sorted((REPO / "test").glob("test_*.cpp")):
+    for path in sorted((REPO / "test").rglob("test_*.cpp")):
         for case in re.split(r"^TEST_CASE\(", path.read_text(), flags=re.M)[1:]:
             name = re.match(r'"(.*?)"', case).group(1)  # type: ignore[union-attr]
             on_devices[name] = any(word in case for word in ("targets()", "cuda_backend(", "hopper()"))
