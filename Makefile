@@ -61,19 +61,19 @@ test: deps ## all tests; the last line is "N passed, N failed"
 
 parity: all ## losses and gradient norms against PyTorch, made afresh
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
-	$(PYTHON) scripts/parity.py
+	$(PYTHON) scripts/pytorch/parity.py
 
 bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; writes benchmarks/results/, docs/performance.md
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
-	$(PYTHON) scripts/bench_cpu.py
-	$(PYTHON) scripts/performance_page.py
+	$(PYTHON) scripts/pytorch/bench_cpu.py
+	$(PYTHON) scripts/gpu/performance_page.py
 
 performance-page: ## docs/performance.md and its pictures from benchmarks/results/
-	$(PYTHON) scripts/performance_page.py
+	$(PYTHON) scripts/gpu/performance_page.py
 
 lint: ## formatting, include directions, shell scripts
 	@clang-format --dry-run -Werror $(FORMATTED)
-	scripts/check_includes.sh
+	scripts/build/check_includes.sh
 	shellcheck $$(git ls-files '*.sh') .ci/run
 
 format: ## rewrite the sources by .clang-format

@@ -29,28 +29,28 @@ NVCC_FLAGS  = -std=c++20 -O3 -lineinfo -I. -DKILN_CUDA=1 -DFMT_USE_CONSTEXPR=1 -
 NATIVE     := $(addprefix $(B)/,train test_native test_mpi_native test_isa_native test_isa_sm90_native bench_attention)
 
 gpu-there:
-	@KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh --gpu
+	@KILN_BUILD=$(abspath $(B)) scripts/gpu/gpu_check.py --gpu
 gpu-check: gpu-there ## on a machine with a GPU: tests, op times, speed beside PyTorch; STAGE=... chooses
 	@$(MAKE) --no-print-directory native
-	KILN_BUILD=$(abspath $(B)) scripts/gpu_check.sh
+	KILN_BUILD=$(abspath $(B)) scripts/gpu/gpu_check.py
 
 bench-gpu: gpu-there ## on a machine with a GPU: the whole step beside PyTorch, and the goals; writes benchmarks/results/
 	@$(MAKE) --no-print-directory native
-	KILN_BUILD=$(abspath $(B)) KILN_CUDA_LIBRARIES=$$(scripts/cuda_libraries.sh) $(PYTHON) scripts/bench_gpu.py; \
-	    code=$$?; $(PYTHON) scripts/performance_page.py && exit $$code
+	KILN_BUILD=$(abspath $(B)) $(PYTHON) scripts/gpu/gpu_check.py --bench; \
+	    code=$$?; $(PYTHON) scripts/gpu/performance_page.py && exit $$code
 
 bundle: ## build/kiln-bundle.tar.zst: all that another machine with a GPU needs
 	@$(MAKE) --no-print-directory -j$$(nproc) CPU=x86-64-v3 native
-	scripts/bundle.sh build/release-x86-64-v3
+	scripts/build/bundle.sh build/release-x86-64-v3
 
 native: $(NATIVE)
 
 kernel-table: $(KERNEL_OBJ) ## registers, memory and spills of each kernel into docs/kernels.md
-	$(PYTHON) scripts/kernel_table.py --logs $(N)
+	$(PYTHON) scripts/build/kernel_table.py --logs $(N)
 kernel-table-check: $(KERNEL_OBJ)
-	$(PYTHON) scripts/kernel_table.py --logs $(N) --check
+	$(PYTHON) scripts/build/kernel_table.py --logs $(N) --check
 sass-check: $(KERNEL_OBJ) ## rules that the machine code of Hopper's and the memory-bound kernels keeps; needs a disassembler
-	$(PYTHON) scripts/sass_check.py --objects $(N)
+	$(PYTHON) scripts/build/sass_check.py --objects $(N)
 
 $(B)/train: $(MAIN:%=$(O)/cuda/%.o) $(RUN_OBJ) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_native: $(TEST_OBJ) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
@@ -58,7 +58,7 @@ $(B)/test_mpi_native: $(MPI_TESTS) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_isa_native: $(O)/test/main.o $(N)/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/bench_attention: $(O)/cuda/bench/bench_attention.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
-# What ptxas says of each kernel stays beside the object, for scripts/kernel_table.py; anything else is shown.  That it
+# What ptxas says of each kernel stays beside the object, for scripts/build/kernel_table.py; anything else is shown.  That it
 # has serialized wgmma or ignored setmaxnreg is to ptxas information, which --warning-as-error leaves alone.
 LOSS   := Potential Performance Loss|setmaxnreg'? ignored
 KERNEL = @mkdir -p $(@D); [ -n "$(NVCC)" ] || { echo "nvcc not found: this needs the CUDA toolkit (CUDA_HOME); without it: make CUDA=0, make emulated"; exit 2; }; echo "nvcc $<"; \

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh on a GPU that is pretended, with programs that stand in for kiln's and for PyTorch."""
+"""scripts/gpu/gpu_check.py on a GPU that is pretended, with programs that stand in for kiln's and for PyTorch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Check:
 
     def run(self, stage: str) -> int:
         os.environ["STAGE"] = stage
-        return self.module.main()
+        return self.module.main([])
 
     def result(self, stage: str) -> dict:
         return json.loads((self.out / f"{stage}.json").read_text())
@@ -92,7 +92,6 @@ class Check:
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))
     for name in ("gpu_check", "gpu_stages", "gpu_speed", "goals"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("STAGE", "FORCE", "BATCH", "ROUNDS", "SDPA", "DEMO_STEPS", "TEXT"):
@@ -100,7 +99,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     stages, module = importlib.import_module("gpu_stages"), importlib.import_module("gpu_check")
     monkeypatch.setattr(module, "OUT", tmp_path / "out")
     monkeypatch.setattr(stages, "BIN", tmp_path / "programs")
-    monkeypatch.setattr(module, "LIBRARIES", "/nowhere")
+    monkeypatch.setattr(module, "cuda_libraries", lambda: "/nowhere")
     monkeypatch.setattr(module, "find_gpu", lambda: module.Gpu("NVIDIA Pretended", "9.0", 1 << 37, "13.0", ""))
     monkeypatch.setattr(module, "environment", lambda gpu: dict(HERE))
     monkeypatch.setattr(module, "clocks", lambda: {})

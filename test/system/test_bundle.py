@@ -1,4 +1,4 @@
-"""scripts/bundle.sh: what it packs is complete, small enough, and runs where nothing of this machine is but glibc.
+"""scripts/build/bundle.sh: its archive is complete, small enough, and runs where nothing of this machine is but glibc.
 
 The CPU's programs stand in for the GPU's, which take minutes to build and load the same libraries and CUDA's.  Seen to
 fail: a library left out of the closure, hydra_pmi_proxy left out, a wrapper that forgets LD_LIBRARY_PATH, kernels of
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def pack(build: Path, archive: Path, **env: object):
-    return run([REPO / "scripts" / "bundle.sh", build, archive], {"LEVEL": 1} | env)
+    return run([REPO / "scripts" / "build" / "bundle.sh", build, archive], {"LEVEL": 1} | env)
 
 
 def compiled(build: Path, source: str, architectures: Sequence[str]) -> Path:
@@ -133,8 +133,9 @@ def test_two_ranks_where_only_glibc_and_a_shell_are(unpacked: Path, tmp_path: Pa
 
 
 def test_the_bundle_checks_itself(unpacked: Path, tmp_path: Path) -> None:
-    """gpu_check.sh in the bundle: finds the programs in bin/, and says that there is no GPU."""
-    done = run([unpacked / "scripts" / "gpu_check.sh"], {"OUT": tmp_path, "STAGE": "tests", "CUDA_VISIBLE_DEVICES": ""})
+    """gpu_check.py in the bundle: finds the programs in bin/, and says that there is no GPU."""
+    none = {"OUT": tmp_path, "STAGE": "tests", "CUDA_VISIBLE_DEVICES": ""}
+    done = run([unpacked / "scripts" / "gpu" / "gpu_check.py"], none)
     assert done.code == 1 and "no usable GPU" in done.out, done.out + done.err
 
 

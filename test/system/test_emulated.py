@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import EMULATED, MPIRUN, REPO, Lab, Result, Run, run
+from conftest import EMULATED, MPIRUN, Lab, Result, Run, run
 
-sys.path.insert(0, str(REPO / "scripts"))
-import parity_case  # noqa: E402
-from parity_case import BOUNDS, CASES, Case  # noqa: E402
+import parity_case
+from parity_case import BOUNDS, CASES, Case
 
 STEPS = 5
 SMALL: dict[str, object] = {

@@ -1,22 +1,18 @@
-"""scripts/goals.py and scripts/bench_gpu.py: what is judged from results, and what is published. Seen to fail: a limit turned
+"""scripts/gpu/goals.py, and gpu_check.py --publish: what is judged and what is published. Seen to fail: a limit turned
 around, a figure of another batch or GPU taken, an op's name that kiln does not use, a file of the same day replaced by one
 with less in it.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import test_bench
-from conftest import REPO
 from pretended_gpu import Check
 
-sys.path.insert(0, str(REPO / "scripts"))
-import goals  # noqa: E402
+import goals
 
 H200 = "NVIDIA H200"
 
@@ -163,24 +159,17 @@ def test_the_ops_that_goals_read_are_those_of_kiln(tmp_path: Path) -> None:
     assert sum(step["share"].values()) == pytest.approx(1)
 
 
-@pytest.fixture
-def bench(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.delitem(sys.modules, "bench_gpu", raising=False)
-    module = importlib.import_module("bench_gpu")
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "published")
-    return module
-
-
-def test_results_are_published_and_none_is_lost(check: Check, bench, tmp_path: Path) -> None:
+def test_results_are_published_and_none_is_lost(check: Check, tmp_path: Path) -> None:
+    check.patch.setattr(check.module, "RESULTS", tmp_path / "published")
     check.shell("train", "exit 70")
     check.shell("bench_attention", 'echo \'{"type": "run"}\' > "$2"')
     check.patch.setenv("KILN_TORCH_PYTHON", "false")
     assert check.run("attention ops-124m") == 1
-    first = bench.publish()
+    first = check.module.publish()
     assert json.loads(first.read_text())["stages"].keys() == {"attention", "ops-124m"}
-    assert bench.publish() == first  # nothing would be lost
+    assert check.module.publish() == first  # nothing would be lost
     check.shell("bench_attention", "exit 70")
     assert check.run("attention") == 1
-    second = bench.publish()
+    second = check.module.publish()
     assert second != first and "passed" in first.read_text()
     assert json.loads(second.read_text())["stages"]["attention"]["result"] == "failed"

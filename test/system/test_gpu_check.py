@@ -1,6 +1,5 @@
-"""scripts/gpu_check.sh where there is no GPU: it says so; and what it does with results, with programs that stand in.
-
-Also cuda_libraries.sh.  Seen to fail: a result kept after another commit, build or option, a failed, skipped or dirty
+"""scripts/gpu/gpu_check.py without a GPU: it says that there is none; and with programs that stand in: what it does with
+results. Also cuda_libraries.sh.  Seen to fail: a result kept after another commit, build or option, a failed, skipped or dirty
 result kept, a stage that outlives its limit, one stage's crash that ends the others, a sanitizer without time that passes.
 """
 
@@ -19,7 +18,7 @@ import pytest
 from conftest import REPO, TRAIN, run
 from pretended_gpu import HERE, Check, beside, bench_writes, executable
 
-SCRIPT = REPO / "scripts" / "gpu_check.sh"
+SCRIPT = REPO / "scripts" / "gpu" / "gpu_check.py"
 
 
 def test_every_stage_says_that_there_is_no_gpu(tmp_path: Path) -> None:
@@ -46,14 +45,14 @@ def test_whether_there_is_a_gpu_is_known_before_anything_is_built(tmp_path: Path
     assert done.code == 1 and done.err.startswith("error: no usable GPU: ") and not list(tmp_path.iterdir())
     for target in ("gpu-check", "bench-gpu"):
         commands = run(["make", "--no-print-directory", "-C", REPO, "-n", "NVCC=nvcc", "DEPS=0", target], none).out
-        assert "gpu_check.sh --gpu" in commands.splitlines()[0], commands[:400]
+        assert "gpu_check.py --gpu" in commands.splitlines()[0], commands[:400]
 
 
 def test_its_options_are_in_its_help(tmp_path: Path) -> None:
     shown = run([SCRIPT, "--help"], {"OUT": tmp_path})
-    assert shown.code == 0 and "STAGE=sanitize scripts/gpu_check.sh" in shown.out and "set -uo" not in shown.out
+    assert shown.code == 0 and "STAGE=sanitize scripts/gpu/gpu_check.py" in shown.out and "--publish" in shown.out
     done = run([SCRIPT, "--stage"], {"OUT": tmp_path})
-    assert done.code == 2 and "unknown option --stage" in done.err
+    assert done.code == 2 and "unrecognized arguments: --stage" in done.err
 
 
 def test_without_a_stage_it_is_tests_attention_and_124m(tmp_path: Path) -> None:
@@ -319,7 +318,7 @@ def test_where_cuda_is_looked_for(tmp_path: Path) -> None:
                "PATH": tmp_path / "bin"}
 
     def found(**env: object):
-        return run([REPO / "scripts" / "cuda_libraries.sh"], nowhere | env)
+        return run([REPO / "scripts" / "gpu" / "cuda_libraries.sh"], nowhere | env)
 
     for folder in ("home/lib64", "path", "system", "toolkit/lib64"):
         for library in ("libcublasLt.so.13", "libnccl.so.2"):

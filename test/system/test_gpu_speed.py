@@ -1,6 +1,7 @@
-"""The stages of scripts/gpu_check.sh that measure, with programs that stand in, and what they start: bench_attention and
-bench_pytorch.py at tiny sizes. Seen to fail: a round begun that is cut off, a batch halved on one side alone, a repeated
-run with other weights that passes, the first run's record taken for the second's, fp32's loss taken for bf16's.
+"""scripts/gpu/gpu_speed.py: the stages that measure, with programs that stand in; and the programs that the stages
+start, bench_attention and bench_pytorch.py, at tiny sizes. Seen to fail: a round begun that is cut off, a batch halved on
+one side alone, a repeated run with other weights that passes, the first run's record taken for the second's, fp32's loss
+taken for bf16's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from conftest import REPO, TRAIN, Lab, run
 from pretended_gpu import Check, beside, executable
 
 TORCH = "/usr/bin/python3"
+BENCH = REPO / "scripts" / "pytorch" / "bench_pytorch.py"
+TWIN = REPO / "scripts" / "pytorch" / "train_pytorch.py"
 
 
 def test_kiln_and_pytorch_take_turns(check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -192,7 +195,7 @@ def test_attention_is_set_beside_pytorch(check: Check, tmp_path: Path) -> None:
     calls = attention_torch(check, tmp_path)
     assert check.run("attention") == 0, check.result("attention")
     assert calls.read_text().splitlines() == [
-        f"{check.stages.ROOT}/scripts/bench_pytorch.py --sdpa {sdpa} --attention {shape} --attention 4x16x4096x128"
+        f"{BENCH} --sdpa {sdpa} --attention {shape} --attention 4x16x4096x128"
         for sdpa in ("default", "cudnn", "flash")]
     result = check.result("attention")
     assert result["headline"] == (
@@ -271,7 +274,7 @@ def test_what_the_attention_bench_refuses(flags: list[str], error: str) -> None:
 def test_the_pytorch_bench_runs_at_a_tiny_size(tmp_path: Path) -> None:
     if run([TORCH, "-c", "import torch"]).code != 0:
         pytest.skip("no PyTorch")
-    bench = [TORCH, REPO / "scripts" / "bench_pytorch.py", "--tiny", "--device", "cpu"]
+    bench = [TORCH, BENCH, "--tiny", "--device", "cpu"]
     done = run([*bench, "--json", tmp_path / "result.json"])
     assert done.code == 0, done.err
     result = json.loads(done.out.splitlines()[-1])
@@ -286,7 +289,7 @@ def test_the_pytorch_bench_runs_at_a_tiny_size(tmp_path: Path) -> None:
 def test_pytorchs_ops_have_the_names_of_kilns() -> None:
     if run([TORCH, "-c", "import torch"]).code != 0:
         pytest.skip("no PyTorch")
-    done = run([TORCH, REPO / "scripts" / "bench_pytorch.py", "--tiny", "--device", "cpu", "--ops"])
+    done = run([TORCH, BENCH, "--tiny", "--device", "cpu", "--ops"])
     assert done.code == 0, done.err
     ops = {r["op"]: r for r in json.loads(done.out.splitlines()[-1])["ops"]}
     # PyTorch has no op for the others; what stands alone in kiln's step is timed in both.
@@ -301,7 +304,7 @@ def test_the_twin_trains_by_a_config_of_kiln(lab: Lab) -> None:
     config = lab.config("twin", {"train.max_steps": 30, "eval.interval": 10, "model.dropout": 0.1, "model.bias": False})
 
     def evals(*flags: object) -> list:
-        done = run([TORCH, REPO / "scripts" / "train_pytorch.py", "--config", config, "--device", "cpu", "--no-compile",
+        done = run([TORCH, TWIN, "--config", config, "--device", "cpu", "--no-compile",
                     *flags], cwd=lab.root)
         assert done.code == 0, done.err
         result = json.loads(done.out.splitlines()[-1])
@@ -312,12 +315,12 @@ def test_the_twin_trains_by_a_config_of_kiln(lab: Lab) -> None:
     assert [step for step, _ in first] == [10, 20, 30] and first[-1][1] < first[0][1] < 6
     assert evals() == first and evals("--seed", 2) != first
     assert evals("--set", "train.max_steps=10") == first[:1]
-    done = run([TORCH, REPO / "scripts" / "train_pytorch.py", "--config", config, "--set", "optimizer.beta1=0.8", "--device",
+    done = run([TORCH, TWIN, "--config", config, "--set", "optimizer.beta1=0.8", "--device",
                 "cpu"], cwd=lab.root)
     assert done.code == 2 and "optimizer.beta1 is 0.8, and the twin knows only 0.9" in done.err
 
 
 def test_without_a_gpu_the_pytorch_bench_says_so() -> None:
-    done = run([TORCH, REPO / "scripts" / "bench_pytorch.py"], {"CUDA_VISIBLE_DEVICES": ""})
+    done = run([TORCH, BENCH], {"CUDA_VISIBLE_DEVICES": ""})
     assert done.code == 2 and done.err.startswith("error: PyTorch ")
     assert shutil.which("python3")

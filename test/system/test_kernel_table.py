@@ -1,4 +1,5 @@
-"""scripts/kernel_table.py: reads what ptxas says, fails on a spill, a stack frame, a serialized wgmma and an old table.
+"""scripts/build/kernel_table.py: reads what ptxas says; fails on a spill, a stack frame, a serialized wgmma and an old
+table.
 
 Seen to fail: a spill of a function that was not inlined left out; an architecture that was not compiled taken for fine;
 the Hopper kernels' counts lost where there is no disassembler.
@@ -14,11 +15,10 @@ import pytest
 from conftest import REPO, program
 from test_sass_check import LISTING
 
-sys.path.insert(0, str(REPO / "scripts"))
-import kernel_names
 import kernel_table
+import sass_check
 
-SCRIPT = REPO / "scripts" / "kernel_table.py"
+SCRIPT = REPO / "scripts" / "build" / "kernel_table.py"
 KERNEL = "_ZN39_GLOBAL__N__e8aef991_7_gelu_cu_16c3817a19gelu_forward_kernelI4bf16EEvPT_PKS2_mb"
 HELPER = "_ZN39_GLOBAL__N__e8aef991_7_gelu_cu_16c3817a6helperEf"
 
@@ -234,4 +234,4 @@ ptxas info    : Function properties for {HELPER}
     ],
 )
 def test_names(demangled: str, short: str) -> None:
-    assert kernel_names.short_name(demangled) == short
+    assert sass_check.short_name(demangled) == short

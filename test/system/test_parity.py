@@ -1,18 +1,16 @@
 """kiln against PyTorch's golden numbers: twenty steps of two odd-sized GPT-2s, on one rank and on two. No PyTorch here.
 
-scripts/parity.py made test/golden/parity_*.json and makes the same comparison with PyTorch run afresh.
+scripts/pytorch/parity.py made test/golden/parity_*.json and makes the same comparison with PyTorch run afresh.
 """
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import parity_case  # noqa: E402
-from parity_case import BOUNDS, CASES, Case  # noqa: E402
+import parity_case
+from parity_case import BOUNDS, CASES, Case
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 

@@ -12,11 +12,10 @@ import pytest
 import test_bench
 from conftest import REPO, run
 
-sys.path.insert(0, str(REPO / "scripts"))
-import performance_page  # noqa: E402
-import roofline  # noqa: E402
+import performance_page
+import roofline
 
-SCRIPT = [sys.executable, REPO / "scripts" / "performance_page.py"]
+SCRIPT = [sys.executable, REPO / "scripts" / "gpu" / "performance_page.py"]
 PAGE = ["performance.md", "step.svg", "roofline.svg"]
 
 
@@ -59,7 +58,7 @@ def test_the_roofline_counts_as_kiln_does(tmp_path: Path, kind: str, dtype: str,
 
 
 def results(size: str, share_of_bound: float, tokens_per_s: float) -> dict:
-    """A file of bench_gpu.py in which every op of a size reaches a share of its bound."""
+    """A file of gpu_check.py --bench in which every op of a size reaches a share of its bound."""
     device = roofline.Device("NVIDIA H200", 800, 4000, "")
     L, NH, C, B = {"124m": (12, 12, 768, 64), "1558m": (48, 25, 1600, 16)}[size]
     ops = [{"op": o.op, "part": o.part, "calls": o.calls, "us": o.bound_us(device) / share_of_bound,

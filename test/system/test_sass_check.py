@@ -1,4 +1,4 @@
-"""scripts/sass_check.py: counts what a disassembler shows, and fails on each broken rule.
+"""scripts/build/sass_check.py: counts what a disassembler shows, and fails on each broken rule.
 
 The listing is in cuobjdump's format and its lines are from real ones.  Seen to fail: an accumulator's registers counted by
 the first alone, instructions under a predicate left out, each rule left out, an object for other GPUs taken.
@@ -14,11 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import REPO, Result, program, run
 
-sys.path.insert(0, str(REPO / "scripts"))
-import kernel_names
 import sass_check
 
-SCRIPT = REPO / "scripts" / "sass_check.py"
+SCRIPT = REPO / "scripts" / "build" / "sass_check.py"
 OBJECTS = REPO / "build" / "release" / "obj" / "cuda"
 NAME = "_Z29attention_sm90_forward_kernelILi64EEvi"
 LISTING = f"""\
@@ -188,14 +186,14 @@ def test_the_isa_tests_hold_the_instructions_that_they_are_of(tools: sass_check.
 
 
 def test_the_hopper_kernels_keep_the_rules(tools: sass_check.Disassembler) -> None:
-    objects = {s: OBJECTS / Path(s).with_suffix(".o") for s in kernel_names.sources() if kernel_names.is_hopper(s)}
+    objects = {s: OBJECTS / Path(s).with_suffix(".o") for s in sass_check.sources() if sass_check.is_hopper(s)}
     if not objects or not all(obj.exists() for obj in objects.values()):
         pytest.skip("no Hopper kernels are built")
     assert sass_check.check(tools, objects)[1] == []
 
 
 def test_the_memory_bound_kernels_keep_theirs(tools: sass_check.Disassembler) -> None:
-    objects = {s: OBJECTS / Path(s).with_suffix(".o") for s in kernel_names.sources() if kernel_names.is_memory_bound(s)}
+    objects = {s: OBJECTS / Path(s).with_suffix(".o") for s in sass_check.sources() if sass_check.is_memory_bound(s)}
     if not all(obj.exists() for obj in objects.values()):
         pytest.skip("the kernels are not built")
     n, bad = sass_check.check_widths(tools, objects)

@@ -1,4 +1,4 @@
-"""PyTorch's ops alone, at the shapes and under the names of kiln's `./train bench`: for scripts/bench_pytorch.py --ops.
+"""PyTorch's ops alone, at the shapes and under the names of kiln's `./train bench`: for bench_pytorch.py --ops.
 
 Each is what PyTorch does in the same place of a bf16 training step: eager, and where several kernels could become one
 also by torch.compile; the faster of both counts. Where the two sides differ, PyTorch has the lesser work: its layernorm

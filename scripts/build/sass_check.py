@@ -3,7 +3,7 @@
 And of the memory-bound ones for the same GPU: whether they read and write 16 bytes at a time.
 
     make sass-check                                     compiles what has changed, then checks
-    scripts/sass_check.py [--objects build/release/obj/cuda] [OBJECT ...]
+    scripts/build/sass_check.py [--objects build/release/obj/cuda] [OBJECT ...]
 
 Prints a line per kernel: how often its code holds an instruction (not how often it runs), the registers that setmaxnreg
 asks for, and the highest register in use. Every kernel must multiply by wgmma (HGMMA) and move its tiles by
@@ -24,11 +24,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernel_names import ROOT, demangle, is_hopper, is_memory_bound, sources
-
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("80", "86", "89", "90a", "100")             # that cuda.mk compiles for
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "MUFU.EX2", "WARPGROUP.DEPBAR", "R2UR", "SHFL")
 REQUIRED = (("HGMMA",), ("UTMALDG",), ("UTMASTG", "UTMAREDG"))  # one of each
 FORBIDDEN = {"HMMA": "mma.sync instead of wgmma", "LDL": "a load from local memory", "STL": "a store to local memory"}
@@ -45,9 +46,50 @@ NO_DISASSEMBLER = "cuobjdump and nvdisasm not found; scripts/install_deps.sh --d
 COMPILED_FOR = re.compile(r"^Fatbin elf code:\n=+\narch = (\w+)", re.MULTILINE)
 FUNCTION = re.compile(r"\s+Function : (\S+)")
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
-
 REGISTER = re.compile(r"\bR(\d+)\b")
 
+
+# ---- the kernels' sources, and their names as people write them ----------------------------------------------------
+
+def sources() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/cuda/*.cu"))
+
+
+def is_hopper(source: str) -> bool:
+    return source.endswith("_sm90.cu")
+
+
+def is_memory_bound(source: str) -> bool:
+    """By the word of its head."""
+    return "bound: memory" in (ROOT / source).read_text()
+
+
+def architectures(source: str) -> tuple[str, ...]:
+    """As cuda.mk compiles it: the Hopper kernels' instructions exist nowhere else."""
+    return ("90a",) if is_hopper(source) else ARCHITECTURES
+
+
+def demangle(names: Iterable[str]) -> dict[str, str]:
+    """Name and template arguments, without return type, parameters and the file's anonymous namespace."""
+    mangled = sorted(names)
+    lines = subprocess.run(["c++filt"], input="\n".join(mangled), text=True, capture_output=True, check=True).stdout
+    return {m: short_name(line) for m, line in zip(mangled, lines.splitlines())}
+
+
+def short_name(demangled: str) -> str:
+    name = demangled
+    if name.endswith(")"):                                      # the parameters: the last group of brackets
+        depth = 0
+        for at in range(len(name) - 1, -1, -1):
+            depth += {")": 1, "(": -1}.get(name[at], 0)
+            if depth == 0:
+                name = name[:at]
+                break
+    name = name.replace("(anonymous namespace)::", "")
+    return re.sub(r"^(void|\w+) (?=\w)", "", name)
+
+
+# ---- their machine code --------------------------------------------------------------------------------------------
 
 class Unreadable(Exception):
     """An object that is not what cuda.mk makes, or a disassembler that fails on it."""

@@ -1,4 +1,4 @@
-"""The stages of scripts/gpu_check.sh that measure speed and quality, beside PyTorch where it can do the same.
+"""The stages of gpu_check.py that measure speed and quality, beside PyTorch where it can do the same.
 
 What is read from their results stands in goals.py. A figure that could not be taken is None in the data, with the
 reason.
@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Optional
 
-from gpu_stages import (BATCHES, OUT_OF_MEMORY, ROOT, SIZES, Data, Failed, Skipped, Stage, flat, option, read_config,
-                        reason, torch_python, write_tokens)
+from gpu_stages import (BATCHES, OUT_OF_MEMORY, ROOT, SCRIPTS, SIZES, Data, Failed, Skipped, Stage, flat, option,
+                        read_config, reason, torch_python, write_tokens)
 
 SDPA = ("default", "cudnn", "flash")
 OPS = ("124m", "1558m")                                         # sizes whose ops are timed
@@ -51,7 +51,7 @@ def attention(s: Stage) -> tuple[str, Data]:
     shapes = list(dict.fromkeys(r["shape"] for r in ours))
     data |= {"pytorch": [], "beside_pytorch": [], "pytorch_failed": {}}
     for sdpa in SDPA if shapes else ():
-        command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--sdpa", sdpa]
+        command = [torch_python(), SCRIPTS / "pytorch" / "bench_pytorch.py", "--sdpa", sdpa]
         code, text = s.run([*command, *(word for shape in shapes for word in ("--attention", shape))], 70,
                            dict(os.environ))
         if code != 0:
@@ -98,7 +98,7 @@ def ops(s: Stage, size: str) -> tuple[str, Data]:
     data: Data = {"size": size, "B": batch, "run": of["run"], "peak": of["peak"], "ops": of["op"], "step": of["step"]}
     if code != 0:
         raise Failed(f"train bench: {reason(code, text)}", data)
-    command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--ops", "--size", size, "--batch", str(batch)]
+    command = [torch_python(), SCRIPTS / "pytorch" / "bench_pytorch.py", "--ops", "--size", size, "--batch", str(batch)]
     code, text = s.run(command, time_left(s), dict(os.environ))
     if code == 0:
         data["pytorch"] = json.loads(text.splitlines()[-1])
@@ -158,7 +158,7 @@ def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
     steps = STEPS[size]
 
     def torch(batch: int) -> bool:
-        command = [torch_python(), ROOT / "scripts" / "bench_pytorch.py", "--size", size, "--batch", str(batch),
+        command = [torch_python(), SCRIPTS / "pytorch" / "bench_pytorch.py", "--size", size, "--batch", str(batch),
                    "--sdpa", sdpa, "--steps", str(steps * 2 // 3), "--window", "5"]
         code, text = s.run(command, time_left(s), dict(os.environ))  # what it has compiled before it keeps in its cache
         if code == OUT_OF_MEMORY and batch > 1 and not data["pytorch"]:
@@ -332,7 +332,7 @@ def prepare_text(s: Stage) -> tuple[Path, Data]:
     if not TEXT.exists():
         raise Skipped(missing_text())
     out = s.work / "data" / "shards" / "shakespeare-char"
-    s.checked("data", [sys.executable, ROOT / "scripts" / "prepare_data.py", TEXT, "--chars", "--out", out], 60)
+    s.checked("data", [sys.executable, SCRIPTS / "prepare_data.py", TEXT, "--chars", "--out", out], 60)
     config = ROOT / "configs" / "shakespeare-char.yaml"
     return config, {"text": hashlib.sha256(TEXT.read_bytes()).hexdigest(),
                     "steps": read_config(config)["train.max_steps"]}
@@ -350,7 +350,7 @@ def quality(s: Stage, seed: int) -> tuple[str, Data]:
     """configs/shakespeare-char.yaml by kiln in bf16, and by PyTorch's twin."""
     config, data = prepare_text(s)
     data |= {"seed": seed, "kiln": kiln_quality(s, config, seed, "bf16"), "pytorch": None}
-    command = [torch_python(), ROOT / "scripts" / "train_pytorch.py", "--config", config, "--seed", str(seed)]
+    command = [torch_python(), SCRIPTS / "pytorch" / "train_pytorch.py", "--config", config, "--seed", str(seed)]
     code, text = s.run(command, time_left(s), dict(os.environ))
     shown = f"seed {seed}: best val loss {data['kiln']['best_val_loss']:.4f} in {data['kiln']['seconds']:.0f} s"
     if code != 0:

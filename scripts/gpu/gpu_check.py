@@ -1,37 +1,77 @@
-"""Runs the stages of scripts/gpu_check.sh and keeps their results; gpu_stages.py and gpu_speed.py have the stages
-themselves, goals.py what is judged.
+#!/usr/bin/env python3
+"""Runs the checks that need a GPU, in a checkout (make gpu-check builds the programs) or in an unpacked bundle (make
+bundle). Writes one JSON file for benchmarks/results/ and prints a short table last.
 
-A stage writes OUT/<stage>.json and OUT/<stage>.log; after every stage all results in OUT are merged into
-OUT/<gpu>-<date>.json.
+    scripts/gpu/gpu_check.py                    tests, attention, ops-124m, pytorch-124m
+    STAGE=sanitize scripts/gpu/gpu_check.py     one stage, or several: STAGE="tests train"
+    scripts/gpu/gpu_check.py --gpu              names the GPU, or says why there is none (exit code 1), and runs nothing
+    scripts/gpu/gpu_check.py --bench            the stages of STAGE, by default bench, then --publish (make bench-gpu)
+    scripts/gpu/gpu_check.py --publish          runs nothing: puts the results so far into benchmarks/results/
+
+  tests            instruction conformance, op and model tests, two ranks on one GPU
+  sanitize         compute-sanitizer's four tools over the op tests; the tools that have not passed yet share the time
+                   equally; a tool that "timed out" gets the whole time as a stage of its own, like sanitize-racecheck
+  train            loss of the demo on the GPU, fp32 and bf16, against the CPU
+  attention        attention kernels side by side, ours, cuDNN's and PyTorch's; which of their goals are met
+  ops              ./train bench: time of every op beside PyTorch's and the device's limit (ops-124m, ops-1558m)
+  pytorch-SIZE     tokens/s beside PyTorch, in turn; 124m, 350m, 774m, 1558m
+  modes            deterministic kernels against the fastest; two runs, the same weights
+  gaps             launches: B64 and B4, as a CUDA graph and without; idle time where nsys is installed
+  start            seconds from the command to the first step
+  quality          configs/shakespeare-char.yaml beside PyTorch, three seeds (quality-1 ...), and in fp32
+  bench            all stages of make bench-gpu: what is measured beside PyTorch, op by op and as whole runs
+  merge            only puts the results in OUT together
+
+  OUT=DIR          where results go; a stage is not run again where it has passed there with the same programs,
+                   options and GPU, and from a clean tree
+  FORCE=1          run it again
+  BATCH=0 ROUNDS=5      of pytorch-SIZE; 0: 64, 32, 32, 16 by size. As many rounds as the stage's time allows
+  SDPA=default|cudnn|flash   of pytorch-SIZE; cudnn is also stage pytorch-SIZE-cudnn
+  TEXT=FILE        tiny Shakespeare, for quality (default data/tinyshakespeare.txt)
+  DEMO_STEPS=1500       of train              STAGE_SECONDS=470          limit of one stage
+  RESULTS=DIR      where --publish writes <gpu>-<date>.json, with versions and commit
+
+Each stage has a time limit of its own under 8 minutes. It leaves OUT/<stage>.json and OUT/<stage>.log behind at once, so
+a machine that is taken away costs the running stage alone; after every stage all results in OUT are merged into
+OUT/<gpu>-<date>.json. The last lines say which goals are met, not met or not measured (goals.py). gpu_stages.py and
+gpu_speed.py have the stages themselves.
+Exit code: 0 all passed (or skipped, in words), 1 something did not, 2 usage.
 """
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+if sys.version_info < (3, 10):                                  # before the imports that would fail
+    print(f"gpu_check.py needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
 import goals
 import gpu_speed
 import gpu_stages
 from gpu_speed import SDPA, pytorch_stage
-from gpu_stages import (BUNDLE, LIBRARIES, ROOT, SIZES, STAGE_SECONDS, TOOLS, Data, Failed, Gpu, Skipped, Stage,
-                        TimedOut, kiln_env, option, quietly, torch_python)
+from gpu_stages import (BUNDLE, ROOT, SIZES, STAGE_SECONDS, TOOLS, Data, Failed, Gpu, Skipped, Stage, TimedOut,
+                        cuda_libraries, kiln_env, option, quietly, torch_python)
 
 OUT = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results-in-progress").resolve()
+RESULTS = Path(os.environ.get("RESULTS") or ROOT / "benchmarks" / "results")
 FORCE = os.environ.get("FORCE", "") not in ("", "0")
 DEFAULT = ("tests", "attention", "ops-124m", "pytorch-124m")
 SAME = ("commit", "gpu", "driver", "cublaslt", "nccl", "torch")  # of the environment, for a result to be kept
-SCRIPTS = ("gpu_check.py", "gpu_stages.py", "gpu_speed.py", "bench_pytorch.py", "torch_ops.py", "train_pytorch.py",
-           "gpt2_torch.py", "prepare_data.py")
+CODE = ("prepare_data.py", *(f"gpu/{name}.py" for name in ("gpu_check", "gpu_stages", "gpu_speed")),
+        *(f"pytorch/{name}.py" for name in ("bench_pytorch", "torch_ops", "train_pytorch", "gpt2_torch")))
 
 
 def stages() -> dict:
@@ -75,7 +115,7 @@ def clocks() -> Data:
 
 def library_version(name: str, function: str) -> Optional[int]:
     """A library's own answer, asked in a process of its own: it takes half a gigabyte."""
-    for folder in filter(None, LIBRARIES.split(":")):
+    for folder in filter(None, cuda_libraries().split(":")):
         code = (f"import ctypes; l = ctypes.CDLL('{folder}/{name}'); v = ctypes.c_int(); "
                 + ("l.ncclGetVersion(ctypes.byref(v)); print(v.value)" if function == "ncclGetVersion" else
                    f"l.{function}.restype = ctypes.c_size_t; print(l.{function}())"))
@@ -97,7 +137,7 @@ def environment(gpu: Gpu) -> Data:
             "driver": quietly("nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"),
             "driver_cuda": gpu.driver_cuda, "cublaslt": library_version("libcublasLt.so.13", "cublasLtGetVersion"),
             "nccl": library_version("libnccl.so.2", "ncclGetVersion"), "torch": torch or None, "commit": commit(),
-            "libraries": LIBRARIES, "bundle": BUNDLE, "clocks": clocks(), "cores": len(os.sched_getaffinity(0)),
+            "libraries": cuda_libraries(), "bundle": BUNDLE, "clocks": clocks(), "cores": len(os.sched_getaffinity(0)),
             "kernel": os.uname().release}
 
 
@@ -123,7 +163,7 @@ def code_hash() -> str:
     h = hashlib.sha256()
     folder = ROOT / "libexec" if BUNDLE else gpu_stages.BIN
     programs = ("train", "test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native", "bench_attention")
-    for path in (*(folder / p for p in programs), *(ROOT / "scripts" / s for s in SCRIPTS)):
+    for path in (*(folder / p for p in programs), *(gpu_stages.SCRIPTS / s for s in CODE)):
         h.update(path.name.encode() + b"\0")
         if path.exists():
             with open(path, "rb") as f:
@@ -203,7 +243,7 @@ def asked_for(names: list[str]) -> list[list[str]]:
 
 def usable_gpu() -> Gpu:
     gpu = find_gpu()
-    if not gpu.why and not LIBRARIES:
+    if not gpu.why and not cuda_libraries():
         gpu = gpu._replace(why="libcublasLt.so.13 and libnccl.so.2 are nowhere; set CUDA_HOME or LD_LIBRARY_PATH")
     return gpu
 
@@ -212,13 +252,27 @@ def no_gpu(gpu: Gpu) -> str:
     return f"error: no usable GPU: {gpu.why}; without one: make test, make emulated"
 
 
-def main() -> int:
-    if sys.argv[1:] == ["--gpu"]:
-        gpu = usable_gpu()
-        print(gpu.name if not gpu.why else no_gpu(gpu), file=sys.stderr if gpu.why else sys.stdout)
-        return int(bool(gpu.why))
+def passed(path: Path) -> set[str]:
+    return {name for name, r in json.loads(path.read_text())["stages"].items() if r["result"] == "passed"}
+
+
+def publish() -> Path:
+    """A file of the same day is replaced only where no stage that has passed would be lost."""
+    merged = merge()
+    if merged.name.startswith("no-gpu"):
+        raise FileNotFoundError(f"{OUT} holds no results of a GPU")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    target, n = RESULTS / merged.name, 1
+    while target.exists() and not passed(target) <= passed(merged):
+        n += 1
+        target = RESULTS / f"{merged.stem}-{n}.json"
+    return Path(shutil.copy(merged, target))
+
+
+def check(default: Sequence[str]) -> int:
+    """Runs the stages that STAGE names, else `default`; returns the exit code."""
     try:
-        asked = asked_for(os.environ.get("STAGE", "").replace(",", " ").split() or list(DEFAULT))
+        asked = asked_for(os.environ.get("STAGE", "").replace(",", " ").split() or list(default))
         for name in gpu_stages.OPTIONS:
             option(name)
     except ValueError as e:
@@ -255,6 +309,29 @@ def main() -> int:
         print(goals.table(json.loads(path.read_text())))
     print(path)
     return 0 if all(r["result"] in ("passed", "skipped") for r in results) else 1
+
+
+
+def main(words: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--gpu", action="store_true", help="only name the GPU")
+    what.add_argument("--bench", action="store_true", help="run what make bench-gpu runs, and publish")
+    what.add_argument("--publish", action="store_true", help="only publish the results so far")
+    a = parser.parse_args(words)
+    if a.gpu:
+        gpu = usable_gpu()
+        print(gpu.name if not gpu.why else no_gpu(gpu), file=sys.stderr if gpu.why else sys.stdout)
+        return int(bool(gpu.why))
+    code = 0 if a.publish else check(["bench"] if a.bench else DEFAULT)
+    if code == 2 or not (a.bench or a.publish):
+        return code
+    try:
+        print(f"wrote {publish()}")
+    except OSError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """GPT-2 trained by PyTorch on one GPU, as fast as PyTorch does it: the figure that kiln is measured against.
 
-    python3 scripts/bench_pytorch.py --size 124m --batch 16             tokens/s; the last line is one JSON object
-    python3 scripts/bench_pytorch.py --size 1558m --batch 8 --sdpa cudnn
-    python3 scripts/bench_pytorch.py --attention 64x12x1024x64          attention alone (BxNHxTxHS)
-    python3 scripts/bench_pytorch.py --ops --size 124m --batch 64       each op alone, as ./train bench names them
-    python3 scripts/bench_pytorch.py --tiny --device cpu                what the tests run
+    python3 scripts/pytorch/bench_pytorch.py --size 124m --batch 16      tokens/s; the last line is one JSON object
+    python3 scripts/pytorch/bench_pytorch.py --size 1558m --batch 8 --sdpa cudnn
+    python3 scripts/pytorch/bench_pytorch.py --attention 64x12x1024x64   attention alone (BxNHxTxHS)
+    python3 scripts/pytorch/bench_pytorch.py --ops --batch 64            each op of ./train bench alone
+    python3 scripts/pytorch/bench_pytorch.py --tiny --device cpu         what the tests run
 
-The model is scripts/gpt2_torch.py's under torch.compile, with bf16 autocast, fused AdamW, gradient clipping at 1, a
+The model is gpt2_torch.py's under torch.compile, with bf16 autocast, fused AdamW, gradient clipping at 1, a
 vocabulary of 50304 and random tokens that already lie on the GPU.  A window is ten steps between two waits for the GPU;
 the figure is the median window, compilation and warm-up left out.  --sdpa forces scaled_dot_product_attention to one
-implementation; by default PyTorch chooses.  Ops alone: scripts/torch_ops.py.  Needs PyTorch 2.3 or later for --sdpa and
+implementation; by default PyTorch chooses.  Ops alone: torch_ops.py.  Needs PyTorch 2.3 or later for --sdpa and
 nothing else; downloads nothing.
 
 Exit codes: 0 done, 2 no PyTorch or no such device, 7 out of memory.
@@ -31,8 +31,9 @@ try:
 except ImportError as e:
     print(f"error: PyTorch is missing: {e}", file=sys.stderr)
     sys.exit(2)
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import gpt2_torch  # noqa: E402
+import gpt2_torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
 from gpu_stages import SIZES  # noqa: E402
 from torch_ops import Clock, Shape, op_times  # noqa: E402
 

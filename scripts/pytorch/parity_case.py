@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The two GPT-2s on which kiln is compared with PyTorch, step by step (scripts/parity.py, test/system/test_parity.py).
+"""The two GPT-2s on which kiln is compared with PyTorch, step by step (parity.py, test/system/test_parity.py).
 
-    python3 scripts/parity_case.py DIR      writes both cases under DIR, to look at or to train by hand
+    python3 scripts/pytorch/parity_case.py DIR      writes both cases under DIR, to look at or to train by hand
 
 Python's standard library only, and random() only: its sequence is the same in every Python 3 on every machine, so that
 the weights and shards are too. Their SHA-256 is in the golden files (test/golden/parity_*.json). Sizes are odd on
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Iterator, Optional
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Largest relative deviation of any step. The learning rate is here to name the culprit when a schedule differs.
 BOUNDS = {"loss": 1e-4, "grad_norm": 1e-3, "learning_rate": 1e-6}
 Curves = dict[str, list[float]]                                 # for each key of BOUNDS one number per step

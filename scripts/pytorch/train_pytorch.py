@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Trains the PyTorch twin (scripts/gpt2_torch.py) by a kiln config: the val losses that kiln is to reach too.
+"""Trains the PyTorch twin (gpt2_torch.py) by a kiln config: the val losses that kiln is to reach too.
 
-    python3 scripts/train_pytorch.py --config configs/shakespeare-char.yaml --seed 1
-    python3 scripts/train_pytorch.py --config CONFIG --set train.max_steps=2 --device cpu --no-compile
+    python3 scripts/pytorch/train_pytorch.py --config configs/shakespeare-char.yaml --seed 1
+    python3 scripts/pytorch/train_pytorch.py --config CONFIG --set train.max_steps=2 --device cpu --no-compile
 
 Model, data, order of magnitude of everything as kiln has them: whole sequences that do not overlap, all of them once an
 epoch in an order of the seed, the same schedule, clipping and AdamW, dropout where the config has it, val loss over all
@@ -27,8 +27,9 @@ try:
 except ImportError as e:
     print(f"error: PyTorch is missing: {e}", file=sys.stderr)
     sys.exit(2)
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import gpt2_torch  # noqa: E402
+import gpt2_torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
 from gpu_stages import read_config  # noqa: E402
 
 

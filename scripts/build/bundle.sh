@@ -1,14 +1,14 @@
 #!/bin/bash
 # make bundle: everything that a GPU machine needs of kiln in one archive. The GPU machine must have x86-64 Linux with
 # the glibc and the CPU that the archive's README.txt names, an NVIDIA driver, and CUDA 13's libraries; python3 for
-# scripts/gpu_check.sh.
-# Usage: scripts/bundle.sh BUILD_FOLDER [ARCHIVE]
+# scripts/gpu/gpu_check.py.
+# Usage: scripts/build/bundle.sh BUILD_FOLDER [ARCHIVE]
 #   BUILD_FOLDER   build/release-x86-64-v3, or build/release, whose programs are tied to this machine's CPU
 #   ARCHIVE        *.tar.zst or *.tar.xz; build/kiln-bundle.tar.zst, or .tar.xz where zstd is missing here
 # Exit code: 0 packed, 1 over LIMIT_MB or a library is missing, 2 usage, or kernels or programs that are not all there.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-usage="usage: scripts/bundle.sh BUILD_FOLDER [ARCHIVE.tar.zst|ARCHIVE.tar.xz]"
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+usage="usage: scripts/build/bundle.sh BUILD_FOLDER [ARCHIVE.tar.zst|ARCHIVE.tar.xz]"
 [ $# -eq 1 ] || [ $# -eq 2 ] || { echo "$usage" >&2; exit 2; }
 build=${1%/}
 archive=${2:-build/kiln-bundle.tar.$(command -v zstd >/dev/null && echo zst || echo xz)}
@@ -70,7 +70,7 @@ mkdir -p "$(dirname "$archive")"
 work=$(mktemp -d "$(dirname "$archive")/.kiln-bundle.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 top=$work/kiln-bundle
-mkdir -p "$top"/{bin,libexec,lib/ucx,scripts,configs}
+mkdir -p "$top"/{bin,libexec,lib/ucx,scripts/gpu,scripts/pytorch,configs}
 files=()
 for program in "${programs[@]}"; do
     cp "$build/$program" "$top/libexec/"
@@ -99,7 +99,7 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd) || exit 2
 name=$(basename "$0")
 [ "$name" != mpirun ] || name=mpiexec.hydra
 if [ -z "${KILN_CUDA_LIBRARIES+set}" ]; then  # ranks have it from their mpirun
-    KILN_CUDA_LIBRARIES=$("$here/scripts/cuda_libraries.sh")
+    KILN_CUDA_LIBRARIES=$("$here/scripts/gpu/cuda_libraries.sh")
 fi
 export KILN_CUDA_LIBRARIES
 export LD_LIBRARY_PATH="$here/lib${KILN_CUDA_LIBRARIES:+:$KILN_CUDA_LIBRARIES}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
@@ -108,8 +108,9 @@ END
 chmod +x "$top/bin/run"
 for name in "${programs[@]}" mpirun; do ln -s run "$top/bin/$name"; done
 ln -s bin/train bin/mpirun "$top/"
-cp scripts/{gpu_check.sh,gpu_check.py,gpu_stages.py,gpu_speed.py,goals.py,bench_gpu.py,cuda_libraries.sh} "$top/scripts/"
-cp scripts/{bench_pytorch.py,torch_ops.py,train_pytorch.py,gpt2_torch.py,prepare_data.py} "$top/scripts/"
+cp scripts/prepare_data.py "$top/scripts/"
+cp scripts/gpu/{gpu_check.py,gpu_stages.py,gpu_speed.py,goals.py,cuda_libraries.sh} "$top/scripts/gpu/"
+cp scripts/pytorch/{bench_pytorch.py,torch_ops.py,train_pytorch.py,gpt2_torch.py} "$top/scripts/pytorch/"
 cp configs/*.yaml "$top/configs/"
 cp LICENSE "$top/"
 { cat build/commit 2>/dev/null || echo unknown; } >"$top/commit"
@@ -129,8 +130,8 @@ the NVIDIA driver for CUDA 13, and CUDA 13's libcublasLt.so.13 and libnccl.so.2:
 LD_LIBRARY_PATH, /usr/local/cuda or python3's nvidia-* packages. libcudnn.so.9 is looked for likewise; without it there is
 only no comparison with cuDNN's attention. Everything else is in lib/.
 
-    scripts/gpu_check.sh                tests, op times, speed beside PyTorch; needs python3 (its head lists stages)
-    python3 scripts/bench_gpu.py        all that is measured beside PyTorch, stage by stage, into benchmarks/results/
+    scripts/gpu/gpu_check.py            tests, op times, speed beside PyTorch; needs python3 (--help lists the stages)
+    scripts/gpu/gpu_check.py --bench    all that is measured beside PyTorch, stage by stage, into benchmarks/results/
 
 The demo, on two ranks, which may share one GPU; the first line makes its data, and python3 is needed for that:
 

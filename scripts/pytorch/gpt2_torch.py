@@ -1,11 +1,11 @@
 #!/usr/bin/python3
-"""GPT-2 in PyTorch: the twin that kiln is checked against (scripts/parity.py) and timed against
-(scripts/bench_cpu.py, on a GPU scripts/bench_pytorch.py), and that must learn as well (scripts/train_pytorch.py).
+"""GPT-2 in PyTorch: the twin that kiln is checked against (parity.py) and timed against
+(bench_cpu.py, on a GPU bench_pytorch.py), and that must learn as well (train_pytorch.py).
 
 It states the mathematics a second time, in a framework that many people trust: same tensor names and layout as Hugging
 Face's GPT-2, same data order, schedule, clipping and AdamW as kiln. Written to be read; it trains nothing on its own.
 
-    /usr/bin/python3 scripts/gpt2_torch.py      checks the twin itself: start loss, finite differences, file round trip
+    /usr/bin/python3 scripts/pytorch/gpt2_torch.py      checks itself: start loss, finite differences, file round trip
 
 Needs PyTorch 1.13 or later (Debian: apt-get install python3-torch), nothing else.
 

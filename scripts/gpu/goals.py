@@ -1,4 +1,4 @@
-"""The goals for one H200, as data: what is to be reached, and how it is read from the results of scripts/gpu_check.py.
+"""The goals for one H200, as data: what is to be reached, and how it is read from the results of gpu_check.py.
 
 A goal whose stage has not run, has run on another GPU or another build than the last, or has left its figure out is "not
 measured", never met. So is one of two sides in turn of which fewer than ROUNDS rounds are there, and one of several ops

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Writes docs/performance.md and its pictures from the files of benchmarks/results/ (make performance-page).
 
-    python3 scripts/performance_page.py             writes
-    python3 scripts/performance_page.py --check     exit code 1 where what is there is not what would be written
+    python3 scripts/gpu/performance_page.py             writes
+    python3 scripts/gpu/performance_page.py --check     exit code 1 where what is there is not what would be written
 
-Files of scripts/bench_gpu.py give the page's GPUs, the newest of each, the newest GPU first; those of
-scripts/bench_cpu.py its CPUs. What no file has says "not measured"; bounds are computed from the device's peaks
-(scripts/roofline.py) and are called so.
+The files of gpu_check.py --bench give the page's GPUs, the newest of each, the newest GPU first; the files of
+scripts/pytorch/bench_cpu.py give its CPUs. The page says "not measured" where no file has a figure; bounds are computed
+from the device's peaks (roofline.py) and are called so.
 """
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import goals  # noqa: E402
-from gpu_speed import OPS, SDPA  # noqa: E402
-from gpu_stages import BATCHES, SIZES  # noqa: E402
-from performance_pictures import Bar, Pass, Point, roofline_svg, step_svg  # noqa: E402
-from roofline import H200, Device, Op, Shape, bound_ms, step_ops  # noqa: E402
+import goals
+from gpu_speed import OPS, SDPA
+from gpu_stages import BATCHES, SIZES
+from performance_pictures import Bar, Pass, Point, roofline_svg, step_svg
+from roofline import H200, Device, Op, Shape, bound_ms, step_ops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MISSING = "not measured"
 BUSY = 1.0                                                      # a machine's load before its bench, above which nothing counts
 MFU = ("MFU: PaLM's FLOP of a token, 6 N + 12 L C T, over the vendor's peak where the run knows it, else over the one "
@@ -168,7 +167,7 @@ def page(gpus: Sequence[Gpu], cpus: Sequence[tuple[str, Result]]) -> dict[str, s
     text = ["# Performance\n",
             "Written by `make performance-page` from the files in `benchmarks/results/`; do not edit. A bound is what "
             "the device's peaks allow an op, or a step of such ops in a row: computed, not measured "
-            "(`scripts/roofline.py`).\n"]
+            "(`scripts/gpu/roofline.py`).\n"]
     for gpu in reversed(gpus):
         text += [f"## {gpu.results['environment']['gpu'] if gpu.file else 'On a GPU'}\n", gpu_section(gpu)]
         text += ["### Goals, for one H200\n", goals_table(gpu), "### Training, beside PyTorch\n", end_to_end(gpu),

@@ -1,5 +1,5 @@
-"""The stages of scripts/gpu_check.sh that are right or wrong, and what all stages work with; gpu_speed.py has those
-that measure speed, gpu_check.sh says what each is, gpu_check.py runs them and keeps their results.
+"""The stages of gpu_check.py that are right or wrong, and what all stages work with; gpu_speed.py has those that
+measure speed. gpu_check.py says what each stage is, runs them and keeps their results.
 
 Programs come from bin/ in a bundle and from build/release/ (KILN_BUILD) in a checkout. A stage returns its headline and
 its data; where a check does not hold it raises Failed, with what it has measured until then.
@@ -7,6 +7,7 @@ its data; where a check does not hold it raises Failed, with what it has measure
 from __future__ import annotations
 
 import array
+import functools
 import json
 import os
 import random
@@ -22,22 +23,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Optional
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
 BUNDLE = (ROOT / "bin" / "train").exists()
 BIN = ROOT / "bin" if BUNDLE else Path(os.environ.get("KILN_BUILD", ROOT / "build" / "release"))
 
 
+@functools.cache
 def cuda_libraries() -> str:
-    """Folders of CUDA's libraries, as gpu_check.sh and cuda.mk have found them, or found now."""
+    """The folders of CUDA's libraries, joined by colons: KILN_CUDA_LIBRARIES, or looked for once. cuda_libraries.sh
+    names on stderr the library that is missing; the stages then report the failure."""
     known = os.environ.get("KILN_CUDA_LIBRARIES")
     if known is not None:
         return known
-    return subprocess.run([ROOT / "scripts" / "cuda_libraries.sh"], stdout=subprocess.PIPE, text=True).stdout.strip()
+    return subprocess.run([SCRIPTS / "gpu" / "cuda_libraries.sh"], stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-LIBRARIES = cuda_libraries()
 STAGE_SECONDS = float(os.environ.get("STAGE_SECONDS", 470))
-# GPT-2's layers, heads, width; scripts/bench_pytorch.py takes them from here.
+# GPT-2's layers, heads, width; scripts/pytorch/bench_pytorch.py takes them from here.
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}
 BATCHES = {"124m": 64, "350m": 32, "774m": 32, "1558m": 16}    # sequences of a step where speed is measured
 OPTIONS = {"BATCH": 0, "ROUNDS": 5, "DEMO_STEPS": 1500}         # numbers from the environment, and their defaults
@@ -90,7 +93,7 @@ def torch_python() -> str:
 
 def kiln_env() -> dict[str, str]:
     """For our programs alone: PyTorch brings its own libraries."""
-    path = ":".join(filter(None, (LIBRARIES, os.environ.get("LD_LIBRARY_PATH", ""))))
+    path = ":".join(filter(None, (cuda_libraries(), os.environ.get("LD_LIBRARY_PATH", ""))))
     return {**os.environ, "LD_LIBRARY_PATH": path} if path else dict(os.environ)
 
 
@@ -336,7 +339,7 @@ def train(s: Stage) -> tuple[str, Data]:
     diverge as another order of summation would; bf16 rounds each activation to 2^-8. At the end all must have learnt
     the same: 0.05 nats is what another seed changes."""
     steps = option("DEMO_STEPS")
-    s.checked("data", [sys.executable, ROOT / "scripts" / "prepare_data.py", "--python-stdlib", "--out",
+    s.checked("data", [sys.executable, SCRIPTS / "prepare_data.py", "--python-stdlib", "--out",
                        s.work / "runs" / "demo-data"], 120)
     config = ROOT / "configs" / "demo.yaml"
     common: Data = {"train.max_steps": steps, "checkpoint.interval": 0, "device.dtype": "fp32"}

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
 """Does kiln train as PyTorch does? Twenty AdamW steps of two odd-sized GPT-2s from the same weights and tokens.
 
-    /usr/bin/python3 scripts/parity.py              PyTorch afresh against golden files and ./train (make parity)
-    /usr/bin/python3 scripts/parity.py --no-train   without ./train
-    /usr/bin/python3 scripts/parity.py --update     writes test/golden/parity_*.json; the commit says why they changed
+    /usr/bin/python3 scripts/pytorch/parity.py              PyTorch afresh, golden files, ./train (make parity)
+    /usr/bin/python3 scripts/pytorch/parity.py --no-train   without ./train
+    /usr/bin/python3 scripts/pytorch/parity.py --update     writes test/golden/parity_*.json; say why in the commit
 
 PyTorch runs in float32, which is the reference, and in float64, which says how far float32 itself is from the truth.
 Every loss must agree within 1e-4, every gradient norm within 1e-3 (BOUNDS in parity_case.py). Exit code 1: not so.
@@ -47,7 +47,7 @@ def train_torch(c: Case, directory: Path, dtype: torch.dtype) -> Curves:
 
 
 def write_golden(c: Case, directory: Path, f32: Curves, f64: Curves) -> None:
-    golden = {"made_by": "scripts/parity.py --update", "torch": torch.__version__,
+    golden = {"made_by": "scripts/pytorch/parity.py --update", "torch": torch.__version__,
               "case": parity_case.describe(c, directory), "float32": f32, "float64": f64}
     path = parity_case.golden_path(c)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """CPU speed and memory of kiln beside PyTorch and oneDNN, all in one run (make bench).
 
-    python3 scripts/bench_cpu.py [--rounds N] [--only nanogpt|gpt2] [--openblas DIR] [--out FILE]
+    python3 scripts/pytorch/bench_cpu.py [--rounds N] [--only nanogpt|gpt2] [--openblas DIR] [--out FILE]
 
 Two models, fp32, random tokens (speed does not depend on the text): nanoGPT's CPU configuration and GPT-2 124M with
 batches of 4 x 64 tokens. Every side runs in a process of its own, in turn (A B C A B C ...), so that a change of the
@@ -12,7 +12,7 @@ The BLAS under PyTorch decides everything: Debian installs the reference BLAS by
 OpenBLAS. So PyTorch is measured with the BLAS that the machine gives it and, where found, with OpenBLAS, and every goal
 is judged against each. OpenBLAS need not be installed to be found:
     apt-get download libopenblas0-openmp && dpkg -x libopenblas0-openmp_*.deb /tmp/openblas
-    python3 scripts/bench_cpu.py --openblas /tmp/openblas/usr/lib/x86_64-linux-gnu/openblas-openmp
+    python3 scripts/pytorch/bench_cpu.py --openblas /tmp/openblas/usr/lib/x86_64-linux-gnu/openblas-openmp
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import median
 from typing import Optional
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = Path(os.environ.get("KILN_TRAIN", ROOT / "train"))
 BENCH_GEMM = Path(os.environ.get("KILN_BENCH_GEMM", ROOT / "build" / "release" / "bench_gemm"))
 TORCH_PYTHON = os.environ.get("KILN_TORCH_PYTHON", "/usr/bin/python3")     # Debian's python3-torch belongs to this one

@@ -3,12 +3,12 @@
 
     make kernel-table                 compiles what has changed, then rewrites docs/kernels.md
     make kernel-table-check           fails, showing the difference, where the committed table is out of date
-    scripts/kernel_table.py [--check] [--logs build/release/obj/cuda]
+    scripts/build/kernel_table.py [--check] [--logs build/release/obj/cuda]
 
 The source is what `ptxas -v` says of each kernel and architecture. The build keeps it beside every object (*.o.ptxas);
 without --logs the files are compiled here, which takes minutes. A spill, a stack frame or a wgmma that ptxas has
 serialized fails always, --check or not. Another nvcc gives other numbers: with one the table is not compared, and only
-these fail. The Hopper kernels' instructions are counted where a disassembler is at hand (scripts/sass_check.py).
+these fail. The Hopper kernels' instructions are counted where a disassembler is at hand (scripts/build/sass_check.py).
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sass_check
-from kernel_names import ROOT, architectures, demangle, is_hopper, sources
+from sass_check import ROOT, architectures, demangle, is_hopper, sources
 
 TABLE = ROOT / "docs" / "kernels.md"
 COMPILING = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
@@ -50,7 +50,7 @@ INSTRUCTIONS_HEAD = """\
 What `nvdisasm` shows of `kernels/cuda/*_sm90.cu`: how often the code holds an instruction, not how often it runs. HGMMA
 is wgmma and WARPGROUP.DEPBAR waits for it; UTMALDG, UTMASTG and UTMAREDG are TMA's load, store and addition; R2UR
 brings an address or a descriptor to a uniform register. setmaxnreg: what warpgroups ask for. Highest: the last register
-in use. All: instructions without NOPs. `scripts/sass_check.py` has the rules that these kernels keep.
+in use. All: instructions without NOPs. `scripts/build/sass_check.py` has the rules that these kernels keep.
 """
 
 
