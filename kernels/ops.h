@@ -252,6 +252,7 @@ struct MemoryState {                 // of a device, in bytes; all zero where un
 // stream runs in order; the host does not wait for the work unless told to.  A null stream is the device's default one.
 struct Backend {
     const char* name;
+    bool host_addressable;  // the host reads and writes `memory` itself, and work is done when a call returns
     Allocator memory;       // of the device
     Allocator host_memory;  // of the host, pinned: upload from it and download to it do not wait
     Stream (*open_stream)();

@@ -95,7 +95,7 @@ Exit run_bench(const Context& x, const CommandLine& line) {
     if (o.recompute != Recompute::none)
         fail(Exit::usage, "bench times the ops of a step that keeps everything; use --set train.recompute=none");
     const BatchShare share =
-        batch_share(o.global_batch_size, o.micro_batch_size, 0, 1, o.reduction == Reduction::ordered);
+        batch_share(o.global_batch_size, o.micro_batch_size, 0, 1, o.allreduce == AllReduce::ordered);
     if (!x.device.note.empty()) x.log.info("{}", x.device.note);
     run_op_bench(x.device.k, {.step = {.model = o.model,
                                        .B = o.micro_batch_size,

@@ -8,20 +8,20 @@
 #include "common/log.h"
 #include "kernels/ops.h"
 
-class NcclComm;
+class DeviceComm;
 
 struct RunDevice {
     const Backend& k;
-    std::string name;                // "cpu", or the GPU's
-    std::string attention;           // the GPU's kernels for it: "portable"; empty on the CPU
-    std::string bus_id;              // the GPU's: "0000:01:00.0"; empty on the CPU
-    bool own = false;                // every rank has a GPU of its own
-    bool counts = true;              // false: a rank before this one has the same GPU
-    std::shared_ptr<NcclComm> nccl;  // there on several ranks that have
-    size_t workspace_bytes = 0;      // of the GPU's memory, for the kernels' scratch
-    size_t nccl_bytes = 0;           // of it, that NCCL has taken until now
-    MemoryState memory;              // before it was taken, with the context there; zero on the CPU
-    std::string note;                // why `auto` is the CPU, or what the attention kernels do not compute
+    std::string name;                  // "cpu", or the GPU's
+    std::string attention;             // the GPU's kernels for it: "portable"; empty on the CPU
+    std::string bus_id;                // the GPU's: "0000:01:00.0"; empty on the CPU
+    bool own = false;                  // every rank has a GPU of its own
+    bool counts = true;                // false: a rank before this one has the same GPU
+    std::shared_ptr<DeviceComm> nccl;  // there on several ranks that have
+    size_t workspace_bytes = 0;        // of the GPU's memory, for the kernels' scratch
+    size_t nccl_bytes = 0;             // of it, that NCCL has taken until now
+    MemoryState memory;                // before it was taken, with the context there; zero on the CPU
+    std::string note;                  // why `auto` is the CPU, or what the attention kernels do not compute
 };
 
 // Of a GPU's memory: taken by CUDA's libraries before the first step.

@@ -14,17 +14,17 @@ GPT2Config model_config(const Config& c) {
 }
 
 // The reduction that parallel.allreduce names; auto is never chosen by timing.
-Reduction choose_reduction(const Config& c, const RunDevice& device, int size) {
+AllReduce choose_reduction(const Config& c, const RunDevice& device, int size) {
     const std::string& how = c.parallel.allreduce;
-    if (how == "mpi") return Reduction::mpi;
-    if (how == "ring") return Reduction::ring;
-    if (how == "ordered") return Reduction::ordered;
+    if (how == "mpi") return AllReduce::mpi;
+    if (how == "ring") return AllReduce::ring;
+    if (how == "ordered") return AllReduce::ordered;
     if (how == "nccl" && !device.own)
         fail(Exit::usage, "parallel.allreduce: nccl needs a GPU of its own for every rank; this run has {}; use auto",
              device.name);
-    if (device.own) return Reduction::nccl;
+    if (device.own) return AllReduce::nccl;
     const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
-    return (size & (size - 1)) == 0 && runs % size == 0 ? Reduction::ordered : Reduction::mpi;
+    return (size & (size - 1)) == 0 && runs % size == 0 ? AllReduce::ordered : AllReduce::mpi;
 }
 }  // namespace
 
@@ -37,7 +37,7 @@ TrainerOptions model_options(const Context& x) {
     o.recompute = c.train.recompute == "block"  ? Recompute::block
                   : c.train.recompute == "gelu" ? Recompute::gelu
                                                 : Recompute::none;
-    o.reduction = Reduction::mpi;
+    o.allreduce = AllReduce::mpi;
     o.real = c.device.dtype == "bf16" ? DType::bf16 : DType::f32;
     o.seed = c.run.seed;
     return o;
@@ -46,7 +46,7 @@ TrainerOptions model_options(const Context& x) {
 TrainerOptions training_options(const Context& x) {
     const Config& c = x.config;
     TrainerOptions o = model_options(x);
-    o.reduction = choose_reduction(c, x.device, x.comm.size());
+    o.allreduce = choose_reduction(c, x.device, x.comm.size());
     o.nccl = x.device.nccl.get();
     o.graph = c.device.graph == "on" ? UseGraph::on : c.device.graph == "off" ? UseGraph::off : UseGraph::automatic;
     o.optimizer.kind = c.optimizer.name == "adamw"  ? OptimizerKind::adamw

@@ -47,7 +47,7 @@ ordered_json run_record(const Context& x, const Trainer& trainer, const RunState
     if (!state.choices.empty()) record["gemm_choices"] = hash_text(hash64(state.choices));
     record.update({{"world", x.comm.size()},
                    {"threads", x.threads},
-                   {"allreduce", reduction_name(training_options(x).reduction)},
+                   {"allreduce", all_reduce_name(training_options(x).allreduce)},
                    {"graph", trainer.uses_graphs()},
                    {"memory",
                     {{"planned", trainer.memory().n_bytes()},

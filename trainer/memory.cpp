@@ -27,7 +27,7 @@ size_t usable(const MemoryState& now) { return now.n_free - std::min(now.n_free,
 size_t planned_bytes(const TrainerOptions& o, int size) {
     try {
         const BatchShare share =
-            batch_share(o.global_batch_size, o.micro_batch_size, 0, size, o.reduction == Reduction::ordered);
+            batch_share(o.global_batch_size, o.micro_batch_size, 0, size, o.allreduce == AllReduce::ordered);
         return TrainerMemory(o, share.n_micro, RunFold(share.n_runs).n_buffers()).n_bytes();
     } catch (const Error&) { return 0; }
 }

@@ -1,9 +1,9 @@
 // What a Trainer is made of: the model, the batch, the optimizer, and how a step is carried out.
 #pragma once
-#include "comm/reduce.h"
+#include "comm/all_reduce.h"
 #include "model/gpt2.h"
 
-class NcclComm;
+class DeviceComm;
 
 enum class UseGraph : uint8_t {
     automatic,  // where the backend can, and a step has not so many launches that recording them pays no more
@@ -15,12 +15,12 @@ struct TrainerOptions {
     GPT2Config model;
     int global_batch_size = 0, micro_batch_size = 0;  // sequences
     Recompute recompute = Recompute::none;
-    Reduction reduction = Reduction::ordered;
+    AllReduce allreduce = AllReduce::ordered;
     OptimizerUpdate optimizer;  // its scalars: kind, betas, eps, weight_decay, momentum
     float grad_clip = 0;        // 0: off
     uint64_t seed = 0;
     DType real = DType::f32;  // bf16: activations and the parameters that ops read; f64: the double instance, for tests
-    NcclComm* nccl = nullptr;  // where every rank has a GPU of its own
+    DeviceComm* nccl = nullptr;  // where every rank has a GPU of its own
     UseGraph graph = UseGraph::automatic;
     bool inference = false;  // no gradients, moments or backward activations: evaluate() and next_logits() only
 };

@@ -51,7 +51,7 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
       comm_(comm),
       o_(checked(std::move(options))),
       share_(batch_share(o_.global_batch_size, o_.micro_batch_size, comm.rank(), comm.size(),
-                         o_.reduction == Reduction::ordered)),
+                         o_.allreduce == AllReduce::ordered)),
       stream_owner_(k),
       stream_(stream_owner_.get()),
       fold_(share_.n_runs),
@@ -60,7 +60,7 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
     CHECK_THAT(o_.real != DType::f64 || comm_.size() == 1, "the double instance runs on one rank, not {}",
                comm_.size());
     if (!o_.inference && o_.real != DType::f64)
-        reducer_ = make_reducer(k_, comm_, o_.reduction, memory_.n_params(), o_.nccl);
+        reducer_ = make_gradient_all_reduce(k_, comm_, o_.allreduce, memory_.n_params(), o_.nccl);
     if (reducer_) reducer_->plan(memory_.scalar_arena);
     memory_.require(k_.memory_state(), comm_.size());
     memory_.allocate(k_, stream_);

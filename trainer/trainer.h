@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "comm/comm.h"
-#include "comm/reducer.h"
+#include "comm/gradient_all_reduce.h"
 #include "comm/run_fold.h"
 #include "common/clock.h"
 #include "kernels/owners.h"
@@ -123,7 +123,7 @@ class Trainer {
     uint64_t updates_ = 0;
 
     TrainerMemory memory_;
-    std::unique_ptr<Reducer> reducer_;
+    std::unique_ptr<GradientAllReduce> reducer_;
     size_t reduction_bytes_ = 0;
     TokenFeed feed_;
     std::optional<Marks> marks_;                     // absent when only evaluating

@@ -63,6 +63,7 @@ void free_graph(Graph*) {}
 constexpr Backend make_table() {
     Backend table = {
         .name = "cpu",
+        .host_addressable = true,
         .memory = {.alloc = alloc, .free = std::free},
         .host_memory = {.alloc = alloc, .free = std::free},
         .open_stream = open_stream,

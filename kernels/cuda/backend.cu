@@ -99,6 +99,7 @@ void free_graph(Graph* g) { cudaGraphExecDestroy(reinterpret_cast<cudaGraphExec_
 constexpr Backend make_table() {
     Backend table = {
         .name = "cuda",
+        .host_addressable = false,
         .memory = {.alloc = alloc, .free = release},
         .host_memory = {.alloc = alloc_host, .free = release_host},
         .open_stream = open_stream,

@@ -1,5 +1,6 @@
 // The table, the memory, the streams and the marks of every backend.  What only an emulated device can show (late
 // streams, a broken kernel) is in emulator/test/test_cuda_backend.cpp.
+#include <cstddef>
 #include <cstring>
 
 #include "kernels/owners.h"
@@ -8,9 +9,10 @@
 TEST_CASE("backend: no field of the table is null") {
     for (const Target& t : targets()) {
         CAPTURE(t.name);
-        void* field[sizeof(Backend) / sizeof(void*)];  // every field is a pointer
+        void* field[sizeof(Backend) / sizeof(void*)];  // every field but one is a pointer
         std::memcpy(field, t.k, sizeof(field));
         for (size_t i = 0; i < std::size(field); i++) {
+            if (i == offsetof(Backend, host_addressable) / sizeof(void*)) continue;
             CAPTURE(i);
             CHECK(field[i] != nullptr);
         }

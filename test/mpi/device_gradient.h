@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "comm/nccl.h"
-#include "comm/reducer.h"
+#include "comm/gradient_all_reduce.h"
 #include "kernels/owners.h"
 #include "test/mpi/addends.h"
 
@@ -43,19 +43,19 @@ class Gradient {
 };
 
 // This rank's addends up, summed, down again: the host waits only at the end.
-inline std::vector<float> summed(const Backend& k, Reducer& reducer, size_t n) {
+inline std::vector<float> summed(const Backend& k, GradientAllReduce& reduction, size_t n) {
     StreamOwner stream(k);
     Arena scratch("scratch");
-    reducer.plan(scratch);
+    reduction.plan(scratch);
     scratch.allocate(k.memory, [&](void* p, size_t n_bytes) { k.zero(p, n_bytes, stream.get()); });
     Gradient grad(k, my_addends(n));
     grad.upload(stream.get());
-    reducer.sum(grad.buf(), stream.get());
+    reduction.sum(grad.buf(), stream.get());
     grad.download(stream.get());
-    reducer.wait(stream.get());
+    reduction.wait(stream.get());
     return grad.host();
 }
-inline std::vector<float> host_sum(size_t n, Reduction how) {
+inline std::vector<float> host_sum(size_t n, AllReduce how) {
     std::vector<float> v = my_addends(n);
     all_reduce(world(), v, how);
     return v;

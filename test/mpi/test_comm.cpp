@@ -1,7 +1,7 @@
-// The Comm contract and the three reductions.
+// The Comm contract and the three all-reduces of host memory.
 #include <doctest/doctest.h>
 
-#include "comm/reduce.h"
+#include "comm/all_reduce.h"
 #include "test/mpi/addends.h"
 
 namespace {
@@ -40,10 +40,10 @@ TEST_CASE("split groups ranks by color") {
 }
 
 // Seen to fail with: ring shards by a size that does not divide the length; the last padded shard not cut off.
-TEST_CASE("every reduction is the sum over ranks, equal on all ranks") {
-    for (const Reduction how : {Reduction::mpi, Reduction::ring, Reduction::ordered}) {
-        if (how == Reduction::ordered && !power_of_two_ranks()) continue;
-        CAPTURE(reduction_name(how));
+TEST_CASE("every all-reduce is the sum over ranks, equal on all ranks") {
+    for (const AllReduce how : {AllReduce::mpi, AllReduce::ring, AllReduce::ordered}) {
+        if (how == AllReduce::ordered && !power_of_two_ranks()) continue;
+        CAPTURE(all_reduce_name(how));
         for (const size_t n : lengths()) {
             CAPTURE(n);
             std::vector<float> v = my_addends(n);
@@ -56,10 +56,10 @@ TEST_CASE("every reduction is the sum over ranks, equal on all ranks") {
 
 // Staged gradients rely on it.
 TEST_CASE("a call for each piece gives the bits of one call") {
-    const size_t piece = reduction_piece(world().size());
-    for (const Reduction how : {Reduction::mpi, Reduction::ring, Reduction::ordered}) {
-        if (how == Reduction::ordered && !power_of_two_ranks()) continue;
-        CAPTURE(reduction_name(how));
+    const size_t piece = all_reduce_piece(world().size());
+    for (const AllReduce how : {AllReduce::mpi, AllReduce::ring, AllReduce::ordered}) {
+        if (how == AllReduce::ordered && !power_of_two_ranks()) continue;
+        CAPTURE(all_reduce_name(how));
         std::vector<float> whole = my_addends(piece + 13), pieces = whole;
         all_reduce(world(), whole, how);
         all_reduce(world(), std::span(pieces).first(piece), how);
@@ -68,21 +68,21 @@ TEST_CASE("a call for each piece gives the bits of one call") {
     }
 }
 
-TEST_CASE("the nccl reduction is not for host memory") {
+TEST_CASE("the nccl all-reduce is not for host memory") {
     if (world().size() == 1) return;
     std::vector<float> v(3);
-    CHECK_THROWS_WITH_AS(all_reduce(world(), v, Reduction::nccl), doctest::Contains("device memory"), Error);
+    CHECK_THROWS_WITH_AS(all_reduce(world(), v, AllReduce::nccl), doctest::Contains("device memory"), Error);
 }
 
 // Seen to fail with: rank order instead of the tree.
 TEST_CASE("ordered: exactly the balanced tree over ranks") {
     if (!power_of_two_ranks()) {
-        CHECK_THROWS_WITH_AS(all_reduce(world(), std::span<float>(), Reduction::ordered),
+        CHECK_THROWS_WITH_AS(all_reduce(world(), std::span<float>(), AllReduce::ordered),
                              doctest::Contains("power of two"), Error);
         return;
     }
     std::vector<float> v = my_addends(5000);
-    all_reduce(world(), v, Reduction::ordered);
+    all_reduce(world(), v, AllReduce::ordered);
     for (size_t i = 0; i < v.size(); i++) {
         std::vector<float> level(static_cast<size_t>(world().size()));
         for (int r = 0; r < world().size(); r++) level[size_t(r)] = addend(r, i);

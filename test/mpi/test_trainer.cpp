@@ -19,12 +19,12 @@ struct Outcome {
 
 // Three steps of a tiny model; every rank draws its own tokens.  `hook` sees the gradient of step `at` on the last rank
 // only.
-Outcome train(Reduction reduction, const Hook& hook, int at = 0) {
+Outcome train(AllReduce reduction, const Hook& hook, int at = 0) {
     TrainerOptions o;
     o.model = {.L = 1, .NH = 2, .C = 8, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
     o.micro_batch_size = 1;
     o.global_batch_size = 2 * world().size();
-    o.reduction = reduction;
+    o.allreduce = reduction;
     o.seed = 5;
     Trainer trainer(cpu_backend(), world(), o);
     trainer.initialize();
@@ -48,16 +48,16 @@ Outcome train(Reduction reduction, const Hook& hook, int at = 0) {
     return out;
 }
 
-std::vector<Reduction> reductions() {
+std::vector<AllReduce> reductions() {
     const bool power_of_two = (world().size() & (world().size() - 1)) == 0;
-    return power_of_two ? std::vector{Reduction::ordered, Reduction::mpi, Reduction::ring}
-                        : std::vector{Reduction::mpi, Reduction::ring};
+    return power_of_two ? std::vector{AllReduce::ordered, AllReduce::mpi, AllReduce::ring}
+                        : std::vector{AllReduce::mpi, AllReduce::ring};
 }
 }  // namespace
 
 // Seen to fail when the last rank's share is left out of the reduction.
 TEST_CASE("a change of one rank's gradient changes every rank's weights alike") {
-    for (Reduction r : reductions()) {
+    for (AllReduce r : reductions()) {
         CAPTURE(int(r));
         const Outcome plain = train(r, {}), again = train(r, {});
         CHECK(plain.weights == again.weights);
@@ -71,7 +71,7 @@ TEST_CASE("a change of one rank's gradient changes every rank's weights alike") 
 }
 
 TEST_CASE("NaN on one rank: all ranks skip that update, and the run goes on") {
-    for (Reduction r : reductions()) {
+    for (AllReduce r : reductions()) {
         CAPTURE(int(r));
         const Outcome plain = train(r, {});
         const Outcome out = train(

@@ -62,10 +62,10 @@ Calls calls_of(const std::function<void()>& f) {
 TEST_CASE("nccl: exactly one call for a gradient") {
     const Backend& k = *gpu();
     NcclComm nccl(world(), kTimeout);
-    const auto reducer = make_reducer(k, world(), Reduction::nccl, 1001, &nccl);
+    const auto reduction = make_gradient_all_reduce(k, world(), AllReduce::nccl, 1001, &nccl);
     const Calls want = {{"ncclAllReduce", 1001, "float32"}};
     for (int step = 0; step < 2; step++)
-        CHECK(calls_of([&] { summed(k, *reducer, 1001); }) == (world().size() == 1 ? Calls{} : want));
+        CHECK(calls_of([&] { summed(k, *reduction, 1001); }) == (world().size() == 1 ? Calls{} : want));
 }
 
 TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction of the whole gradient") {
@@ -74,7 +74,7 @@ TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction 
     o.model = {.L = 1, .NH = 2, .C = 16, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
     o.micro_batch_size = 1;
     o.global_batch_size = 2 * world().size();
-    o.reduction = Reduction::nccl;
+    o.allreduce = AllReduce::nccl;
     o.nccl = &nccl;
     o.real = DType::bf16;
     std::optional<Trainer> made;
@@ -101,7 +101,7 @@ TEST_CASE("ordered, moved by nccl: which calls, and how long") {
     const Backend& k = *gpu();
     NcclComm nccl(world(), kTimeout);
     const size_t size = size_t(world().size()), n = size * 24 + 5;  // two pieces of shards of 16 and 8, and a tail
-    const auto reducer = make_reducer(k, world(), Reduction::ordered, n, &nccl, 16);
+    const auto reduction = make_gradient_all_reduce(k, world(), AllReduce::ordered, n, &nccl, 16);
     Calls want;
     for (const size_t shard : {16, 8}) {
         for (size_t r = 0; r < size; r++) {
@@ -112,7 +112,7 @@ TEST_CASE("ordered, moved by nccl: which calls, and how long") {
     }
     const size_t tail = n % (4 * size);
     if (tail) want.push_back({"ncclAllGather", tail, "float32"});
-    CHECK(calls_of([&] { summed(k, *reducer, n); }) == want);
+    CHECK(calls_of([&] { summed(k, *reduction, n); }) == want);
 }
 
 TEST_CASE("a clean end destroys the communicator, an exception aborts it") {
@@ -241,8 +241,8 @@ TEST_CASE("a shared device is refused by nccl, and the sum goes through host mem
     const Error e = thrown_within(kTimeout / 2, [&] { NcclComm(world(), kTimeout); });
     CHECK(e.code == Exit::internal);
     CHECK(says(e, "Duplicate GPU"));
-    const auto reducer = make_reducer(k, world(), Reduction::mpi, 1000);
-    CHECK(std::string(reducer->name()) == "mpi through host memory");
-    CHECK(summed(k, *reducer, 1000) == host_sum(1000, Reduction::mpi));
+    const auto reduction = make_gradient_all_reduce(k, world(), AllReduce::mpi, 1000);
+    CHECK(std::string(reduction->name()) == "mpi through host memory");
+    CHECK(summed(k, *reduction, 1000) == host_sum(1000, AllReduce::mpi));
     cudaSetDevice(world().local_rank());
 }

@@ -1,9 +1,8 @@
-#include "comm/reducer.h"
+#include "comm/gradient_all_reduce.h"
 
 #include <algorithm>
 #include <array>
 
-#include "comm/nccl.h"
 #include "kernels/owners.h"
 
 namespace {
@@ -12,7 +11,7 @@ void check_size(Buf grad, size_t n) {
                grad.count, dtype_name(grad.dtype), n);
 }
 
-class OneRank final : public Reducer {
+class OneRank final : public GradientAllReduce {
   public:
     explicit OneRank(const Backend& k) : k_(k) {}
     void sum(Buf, Stream) override {}
@@ -23,35 +22,35 @@ class OneRank final : public Reducer {
     const Backend& k_;
 };
 
-// The CPU backend: its work is done when a call returns, and its memory is the host's.
-class InPlace final : public Reducer {
+// In memory that the host addresses, of a backend whose work is done when a call returns.
+class InPlace final : public GradientAllReduce {
   public:
-    InPlace(Comm& comm, Reduction how, size_t n) : comm_(comm), how_(how), n_(n) {}
+    InPlace(Comm& comm, AllReduce how, size_t n) : comm_(comm), how_(how), n_(n) {}
     void sum(Buf grad, Stream) override {
         check_size(grad, n_);
         all_reduce(comm_, {grad.as<float>(), n_}, how_);
     }
     void wait(Stream) override {}
-    const char* name() const override { return reduction_name(how_); }
+    const char* name() const override { return all_reduce_name(how_); }
     bool needs_host() const override { return true; }
 
   private:
     Comm& comm_;
-    const Reduction how_;
+    const AllReduce how_;
     const size_t n_;
 };
 
 // Device -> pinned memory -> all_reduce() -> device, in the pieces that all_reduce() itself would work in, so that the
 // bits are those of one call.  While the ranks sum a piece, the next one is on its way to the host.
-class Staged final : public Reducer {
+class Staged final : public GradientAllReduce {
   public:
-    Staged(const Backend& k, Comm& comm, Reduction how, size_t n)
+    Staged(const Backend& k, Comm& comm, AllReduce how, size_t n)
         : k_(k),
           comm_(comm),
           how_(how),
           n_(n),
-          piece_(std::min(n, reduction_piece(comm.size()))),
-          name_(fmt::format("{} through host memory", reduction_name(how))),
+          piece_(std::min(n, all_reduce_piece(comm.size()))),
+          name_(fmt::format("{} through host memory", all_reduce_name(how))),
           slots_{Slot(k, piece_), Slot(k, piece_)} {}
 
     void sum(Buf grad, Stream s) override {
@@ -86,15 +85,16 @@ class Staged final : public Reducer {
     }
     const Backend& k_;
     Comm& comm_;
-    const Reduction how_;
+    const AllReduce how_;
     const size_t n_, piece_;
     const std::string name_;
     std::array<Slot, 2> slots_;
 };
 
-class Fused final : public Reducer {
+// One call of NCCL's for the whole gradient.
+class Nccl final : public GradientAllReduce {
   public:
-    Fused(DeviceComm& device, size_t n) : device_(device), n_(n) {}
+    Nccl(DeviceComm& device, size_t n) : device_(device), n_(n) {}
     void sum(Buf grad, Stream s) override {
         check_size(grad, n_);
         if (n_) device_.all_reduce_sum(grad, s);
@@ -110,9 +110,9 @@ class Fused final : public Reducer {
 // Every rank gets one shard of a piece from all ranks, sums it by the tree, and hands it to all.  Sums are element by
 // element: the sizes of pieces and shards do not touch the bits.  The last few elements, too few to make a shard for
 // every rank, go to every rank, and every rank sums them.
-class MovedShards final : public Reducer {
+class OrderedByNccl final : public GradientAllReduce {
   public:
-    MovedShards(const Backend& k, DeviceComm& device, size_t n, size_t longest)
+    OrderedByNccl(const Backend& k, DeviceComm& device, size_t n, size_t longest)
         : k_(k),
           device_(device),
           n_(n),
@@ -156,16 +156,15 @@ class MovedShards final : public Reducer {
 };
 }  // namespace
 
-std::unique_ptr<Reducer> make_reducer(const Backend& k, Comm& comm, Reduction how, size_t n, NcclComm* nccl,
-                                      size_t longest_shard) {
+std::unique_ptr<GradientAllReduce> make_gradient_all_reduce(const Backend& k, Comm& comm, AllReduce how, size_t n,
+                                                            DeviceComm* nccl, size_t longest_shard) {
     if (comm.size() == 1) return std::make_unique<OneRank>(k);
-    CHECK_THAT(how != Reduction::ordered || (comm.size() & (comm.size() - 1)) == 0,
+    CHECK_THAT(how != AllReduce::ordered || (comm.size() & (comm.size() - 1)) == 0,
                "ordered reduction over {} ranks; needs a power of two", comm.size());
-    CHECK_THAT(how != Reduction::nccl || nccl, "the nccl reduction needs a communicator between devices");
-    DeviceComm* device = nccl;  // virtual calls only, so that a build without CUDA links without comm/nccl.cpp
-    CHECK_THAT(!device || device->size() == comm.size(), "{} ranks, but {} devices", comm.size(), device->size());
-    if (how == Reduction::nccl) return std::make_unique<Fused>(*device, n);
-    if (&k == &cpu_backend()) return std::make_unique<InPlace>(comm, how, n);
-    if (how == Reduction::ordered && device) return std::make_unique<MovedShards>(k, *device, n, longest_shard);
+    CHECK_THAT(how != AllReduce::nccl || nccl, "the nccl reduction needs a communicator between devices");
+    CHECK_THAT(!nccl || nccl->size() == comm.size(), "{} ranks, but {} devices", comm.size(), nccl->size());
+    if (how == AllReduce::nccl) return std::make_unique<Nccl>(*nccl, n);
+    if (k.host_addressable) return std::make_unique<InPlace>(comm, how, n);
+    if (how == AllReduce::ordered && nccl) return std::make_unique<OrderedByNccl>(k, *nccl, n, longest_shard);
     return std::make_unique<Staged>(k, comm, how, n);
 }

@@ -1,16 +1,14 @@
-// Sums a gradient that lies in a backend's memory over all ranks.
+// The all-reduce of a gradient that lies in a backend's memory.
 #pragma once
 #include <memory>
 
-#include "comm/reduce.h"
-#include "kernels/ops.h"
-
-class NcclComm;
+#include "comm/all_reduce.h"
+#include "comm/device_comm.h"
 
 // One per rank; all ranks make the same kind and call sum() the same number of times.
-class Reducer {
+class GradientAllReduce {
   public:
-    virtual ~Reducer() = default;
+    virtual ~GradientAllReduce() = default;
     // grad (n) f32, in memory of the backend: the sum over all ranks, in place, the same bits everywhere.  The sum
     // includes work given to the stream before; work given afterwards sees the sum.  sum() may return before the stream
     // has done any of it.
@@ -25,11 +23,11 @@ class Reducer {
 };
 
 // For gradients of n elements.  One rank: nothing is done.
-//   CPU                 all_reduce() (comm/reduce.h) in place
-//   nccl, with `nccl`   one ncclAllReduce of the whole buffer; its order of summing is NCCL's
-//   ordered, `nccl`     NCCL only moves shards, the backend sums them by the balanced tree: the bits of all_reduce()
-//   else                pieces go through pinned host memory and all_reduce()
-// `nccl` may be null where Reduction::nccl is not asked for; it must outlive the reducer.  longest_shard bounds the
+//   host-addressable memory   all_reduce() (comm/all_reduce.h) in place
+//   nccl, with `nccl`         one ncclAllReduce of the whole buffer; its order of summing is NCCL's
+//   ordered, with `nccl`      NCCL only moves shards, the backend sums them by the balanced tree: the bits of all_reduce()
+//   else                      pieces go through pinned host memory and all_reduce()
+// `nccl` may be null where AllReduce::nccl is not asked for; it must outlive what is made.  longest_shard bounds the
 // scratch memory where NCCL moves shards: size() times as many elements; 0 chooses.
-std::unique_ptr<Reducer> make_reducer(const Backend& k, Comm& comm, Reduction how, size_t n, NcclComm* nccl = nullptr,
-                                      size_t longest_shard = 0);
+std::unique_ptr<GradientAllReduce> make_gradient_all_reduce(const Backend& k, Comm& comm, AllReduce how, size_t n,
+                                                            DeviceComm* nccl = nullptr, size_t longest_shard = 0);

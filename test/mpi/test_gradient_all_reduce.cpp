@@ -1,6 +1,6 @@
 // Sums of gradients in the memory of every backend; where each rank has a GPU of its own, real or emulated, also by
 // NCCL. What only the emulated NCCL can show is in emulator/test/mpi/test_nccl.cpp.
-#include "comm/reducer.h"
+#include "comm/gradient_all_reduce.h"
 
 #include <doctest/doctest.h>
 
@@ -12,9 +12,9 @@ constexpr double kTimeout = 60;  // seconds
 std::vector<const Backend*> backends() {
     return gpu() ? std::vector{&cpu_backend(), gpu()} : std::vector{&cpu_backend()};
 }
-std::vector<Reduction> reductions() {
-    return power_of_two_ranks() ? std::vector{Reduction::mpi, Reduction::ring, Reduction::ordered}
-                                : std::vector{Reduction::mpi, Reduction::ring};
+std::vector<AllReduce> algorithms() {
+    return power_of_two_ranks() ? std::vector{AllReduce::mpi, AllReduce::ring, AllReduce::ordered}
+                                : std::vector{AllReduce::mpi, AllReduce::ring};
 }
 // Around the number of ranks, not divisible by it, and whole shards for 1, 2 and 4 ranks.
 const size_t kLengths[] = {1, 2, 3, 5, 7, 64, 1000, 1024, 4099};
@@ -32,25 +32,25 @@ TEST_CASE("ranks that share a device are seen by host and bus id") {
 TEST_CASE("one rank: the gradient stays as it is") {
     if (world().size() > 1) return;
     for (const Backend* k : backends())
-        for (const Reduction how : {Reduction::ordered, Reduction::nccl, Reduction::mpi, Reduction::ring})
-            CHECK(summed(*k, *make_reducer(*k, world(), how, 7), 7) == my_addends(7));
+        for (const AllReduce how : {AllReduce::ordered, AllReduce::nccl, AllReduce::mpi, AllReduce::ring})
+            CHECK(summed(*k, *make_gradient_all_reduce(*k, world(), how, 7), 7) == my_addends(7));
 }
 
 // Seen to fail with: fetching two pieces ahead, into the slot that is being summed; no wait for the piece to come
 // down; the last, shorter piece not fetched, or not sent up.
 TEST_CASE("in place and through host memory: the bits of all_reduce") {
-    for (const Reduction how : reductions()) {
-        CAPTURE(reduction_name(how));
+    for (const AllReduce how : algorithms()) {
+        CAPTURE(all_reduce_name(how));
         std::vector<size_t> lengths(std::begin(kLengths), std::end(kLengths));
-        if (how == Reduction::mpi) lengths.push_back(2 * reduction_piece(world().size()) + 13);  // three pieces
+        if (how == AllReduce::mpi) lengths.push_back(2 * all_reduce_piece(world().size()) + 13);  // three pieces
         for (const size_t n : lengths) {
             CAPTURE(n);
             const std::vector<float> want = host_sum(n, how);
             for (const Backend* k : backends()) {
                 CAPTURE(k->name);
-                const auto reducer = make_reducer(*k, world(), how, n);
-                CHECK(summed(*k, *reducer, n) == want);
-                CHECK(summed(*k, *reducer, n) == want);
+                const auto reduction = make_gradient_all_reduce(*k, world(), how, n);
+                CHECK(summed(*k, *reduction, n) == want);
+                CHECK(summed(*k, *reduction, n) == want);
             }
         }
     }
@@ -62,8 +62,8 @@ TEST_CASE("nccl: the sum over ranks, equal on all ranks") {
     NcclComm nccl(world(), kTimeout);
     for (const size_t n : kLengths) {
         CAPTURE(n);
-        const auto reducer = make_reducer(*gpu(), world(), Reduction::nccl, n, &nccl);
-        const std::vector<float> sum = summed(*gpu(), *reducer, n);
+        const auto reduction = make_gradient_all_reduce(*gpu(), world(), AllReduce::nccl, n, &nccl);
+        const std::vector<float> sum = summed(*gpu(), *reduction, n);
         CHECK(same_everywhere(sum.data(), n * sizeof(float)));
         CHECK(worst_error(sum) <= 1e-6);
     }
@@ -78,43 +78,43 @@ TEST_CASE("ordered, moved by nccl: the bits of all_reduce, whatever the shards")
         for (const size_t longest : {size_t(0), size_t(4), size_t(64)}) {
             CAPTURE(n);
             CAPTURE(longest);
-            const auto reducer = make_reducer(*gpu(), world(), Reduction::ordered, n, &nccl, longest);
-            const std::vector<float> want = host_sum(n, Reduction::ordered);
-            CHECK(summed(*gpu(), *reducer, n) == want);
-            CHECK(summed(*gpu(), *reducer, n) == want);
+            const auto reduction = make_gradient_all_reduce(*gpu(), world(), AllReduce::ordered, n, &nccl, longest);
+            const std::vector<float> want = host_sum(n, AllReduce::ordered);
+            CHECK(summed(*gpu(), *reduction, n) == want);
+            CHECK(summed(*gpu(), *reduction, n) == want);
         }
 }
 
 TEST_CASE("many sums on one stream, and the host waits once") {
     if (!own_gpus()) return;
     NcclComm nccl(world(), kTimeout);
-    const auto reducer = make_reducer(*gpu(), world(), Reduction::nccl, 10, &nccl);
+    const auto reduction = make_gradient_all_reduce(*gpu(), world(), AllReduce::nccl, 10, &nccl);
     StreamOwner stream(*gpu());
     Gradient a(*gpu(), my_addends(10)), b(*gpu(), std::vector<float>(10, 1));
     a.upload(stream.get());
     b.upload(stream.get());
     for (int i = 0; i < 3; i++) {
-        reducer->sum(a.buf(), stream.get());
-        reducer->sum(b.buf(), stream.get());
+        reduction->sum(a.buf(), stream.get());
+        reduction->sum(b.buf(), stream.get());
         gpu()->add({.y = b.buf(), .x = b.buf()}, stream.get());
     }
     a.download(stream.get());
     b.download(stream.get());
-    reducer->wait(stream.get());
+    reduction->wait(stream.get());
     const float size = float(world().size());
     CHECK(same_everywhere(a.host().data(), 10 * sizeof(float)));
     CHECK(b.host() == std::vector<float>(10, 8 * size * size * size));
 }
 
-TEST_CASE("a reducer refuses what it was not made for") {
+TEST_CASE("a gradient all-reduce refuses what it was not made for") {
     if (world().size() == 1) return;
     for (const Backend* k : backends()) {
-        const auto made = [&](Reduction how) { return make_reducer(*k, world(), how, 8); };
-        CHECK_THROWS_WITH_AS(made(Reduction::nccl), doctest::Contains("communicator"), Error);
+        const auto made = [&](AllReduce how) { return make_gradient_all_reduce(*k, world(), how, 8); };
+        CHECK_THROWS_WITH_AS(made(AllReduce::nccl), doctest::Contains("communicator"), Error);
         if (!power_of_two_ranks())
-            CHECK_THROWS_WITH_AS(made(Reduction::ordered), doctest::Contains("power of two"), Error);
+            CHECK_THROWS_WITH_AS(made(AllReduce::ordered), doctest::Contains("power of two"), Error);
         Gradient grad(*k, my_addends(9));
-        CHECK_THROWS_WITH_AS(made(Reduction::mpi)->sum(grad.buf(), nullptr), doctest::Contains("made for 8 f32"),
+        CHECK_THROWS_WITH_AS(made(AllReduce::mpi)->sum(grad.buf(), nullptr), doctest::Contains("made for 8 f32"),
                              Error);
     }
 }

@@ -1,36 +1,29 @@
-#include "comm/reduce.h"
+#include "comm/all_reduce.h"
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
+
+#include "kernels/ops.h"
 
 namespace {
 // Elements per rank and message.  Bounds the scratch memory at 2 * size * 4 * kShard bytes; sums are element by
 // element, so the piece size does not touch the bits.
 constexpr size_t kShard = size_t(1) << 18;
 
-// part: size blocks of n floats.  The balanced tree over block numbers, result in block 0:
-// ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
-void tree_sum(float* part, int size, size_t n) {
-    for (int stride = 1; stride < size; stride *= 2)
-        for (int r = 0; r + stride < size; r += 2 * stride) {
-            float* a = part + size_t(r) * n;
-            const float* b = part + size_t(r + stride) * n;
-            for (size_t i = 0; i < n; i++) a[i] += b[i];
-        }
-}
-
 void ordered(Comm& comm, std::span<float> data) {
     const int size = comm.size();
     CHECK_THAT((size & (size - 1)) == 0, "ordered reduction over {} ranks; needs a power of two", size);
     const size_t longest = std::min(kShard, (data.size() + size - 1) / size);
-    std::vector<float> send(longest * size), recv(longest * size);  // (size, n)
+    std::vector<float> send(longest * size), recv(longest * size);  // (size, longest)
     for (size_t start = 0; start < data.size(); start += longest * size) {
         const size_t count = std::min(longest * size, data.size() - start);
         const size_t n = (count + size - 1) / size;  // a shard; the last ones may be padded with zeros
         std::memcpy(send.data(), data.data() + start, count * sizeof(float));
         std::fill(send.begin() + ptrdiff_t(count), send.begin() + ptrdiff_t(n * size), 0.0f);
         comm.all_to_all(send.data(), recv.data(), n * sizeof(float));
-        tree_sum(recv.data(), size, n);
+        const Buf parts(recv.data(), n * size);  // (size, n)
+        cpu_backend().tree_sum({.y = parts.slice(0, n), .x = parts, .parts = size}, nullptr);
         comm.all_gather(recv.data(), send.data(), n * sizeof(float));
         std::memcpy(data.data() + start, send.data(), count * sizeof(float));
     }
@@ -58,39 +51,39 @@ void ring_piece(Comm& comm, std::span<float> data, std::vector<float>& incoming)
 }
 
 void ring(Comm& comm, std::span<float> data) {
-    const size_t piece = reduction_piece(comm.size());
+    const size_t piece = all_reduce_piece(comm.size());
     std::vector<float> incoming(std::min(kShard, data.size() / size_t(comm.size()) + 1));
     for (size_t start = 0; start < data.size(); start += piece)
         ring_piece(comm, data.subspan(start, std::min(piece, data.size() - start)), incoming);
 }
 }  // namespace
 
-size_t reduction_piece(int size) { return kShard * size_t(size); }
+size_t all_reduce_piece(int size) { return kShard * size_t(size); }
 
-const char* reduction_name(Reduction r) {
-    switch (r) {
-        case Reduction::ordered:
+const char* all_reduce_name(AllReduce how) {
+    switch (how) {
+        case AllReduce::ordered:
             return "ordered";
-        case Reduction::nccl:
+        case AllReduce::nccl:
             return "nccl";
-        case Reduction::mpi:
+        case AllReduce::mpi:
             return "mpi";
-        case Reduction::ring:
+        case AllReduce::ring:
             return "ring";
     }
     return "?";
 }
 
-void all_reduce(Comm& comm, std::span<float> data, Reduction how) {
+void all_reduce(Comm& comm, std::span<float> data, AllReduce how) {
     if (comm.size() == 1) return;
     switch (how) {
-        case Reduction::ordered:
+        case AllReduce::ordered:
             return ordered(comm, data);
-        case Reduction::nccl:
+        case AllReduce::nccl:
             fail(Exit::internal, "the nccl reduction needs gradients in device memory");
-        case Reduction::mpi:
+        case AllReduce::mpi:
             return comm.all_reduce_sum(data);
-        case Reduction::ring:
+        case AllReduce::ring:
             return ring(comm, data);
     }
 }
