@@ -68,11 +68,13 @@ KERNEL = @mkdir -p $(@D); [ -n "$(NVCC)" ] || { echo "nvcc not found: this needs
 # Another compiler, ARCH or flag compiles the kernels anew.
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
+# A kernel file that became a .cpp still stands in a .d of an older build: whatever takes its place is compiled.
+kernels/cuda/%.cu: ;
+$(O)/cuda/%.o: %.cpp; $(COMPILE) $(CUDA_FLAGS) -c $< -o $@
 $(N)/%.o: %.cu $(N)/flags; $(KERNEL)
 $(N)/%_sm90.o $(N)/sm90/%.o: override ARCH := 90a# instructions of that one architecture
 $(N)/sm90/%.o: NVCC_FLAGS += -DKILN_SM90=1
 $(N)/sm90/%.o: %.cu; $(KERNEL)
-$(O)/cuda/%.o: %.cpp; $(COMPILE) $(CUDA_FLAGS) -c $< -o $@
 $(O)/cuda/train.o: train.cu build/commit; $(COMPILE) $(CUDA_FLAGS) $(COMMIT) -x c++ -c $< -o $@
 
 # cudnn-frontend's headers are 30,000 lines: neither debug information nor much optimisation for the calls into them.
@@ -101,8 +103,8 @@ BENCH_EMULATED := $(B)/bench_attention-emulated
 $(BENCH_EMULATED): $(O)/emulated/bench/bench_attention.o $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(EMU_CORE): SAN = $(if $(SANITIZE),-DEMULATOR_ASAN=1)
 $(EMU_CORE): EMU_OPT = -O3
-$(O)/emulated/%.o: %.cu; $(COMPILE) $(EMU_FLAGS) $(if $(SANITIZE),,-O2) -x c++ -c $< -o $@
 $(O)/emulated/%.o: %.cpp; $(COMPILE) $(EMU_FLAGS) $(EMU_OPT) -c $< -o $@
+$(O)/emulated/%.o: %.cu; $(COMPILE) $(EMU_FLAGS) $(if $(SANITIZE),,-O2) -x c++ -c $< -o $@
 $(O)/emulated/train.o: train.cu build/commit; $(COMPILE) $(EMU_FLAGS) $(COMMIT) -x c++ -c $< -o $@
 
 # ---- with the race check: kernels call the emulator's hooks at every access ----

@@ -310,7 +310,7 @@ enum class AttentionKernel : uint8_t {
 // calls to `portable`.
 constexpr int kFastHeadSizes[] = {64, 128};
 constexpr bool is_fast_head(int HS) { return HS == kFastHeadSizes[0] || HS == kFastHeadSizes[1]; }
-// The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cu).  A binary
+// The CUDA backend drives one device per process, opened before its first use (kernels/cuda/device.cpp).  A binary
 // without CUDA has none of the four functions below (macro KILN_CUDA).  The tables differ in attention only.
 const Backend& cuda_backend(AttentionKernel attention = AttentionKernel::portable);
 // The reason why these kernels cannot run on the open device, or are not in this binary; empty: they can.  Calls that

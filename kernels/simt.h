@@ -49,14 +49,10 @@ using TensorMap = emulator::TensorMap;
 using TensorMap = CUtensorMap;
 #endif
 
-// The kernel that this thread launched last, for error messages.
-inline thread_local const void* last_kernel = nullptr;
-
 // Gives a kernel to a stream and returns the launch's own error; an error inside the kernel shows at a later call.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t n_shared_bytes, cudaStream_t stream,
                    A&&... arguments) {
-    last_kernel = reinterpret_cast<const void*>(kernel);
     // A block gets 48 KiB without asking.  The kernel's static arrays are part of that; their size is not known here.
     if (n_shared_bytes > 32 * 1024) {
         const cudaError_t e =

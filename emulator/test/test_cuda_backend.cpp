@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/owners.h"
 #include "emulator/test/on_machine.h"
 
@@ -51,11 +51,11 @@ TEST_CASE("cuda backend: an error names the call, what the kernel did and the ke
     const Backend& k = cuda_backend();
     DeviceInts p(32);
     k.zero(p, 128, nullptr);
-    CUDA_CHECK(simt::launch(twice_kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
+    cuda::launch(twice_kernel, 1, 32, 0, nullptr, static_cast<int*>(p));
     // Launchers choose an instance through such a variable: the error must name the kernel, not the variable.
     const auto kernel = broken_kernel<int>;
-    CUDA_CHECK(simt::launch(kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
-    CUDA_CHECK(simt::launch(add_kernel, 1, 32, 0, nullptr, static_cast<int*>(p), 1));
+    cuda::launch(kernel, 1, 32, 0, nullptr, static_cast<int*>(p));
+    cuda::launch(add_kernel, 1, 32, 0, nullptr, static_cast<int*>(p), 1);
     try {
         k.synchronize(nullptr);
         FAIL("the kernel's failure is lost");
@@ -77,7 +77,7 @@ TEST_CASE("cuda backend: with KILN_CUDA_SYNC=1 the launch that failed throws") {
     std::string text;
     try {
         const auto kernel = broken_kernel<int>;
-        CUDA_CHECK(simt::launch(kernel, 1, 32, 0, nullptr, static_cast<int*>(p)));
+        cuda::launch(kernel, 1, 32, 0, nullptr, static_cast<int*>(p));
     } catch (const Error& e) { text = e.what(); }
     unsetenv("KILN_CUDA_SYNC");
     CHECK_MESSAGE(text.find(" in broken_kernel<int>") != std::string::npos, text);
@@ -102,7 +102,7 @@ TEST_CASE("cuda backend: out of memory says how much there is, and is over when 
             CHECK_MESSAGE(text.find(part) != std::string::npos, text);
     }
     DeviceInts p(1);
-    CUDA_CHECK(simt::launch(add_kernel, 1, 1, 0, nullptr, static_cast<int*>(p), 1));  // the error has gone
+    cuda::launch(add_kernel, 1, 1, 0, nullptr, static_cast<int*>(p), 1);  // the error has gone
     k.memory.free(half);
     k.memory.free(k.memory.alloc(2 << 20));
     k.synchronize(nullptr);

@@ -19,7 +19,7 @@
 //              Shared memory: 65 KiB a block at most; GPUs 8.6 and 8.9 have the least, 99 KiB.
 //   order      every sum in the order of its tiles, ascending; nothing depends on the number of multiprocessors
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_forward.cuh"
@@ -47,8 +47,7 @@ struct Call {
         const size_t blocks = size_t(B) * a.NH * sizes.tiles;
         CHECK_THAT(blocks < (size_t(1) << 31), "attention: B*NH*ceil(T/{}) = {} blocks, more than a grid has", rows,
                    blocks);
-        CUDA_CHECK(simt::launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), n_shared, stream, tensors,
-                                sizes, drop));
+        cuda::launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), n_shared, stream, tensors, sizes, drop);
     }
 };
 Call call_of(int B, int T, int NH, int HS, const DropoutMask& mask, Stream s) {
@@ -122,8 +121,8 @@ void attention_backward(const AttentionGrad& a, Stream s) {
         if constexpr (!kFp32) expect_bf16_head(a.HS);
         const size_t rows = size_t(a.B) * a.T * a.NH;
         constexpr auto sums = attention::attention_backward_sums_kernel<T, (kFp32 ? 1 : 8)>;
-        CUDA_CHECK(simt::launch(sums, dim3(blocks_for(rows, attention::kThreads / 8)), dim3(attention::kThreads), 0, s,
-                                D, a.dy.as<T>(), a.y.as<T>(), rows, a.T, a.NH, a.HS));
+        cuda::launch(sums, dim3(blocks_for(rows, attention::kThreads / 8)), dim3(attention::kThreads), 0, s, D,
+                     a.dy.as<T>(), a.y.as<T>(), rows, a.T, a.NH, a.HS);
         if constexpr (kFp32) {
             const attention::Fp32Tensors t = {.y = a.y.as<float>(),
                                               .lse = lse,

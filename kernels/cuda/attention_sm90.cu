@@ -21,7 +21,7 @@
 //   order      forward and dq from the diagonal down to key 0, dk and dv from the diagonal up; one thread writes each
 //              element, once: the bits depend on no schedule and on no number of multiprocessors
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 
 #include "kernels/cuda/attention_sm90_backward.cuh"
 #include "kernels/cuda/attention_sm90_forward.cuh"
@@ -68,7 +68,7 @@ struct Call {
     void launch(void (*kernel)(P...), size_t n_shared, A&&... arguments) const {
         const int pairs = a.heads * ((a.tiles + 1) / 2);
         const dim3 grid(unsigned(std::min(pairs, cuda::n_multiprocessors())));
-        CUDA_CHECK(simt::launch(kernel, grid, dim3(kThreads), n_shared, stream, std::forward<A>(arguments)..., a));
+        cuda::launch(kernel, grid, dim3(kThreads), n_shared, stream, std::forward<A>(arguments)..., a);
     }
 };
 

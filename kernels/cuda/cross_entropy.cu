@@ -12,7 +12,7 @@
 //   order      one block per row.  A thread takes every blockDim-th vector of 16 bytes and keeps a running maximum and
 //              the fp32 sum relative to it.  Then the thread sums are scaled to the block's maximum and added in a
 //              fixed tree.  The number of threads follows from Vp alone: both ways of reading give the same bits
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 #include "kernels/ptx.cuh"
 
@@ -143,10 +143,10 @@ void cross_entropy(const CrossEntropy& a, Stream s) {
         const bool vectors = Vp % kVec<T> == 0 && device::aligned16(logits);
         // 1024: room for the static arrays in front of the row
         const bool kept = a.grad_scale != 0 && vectors && Vp * sizeof(T) + 1024 <= most_shared_memory();
-        CUDA_CHECK(simt::launch(kept ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>,
-                                dim3(unsigned(BT)), dim3(unsigned(std::min<size_t>(32 * n_warps, kMaxThreads))),
-                                kept ? Vp * sizeof(T) : 0, s, a.loss.as<float>(), a.correct.as<int32_t>(), logits,
-                                a.targets.as<int32_t>(), a.V, a.Vp, a.grad_scale, vectors));
+        cuda::launch(kept ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>, dim3(unsigned(BT)),
+                     dim3(unsigned(std::min<size_t>(32 * n_warps, kMaxThreads))), kept ? Vp * sizeof(T) : 0, s,
+                     a.loss.as<float>(), a.correct.as<int32_t>(), logits, a.targets.as<int32_t>(), a.V, a.Vp,
+                     a.grad_scale, vectors);
     });
 }
 }  // namespace cuda

@@ -1,8 +1,9 @@
 // Shared by the CUDA backend's files: its ops, the device, error checks, the one dtype switch.  Only kernels/cuda and
 // comm/nccl* see CUDA's headers.
 #pragma once
+#include <cuda_runtime.h>
+
 #include "kernels/ops.h"
-#include "kernels/simt.h"
 
 namespace cuda {
 #define OP_FUNCTION(function, Op) void function(const Op&, Stream);
@@ -13,8 +14,15 @@ KILN_OPS(OP_FUNCTION)
 // shows at a later call; KILN_CUDA_SYNC=1 waits after each launch and names the guilty one).  Exit::memory when memory
 // ran out.
 void check_cuda(cudaError_t error, const char* call);
-bool waits_for_each_launch();  // KILN_CUDA_SYNC=1
 #define CUDA_CHECK(call) ::cuda::check_cuda((call), #call)
+
+// Notes a launch as the last one, and checks its error: of a kernel, or of a library's call that launches kernels.
+void check_launch(cudaError_t error, const void* kernel);
+void check_launch(cudaError_t error, const char* call);
+bool waits_for_each_launch();  // KILN_CUDA_SYNC=1
+
+// The error that a launch would end with because this binary holds no code for the open device.
+cudaError_t find_code();
 
 // Scratch memory of the open device, shared by all ops of its one compute stream: the next op overwrites the contents.
 // `count` elements of T; Error(Exit::internal) when the memory is too small.

@@ -7,7 +7,7 @@
 //              elements.   bound: memory in fp32; in bf16 about even with the instruction rate
 //   limits     any size; y may be x or residual itself; 16-byte accesses where B = 1 or T*C is a multiple of the vector
 //   order      none: element by element
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/dropout.cuh"
 #include "kernels/elementwise.cuh"
 
@@ -63,8 +63,7 @@ void dropout(const Dropout& a, Stream s) {
         const Tensors<T> t = {a.y.as<T>(), a.x.as<T>(), a.residual.as<T>()};
         const bool vectors = device::aligned16(t.y, t.x, t.residual) && (a.B == 1 || row % N == 0);
         const dim3 grid(device::element_blocks<N>(row), unsigned(std::min(a.B, 65535)));  // 65535: a grid's largest y
-        CUDA_CHECK(
-            simt::launch(dropout_kernel<T>, grid, dim3(device::kElementThreads), 0, s, t, mask, row, a.B, vectors));
+        cuda::launch(dropout_kernel<T>, grid, dim3(device::kElementThreads), 0, s, t, mask, row, a.B, vectors);
     });
 }
 }  // namespace cuda

@@ -10,7 +10,7 @@
 //   limits     any size >= 1; 16-byte accesses of tree_sum need n % 4 == 0
 //   order      tree_sum: the tree of ops.h, equal on every backend.  row_sum: in double; thread t takes t, t + 256, ...
 //              ascending, then a fixed tree over the block
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 
 namespace {
@@ -111,14 +111,14 @@ void add(const Add& a, Stream s) {
     const float* x = a.x.as<float>();  // (n)
     const size_t n = a.y.count;
     if (n == 0) return;
-    CUDA_CHECK(simt::launch(add_kernel, dim3(device::element_blocks<4>(n)), dim3(kElementThreads), 0, s, y, x, n,
-                            device::aligned16(y, x)));
+    cuda::launch(add_kernel, dim3(device::element_blocks<4>(n)), dim3(kElementThreads), 0, s, y, x, n,
+                 device::aligned16(y, x));
 }
 
 void row_sum(const RowSum& a, Stream s) {
     if (a.B == 0) return;
-    CUDA_CHECK(simt::launch(row_sum_kernel, dim3(unsigned(a.B)), dim3(kElementThreads), 0, s, a.y.as<float>(),
-                            a.x.as<float>(), size_t(a.T)));
+    cuda::launch(row_sum_kernel, dim3(unsigned(a.B)), dim3(kElementThreads), 0, s, a.y.as<float>(), a.x.as<float>(),
+                 size_t(a.T));
 }
 
 void tree_sum(const TreeSum& a, Stream s) {
@@ -127,8 +127,8 @@ void tree_sum(const TreeSum& a, Stream s) {
     const size_t n = a.y.count;
     if (n == 0) return;
     const bool vectors = device::aligned16(y, x) && (a.parts == 1 || n % 4 == 0);
-    CUDA_CHECK(simt::launch(tree_sum_kernel, dim3(device::element_blocks<4>(n)), dim3(kElementThreads), 0, s, y, x, n,
-                            size_t(a.parts), vectors));
+    cuda::launch(tree_sum_kernel, dim3(device::element_blocks<4>(n)), dim3(kElementThreads), 0, s, y, x, n,
+                 size_t(a.parts), vectors);
 }
 
 void cast(const Cast& a, Stream s) {
@@ -137,8 +137,8 @@ void cast(const Cast& a, Stream s) {
     if (n == 0) return;
     with_real(a.y.dtype, [&]<class To>() {
         To* y = a.y.as<To>();  // (n)
-        CUDA_CHECK(simt::launch(cast_kernel<To>, dim3(device::element_blocks<8>(n)), dim3(kElementThreads), 0, s, y, x,
-                                n, device::aligned16(y, x)));
+        cuda::launch(cast_kernel<To>, dim3(device::element_blocks<8>(n)), dim3(kElementThreads), 0, s, y, x, n,
+                     device::aligned16(y, x));
     });
 }
 }  // namespace cuda

@@ -14,7 +14,7 @@
 //              ascending.  A token whose rows lie in one chunk is finished there.  For a token that crosses chunks, 16
 //              warps add the chunks' sums in turn, then the warps' sums are added ascending.  dwpe: b ascending.  The
 //              partition follows from BT and C alone
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 
 #include <algorithm>
@@ -183,9 +183,8 @@ void embedding_forward(const Embedding& a, Stream s) {
         const T* wte = a.wte.as<T>();  // (Vp, C)
         const T* wpe = a.wpe.as<T>();  // (>= T, C)
         const bool vectors = a.C % kVec<T> == 0 && device::aligned16(y, wte, wpe);
-        CUDA_CHECK(simt::launch(embedding_forward_kernel<T>, dim3(blocks_for(BT, kRowsPerBlock)),
-                                dim3(32 * kRowsPerBlock), 0, s, y, a.tokens.as<int32_t>(), wte, wpe, BT, a.T, a.C, a.V,
-                                vectors));
+        cuda::launch(embedding_forward_kernel<T>, dim3(blocks_for(BT, kRowsPerBlock)), dim3(32 * kRowsPerBlock), 0, s,
+                     y, a.tokens.as<int32_t>(), wte, wpe, BT, a.T, a.C, a.V, vectors);
     });
 }
 
@@ -204,13 +203,12 @@ void embedding_backward(const EmbeddingGrad& a, Stream s) {
         Words<T> words = {
             a.dwte.as<float>(), partial, dy, a.tokens.as<int32_t>(), a.order.as<int32_t>(), BT, chunk, a.C, a.V, false};
         words.vectors = C % kVec<T> == 0 && device::aligned16(words.dwte, dwpe, dy);
-        CUDA_CHECK(simt::launch(embedding_backward_places_kernel<T>, dim3(blocks_for(places * per_row, 256)), dim3(256),
-                                0, s, dwpe, dy, a.B, a.T, a.C, places, a.accumulate, words.vectors));
+        cuda::launch(embedding_backward_places_kernel<T>, dim3(blocks_for(places * per_row, 256)), dim3(256), 0, s,
+                     dwpe, dy, a.B, a.T, a.C, places, a.accumulate, words.vectors);
         const unsigned threads = unsigned(std::min<size_t>(256, (per_row + 31) / 32 * 32));
-        CUDA_CHECK(
-            simt::launch(embedding_backward_words_kernel<T>, dim3(unsigned(chunks)), dim3(threads), 0, s, words));
-        CUDA_CHECK(simt::launch(embedding_backward_join_kernel<T>, dim3(unsigned(chunks), blocks_for(C, kJoinColumns)),
-                                dim3(32 * kJoinWarps), 0, s, words));
+        cuda::launch(embedding_backward_words_kernel<T>, dim3(unsigned(chunks)), dim3(threads), 0, s, words);
+        cuda::launch(embedding_backward_join_kernel<T>, dim3(unsigned(chunks), blocks_for(C, kJoinColumns)),
+                     dim3(32 * kJoinWarps), 0, s, words);
     });
 }
 }  // namespace cuda

@@ -10,7 +10,7 @@
 //   error      the logistic form has no cancellation on the negative side, where 1 + tanh u loses all digits.  expf is
 //              off by at most 2 units in the last place, __fdividef by 2 for divisors below 2^126: here they end at
 //              exp(80) = 2^115
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 
 namespace {
@@ -76,8 +76,8 @@ void gelu_forward(const Gelu& a, Stream s) {
     with_real(a.x.dtype, [&]<class T>() {
         T* y = a.y.as<T>();        // (n)
         const T* x = a.x.as<T>();  // (n)
-        CUDA_CHECK(simt::launch(gelu_forward_kernel<T>, dim3(device::element_blocks<device::kVec<T>>(n)),
-                                dim3(device::kElementThreads), 0, s, y, x, n, device::aligned16(y, x)));
+        cuda::launch(gelu_forward_kernel<T>, dim3(device::element_blocks<device::kVec<T>>(n)),
+                     dim3(device::kElementThreads), 0, s, y, x, n, device::aligned16(y, x));
     });
 }
 
@@ -88,8 +88,8 @@ void gelu_backward(const GeluGrad& a, Stream s) {
         T* dx = a.dx.as<T>();        // (n)
         const T* dy = a.dy.as<T>();  // (n)
         const T* x = a.x.as<T>();    // (n)
-        CUDA_CHECK(simt::launch(gelu_backward_kernel<T>, dim3(device::element_blocks<device::kVec<T>>(n)),
-                                dim3(device::kElementThreads), 0, s, dx, dy, x, n, device::aligned16(dx, dy, x)));
+        cuda::launch(gelu_backward_kernel<T>, dim3(device::element_blocks<device::kVec<T>>(n)),
+                     dim3(device::kElementThreads), 0, s, dx, dy, x, n, device::aligned16(dx, dy, x));
     });
 }
 }  // namespace cuda

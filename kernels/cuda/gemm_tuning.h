@@ -21,7 +21,7 @@ std::string tune(bool on);
 std::string choices();
 std::string set_choices(const std::string& text);
 
-// ---- Between gemm.cu and gemm_tuning.cu.
+// ---- Between gemm.cpp and gemm_tuning.cpp.
 constexpr int kMaxCandidates = 32;
 
 struct GemmKey {  // a kind; the leading dimensions follow from the shape
@@ -34,14 +34,12 @@ struct GemmKey {  // a kind; the leading dimensions follow from the shape
 };
 std::string text_of(const GemmKey&);
 
-struct GemmAlgorithm {  // gives the library's type a name: nvcc fails on a vector of a type without one
-    cublasLtMatmulAlgo_t opaque = {};
-};
+using GemmAlgorithm = cublasLtMatmulAlgo_t;
 struct GemmPlan {
     cublasLtMatmulDesc_t product = nullptr;
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;  // of the library's A, B and D; C is laid out as D
     cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;           // success: `algorithm` can compute it
-    GemmAlgorithm algorithm;
+    GemmAlgorithm algorithm = {};
     bool apart = false;   // the product is computed apart, not fused
     bool chosen = false;  // by timing, or given
     bool used = false;    // false while only timing trials have used this plan; choices() lists chosen, used plans

@@ -11,7 +11,7 @@
 //              by one block.  One number in four is double: with 1/64 of fp32's rate a GPU stays bound by memory
 //   error      four squares and two sums of non-negative numbers: 3 * 2^-24 of the sum, so 1.5 * 2^-24 of the norm, and
 //              as much again for the roundings of a chunk's sum and of the root: 3 * 2^-24 in all
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 
 #include <cmath>
@@ -78,9 +78,9 @@ void grad_norm(const GradNorm& a, Stream s) {
     const float* grad = a.grad.as<float>();  // (n)
     const dim3 threads(device::kElementThreads);
     if (chunks > 0)
-        CUDA_CHECK(simt::launch(grad_norm_chunk_kernel, dim3(unsigned(chunks)), threads, 0, s, partial, grad, n,
-                                device::aligned16(grad)));
-    CUDA_CHECK(simt::launch(grad_norm_kernel, dim3(1), threads, 0, s, a.norm.as<float>(), a.clip.as<float>(), partial,
-                            chunks, a.max_norm));
+        cuda::launch(grad_norm_chunk_kernel, dim3(unsigned(chunks)), threads, 0, s, partial, grad, n,
+                     device::aligned16(grad));
+    cuda::launch(grad_norm_kernel, dim3(1), threads, 0, s, a.norm.as<float>(), a.clip.as<float>(), partial, chunks,
+                 a.max_norm);
 }
 }  // namespace cuda

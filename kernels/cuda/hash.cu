@@ -7,7 +7,7 @@
 //   limits     any size; 16-byte accesses where x starts on such a boundary, single bytes otherwise
 //   order      any order gives the same value; up to kMaxBlocks sums pass through the workspace
 #include "common/hash.h"
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 
 #include <algorithm>
@@ -59,8 +59,8 @@ void hash(const Hash& a, Stream s) {
     const size_t n_words = a.x.n_bytes() / 4;
     const size_t blocks = std::clamp(n_words / (4 * kElementThreads), size_t(1), kMaxBlocks);
     auto* parts = workspace<uint64_t>(blocks, "hash");  // (blocks)
-    CUDA_CHECK(simt::launch(hash_parts_kernel, dim3(unsigned(blocks)), dim3(kElementThreads), 0, s, parts, x, n_words,
-                            device::aligned16(x)));
-    CUDA_CHECK(simt::launch(hash_kernel, dim3(1), dim3(kElementThreads), 0, s, a.y.as<uint32_t>(), parts, int(blocks)));
+    cuda::launch(hash_parts_kernel, dim3(unsigned(blocks)), dim3(kElementThreads), 0, s, parts, x, n_words,
+                 device::aligned16(x));
+    cuda::launch(hash_kernel, dim3(1), dim3(kElementThreads), 0, s, a.y.as<uint32_t>(), parts, int(blocks));
 }
 }  // namespace cuda

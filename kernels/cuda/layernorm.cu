@@ -15,7 +15,7 @@
 //              dx_sum: 8 groups of warps (4 above C = 1024, 1 above 2048) take a chunk's rows in turn, ascending; then
 //              groups ascending; then chunks i, i+32, ..., then these 32 sums ascending.  All of it follows from BT, C
 //              and whether 16-byte accesses are allowed
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 
 #include <algorithm>
@@ -349,7 +349,7 @@ __global__ void layernorm_combine_kernel(float* dw,             // (C)
 template <class T>
 void launch_forward(const Forward<T>& a, Stream s) {
     const auto run = [&](auto* kernel, size_t blocks) {
-        CUDA_CHECK(simt::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, s, a));
+        cuda::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, s, a);
     };
     const size_t blocks = cuda::blocks_for(size_t(a.BT), kWarps);
     if (!a.vectors || a.C > 32 * 64)
@@ -366,9 +366,7 @@ void launch_forward(const Forward<T>& a, Stream s) {
 
 template <class T>
 void launch_backward(const Backward<T>& a, size_t chunks, Stream s) {
-    const auto run = [&](auto* kernel, dim3 blocks) {
-        CUDA_CHECK(simt::launch(kernel, blocks, dim3(kThreads), 0, s, a));
-    };
+    const auto run = [&](auto* kernel, dim3 blocks) { cuda::launch(kernel, blocks, dim3(kThreads), 0, s, a); };
     if (!a.vectors || a.C > 32 * 32 * 8) {
         run(layernorm_backward_wide_kernel<T>, dim3(unsigned(a.BT)));
         run(layernorm_backward_wide_columns_kernel<T>,
@@ -439,8 +437,7 @@ void layernorm_backward(const LayerNormGrad& a, Stream s) {
         launch_backward(b, chunks, s);
     });
     const unsigned warps = unsigned(std::min<size_t>(chunks, 32));
-    CUDA_CHECK(simt::launch(layernorm_combine_kernel, dim3(blocks_for(sums * C, 32)), dim3(32 * warps), 0, s,
-                            a.dw.as<float>(), a.db.as<float>(), a.dx_sum.as<float>(), partial, int(chunks), sums, a.C,
-                            a.accumulate));
+    cuda::launch(layernorm_combine_kernel, dim3(blocks_for(sums * C, 32)), dim3(32 * warps), 0, s, a.dw.as<float>(),
+                 a.db.as<float>(), a.dx_sum.as<float>(), partial, int(chunks), sums, a.C, a.accumulate);
 }
 }  // namespace cuda

@@ -19,7 +19,7 @@
 //              rounded before, 2^-8 |dx| more.  The backward pass always sees pre_gelu as stored.  A bias that is not
 //              fused goes first into y together with the residual (rounded where both are given), and the product is
 //              added to that
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/elementwise.cuh"
 
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kWarps * 32)
 template <class T, int N>
 void launch_column_sum(float* sums, const T* x, int rows, int columns, int rows_of_chunk, bool accumulate, Stream s) {
     const dim3 grid(cuda::blocks_for(size_t(columns), 32 * N), cuda::blocks_for(size_t(rows), size_t(rows_of_chunk)));
-    CUDA_CHECK(simt::launch(linear_column_sum_kernel<T, N>, grid, dim3(kWarps * 32), 0, s, sums, x, rows, columns,
-                            rows_of_chunk, accumulate));
+    cuda::launch(linear_column_sum_kernel<T, N>, grid, dim3(kWarps * 32), 0, s, sums, x, rows, columns, rows_of_chunk,
+                 accumulate);
 }
 
 // Rows of a chunk: about 512 blocks of 256 columns keep the largest GPU busy; at least 64 rows, so that partial sums
@@ -145,8 +145,8 @@ void product_and_bias(const Linear& a, const Buf& target, Stream s) {
         const T* residual = a.residual.as<T>();  // (BT, OC) or null
         const T* b = a.b.as<T>();                // (OC)
         const unsigned warps = cuda::blocks_for(size_t(a.OC), 32 * N);
-        CUDA_CHECK(simt::launch(linear_bias_kernel<T>, dim3(unsigned(a.BT)), dim3(32 * (warps < 8 ? warps : 8)), 0, s,
-                                y, residual, b, a.OC, a.OC % N == 0 && aligned16(y, residual, b)));
+        cuda::launch(linear_bias_kernel<T>, dim3(unsigned(a.BT)), dim3(32 * (warps < 8 ? warps : 8)), 0, s, y, residual,
+                     b, a.OC, a.OC % N == 0 && aligned16(y, residual, b));
         cuda::Gemm plain = g;
         plain.bias = {};
         plain.c = target;

@@ -12,7 +12,7 @@
 //   limits     any n >= 1; the last block of decay may be partly filled; clip not finite: nothing is written
 //   order      none: element by element, the CPU's operations in the CPU's order.  Each compiler chooses which products
 //              it fuses into sums, so the last bits may differ from the CPU's
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 
 #include <cmath>
@@ -74,10 +74,10 @@ __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constan
 }
 
 template <OptimizerKind kind>
-void launch(const Tensors& t, const Constants& f, size_t n, Stream s) {
+void launch_update(const Tensors& t, const Constants& f, size_t n, Stream s) {
     const bool vectors = device::aligned16(t.p, t.m, t.v, t.copy, t.grad);
-    CUDA_CHECK(simt::launch(optimizer_update_kernel<kind>, dim3(device::element_blocks<8>(n)),
-                            dim3(device::kElementThreads), 0, s, t, f, n, vectors));
+    cuda::launch(optimizer_update_kernel<kind>, dim3(device::element_blocks<8>(n)), dim3(device::kElementThreads), 0, s,
+                 t, f, n, vectors);
 }
 }  // namespace
 
@@ -97,11 +97,11 @@ void optimizer_update(const OptimizerUpdate& a, Stream s) {
     const Constants f = {a.beta1, a.beta2, a.eps, a.weight_decay, a.momentum};
     switch (a.kind) {
         case OptimizerKind::adamw:
-            return launch<OptimizerKind::adamw>(t, f, n, s);
+            return launch_update<OptimizerKind::adamw>(t, f, n, s);
         case OptimizerKind::adam:
-            return launch<OptimizerKind::adam>(t, f, n, s);
+            return launch_update<OptimizerKind::adam>(t, f, n, s);
         case OptimizerKind::sgd:
-            return launch<OptimizerKind::sgd>(t, f, n, s);
+            return launch_update<OptimizerKind::sgd>(t, f, n, s);
     }
 }
 }  // namespace cuda

@@ -50,6 +50,8 @@ SOURCES=(common kernels comm model trainer checkpoint data bench run train.cu)
 CUDA_HEADER='# *include [<"](cuda|cublas|cudnn|nccl|nv|cooperative_groups|mma)'
 only_in 'kernels/cuda/[^:]*|kernels/[^/:]*\.cuh|kernels/(simt|tensor_map)\.h|comm/nccl\.cpp|common/buf\.h' \
     'only kernels for GPUs and comm/nccl.cpp may include headers of CUDA, cuBLASLt, cuDNN and NCCL:' "$CUDA_HEADER" "${SOURCES[@]}"
+only_in 'kernels/cuda/[^:]*\.cuh?|kernels/[^/:]*\.cuh|kernels/tensor_map\.h|kernels/cuda/launch\.h' \
+    'only files of kernels include simt.h; the others need cuda.h alone:' 'include "kernels/simt\.h"' kernels
 only_in 'kernels/(ptx|wgmma)\.cuh' 'inline asm belongs into kernels/ptx.cuh:' '\basm\b|__asm' kernels
 only_in 'kernels/simt\.h' 'kernels are launched by simt::launch:' '<<<' kernels
 only_in 'kernels/simt\.h' 'shared memory is SIMT_SHARED or SIMT_DYN_SHARED:' '__shared__' kernels

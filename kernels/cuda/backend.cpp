@@ -1,14 +1,13 @@
-// The table of the CUDA backend, its memory, streams and marks.  The device itself: device.cu.
+// The table of the CUDA backend, its memory, streams and marks.  The device itself: device.cpp.
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/gemm_tuning.h"
 
-#include <string_view>
-
 namespace {
 // Throws for a failed allocation.  CUDA may refuse a size that no device has as invalid rather than as too large.
-void check_alloc(cudaError_t error, size_t n_bytes, const char* call) {
-    if (error != cudaErrorMemoryAllocation && error != cudaErrorInvalidValue) return cuda::check_cuda(error, call);
+void check_alloc(cudaError_t error, size_t n_bytes, bool pinned) {
+    if (error != cudaErrorMemoryAllocation && error != cudaErrorInvalidValue)
+        return cuda::check_cuda(error, pinned ? "cudaMallocHost" : "cudaMalloc");
     cudaGetLastError();  // not sticky: the next launch must not report it again
     size_t n_free = 0, n_total = 0;
     cudaMemGetInfo(&n_free, &n_total);
@@ -16,16 +15,16 @@ void check_alloc(cudaError_t error, size_t n_bytes, const char* call) {
          "out of memory: the device has {} of {} free, {} bytes ({}) asked{}; use a smaller train.micro_batch_size or "
          "model",
          human_bytes(n_free), human_bytes(n_total), n_bytes, human_bytes(n_bytes),
-         std::string_view(call) == "cudaMallocHost" ? " of pinned host memory" : "");
+         pinned ? " of pinned host memory" : "");
 }
 void* alloc(size_t n_bytes) {
     void* p = nullptr;
-    check_alloc(cudaMalloc(&p, n_bytes ? n_bytes : 1), n_bytes, "cudaMalloc");
+    check_alloc(cudaMalloc(&p, n_bytes ? n_bytes : 1), n_bytes, false);
     return p;
 }
 void* alloc_host(size_t n_bytes) {
     void* p = nullptr;
-    check_alloc(cudaMallocHost(&p, n_bytes ? n_bytes : 1), n_bytes, "cudaMallocHost");
+    check_alloc(cudaMallocHost(&p, n_bytes ? n_bytes : 1), n_bytes, true);
     return p;
 }
 // Destructors call the freeing functions, which report nothing: after a sticky error or at exit no work is left.
@@ -92,7 +91,7 @@ Graph* end_graph(Stream s) {
     return reinterpret_cast<Graph*>(graph);
 }
 void launch_graph(Graph* g, Stream s) {
-    cuda::check_cuda(cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(g), s), "simt::launch(cudaGraphLaunch, ...)");
+    cuda::check_launch(cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(g), s), "cudaGraphLaunch");
 }
 void free_graph(Graph* g) { cudaGraphExecDestroy(reinterpret_cast<cudaGraphExec_t>(g)); }
 

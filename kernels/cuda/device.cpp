@@ -9,7 +9,6 @@
 #include <memory>
 #include <string>
 #include <string_view>
-#include <utility>
 
 namespace {
 constexpr int kMinCapability = 80;  // bf16 mma, cp.async
@@ -39,20 +38,14 @@ std::string why_none(cudaError_t error) {
                        version_text(runtime));
 }
 
-// A kernel that exists only to ask whether this binary holds code for a device.
-__global__ void probe_kernel() {}
-
-// The last launches, for error messages: the kernel, or the call's text where a library chose the kernel.
-struct LaunchNote {
-    const void* kernel;
-    const char* call;
+// The last launches, for error messages: the kernel, or the call of the library that chose the kernel.
+struct Launch {
+    const void* kernel = nullptr;
+    const char* call = nullptr;
 };
 constexpr unsigned kLaunchesKept = 4;
-LaunchNote launches[kLaunchesKept];  // of the thread that computes
+Launch launches[kLaunchesKept];  // of the thread that computes
 unsigned n_launches = 0;
-
-constexpr std::string_view kLaunch = "simt::launch(";
-bool is_launch(const char* call) { return std::string_view(call).starts_with(kLaunch); }
 
 // "gelu_kernel<float>" of "void (anonymous namespace)::gelu_kernel<float>(float*, ...)", without namespaces.
 std::string short_name(std::string text) {
@@ -66,12 +59,10 @@ std::string short_name(std::string text) {
     const size_t closed = text.rfind(">(");
     return text.substr(begin, (closed != std::string::npos ? closed + 1 : text.find('(', stop)) - begin);
 }
-std::string name_of(const LaunchNote& note) {
+std::string name_of(const Launch& launch) {
+    if (launch.call) return launch.call;
     const char* name = nullptr;
-    if (!note.kernel || cudaFuncGetName(&name, note.kernel) != cudaSuccess) {
-        const std::string_view text = std::string_view(note.call).substr(kLaunch.size());
-        return std::string(text.substr(0, text.find(',')));
-    }
+    if (cudaFuncGetName(&name, launch.kernel) != cudaSuccess) return fmt::format("the kernel at {}", launch.kernel);
     int status = 0;
     const std::unique_ptr<char, decltype(&std::free)> plain(abi::__cxa_demangle(name, nullptr, nullptr, &status),
                                                             std::free);
@@ -84,6 +75,20 @@ std::string last_launches() {
         out += fmt::format("{}{}", out.empty() ? "" : ", ", name_of(launches[i % kLaunchesKept]));
     return out;
 }
+
+[[noreturn]] void report(cudaError_t error, const std::string& where) {
+    std::string text = fmt::format("CUDA: {} in {}", cudaGetErrorString(error), where);
+    cudaGetLastError();  // clears an error that is not sticky: the next launch must not report it again
+    if (const std::string last = last_launches(); !last.empty() && !cuda::waits_for_each_launch())
+        text += fmt::format("; launched last: {} (KILN_CUDA_SYNC=1 names the guilty one)", last);
+    throw Error(error == cudaErrorMemoryAllocation ? Exit::memory : Exit::internal, text);
+}
+void note(const Launch& launch, cudaError_t error) {
+    launches[n_launches++ % kLaunchesKept] = launch;
+    if (error == cudaSuccess && cuda::waits_for_each_launch()) error = cudaDeviceSynchronize();
+    if (error != cudaSuccess) report(error, name_of(launch));
+}
+
 int open_ordinal = 0;  // the first device, for tests, which open none
 }  // namespace
 
@@ -94,18 +99,10 @@ bool waits_for_each_launch() {
 }
 
 void check_cuda(cudaError_t error, const char* call) {
-    if (is_launch(call)) {
-        launches[n_launches++ % kLaunchesKept] = {std::exchange(simt::last_kernel, nullptr), call};
-        if (error == cudaSuccess && waits_for_each_launch()) error = cudaDeviceSynchronize();
-    }
-    if (error == cudaSuccess) return;
-    const std::string where = is_launch(call) ? name_of(launches[(n_launches - 1) % kLaunchesKept]) : std::string(call);
-    std::string text = fmt::format("CUDA: {} in {}", cudaGetErrorString(error), where);
-    cudaGetLastError();  // clears an error that is not sticky: the next launch must not report it again
-    if (const std::string last = last_launches(); !last.empty() && !waits_for_each_launch())
-        text += fmt::format("; launched last: {} (KILN_CUDA_SYNC=1 names the guilty one)", last);
-    throw Error(error == cudaErrorMemoryAllocation ? Exit::memory : Exit::internal, text);
+    if (error != cudaSuccess) report(error, call);
 }
+void check_launch(cudaError_t error, const void* kernel) { note({.kernel = kernel}, error); }
+void check_launch(cudaError_t error, const char* call) { note({.call = call}, error); }
 
 Buf workspace_bytes(size_t n_bytes, const char* op) {
     // Never freed: at exit the driver may be gone before static objects are.
@@ -165,8 +162,7 @@ CudaDevice open_cuda_device(int ordinal) {
     CUDA_CHECK(cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, ordinal));
 
     cudaError_t error = cudaSetDevice(ordinal);
-    cudaFuncAttributes attributes{};
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel));
+    if (error == cudaSuccess) error = cuda::find_code();
     if (error != cudaSuccess) {
         const std::string reason = cudaGetErrorString(error);
         cudaGetLastError();

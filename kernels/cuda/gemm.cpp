@@ -1,4 +1,4 @@
-// Calls cuBLASLt, with descriptors made once per kind of product.  gemm_tuning.cu chooses the algorithm.
+// Calls cuBLASLt, with descriptors made once per kind of product.  gemm_tuning.cpp chooses the algorithm.
 //
 // cuBLASLt is column-major: it sees a row-major matrix as its transpose.  So we ask for d^T = b^T a^T: the library's A
 // is our b, its B our a, its m our N, and the rows of its D, which carry the bias, are our columns.
@@ -149,7 +149,7 @@ bool split(cuda::GemmAlgorithm& a, int32_t parts) {
     uint32_t known = 0;
     const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     size_t n = 0;
-    cublasLtMatmulAlgo_t* o = &a.opaque;
+    cublasLtMatmulAlgo_t* o = &a;
     const auto done = [](cublasStatus_t status) { return status == CUBLAS_STATUS_SUCCESS; };
     return done(cublasLtMatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_SPLITK_SUPPORT, &can, sizeof can, &n)) && can &&
            done(cublasLtMatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_REDUCTION_SCHEME_MASK, &known, sizeof known,
@@ -236,7 +236,7 @@ void add_splits(std::vector<GemmAlgorithm>& all, const GemmPlan& p) {
     const std::vector<GemmAlgorithm> found = all;
     for (const int32_t parts : {2, 3, 4, 6, 8, 12, 16})
         for (GemmAlgorithm a : found) {
-            const auto is_a = [&](const GemmAlgorithm& b) { return std::ranges::equal(a.opaque.data, b.opaque.data); };
+            const auto is_a = [&](const GemmAlgorithm& b) { return std::ranges::equal(a.data, b.data); };
             if (all.size() < kEnough && split(a, parts) && std::ranges::none_of(all, is_a) &&
                 check_algorithm(p, a) == CUBLAS_STATUS_SUCCESS)
                 all.push_back(a);
@@ -259,8 +259,7 @@ std::vector<GemmAlgorithm> guesses(const GemmPlan& p, const GemmKey& k, int n, c
 
 cublasStatus_t check_algorithm(const GemmPlan& p, const GemmAlgorithm& algorithm) {
     cublasLtMatmulHeuristicResult_t r = {};
-    const cublasStatus_t status =
-        cublasLtMatmulAlgoCheck(handle(), p.product, p.a, p.b, p.d, p.d, &algorithm.opaque, &r);
+    const cublasStatus_t status = cublasLtMatmulAlgoCheck(handle(), p.product, p.a, p.b, p.d, p.d, &algorithm, &r);
     if (status == CUBLAS_STATUS_SUCCESS && r.workspaceSize > gemm_workspace().count) return CUBLAS_STATUS_NOT_SUPPORTED;
     return status;
 }
@@ -271,9 +270,9 @@ cublasStatus_t multiply(const Gemm& g, const GemmPlan& p, const GemmAlgorithm& a
     const float one = 1, beta = adds && g.c ? 1 : 0;
     const void* c = adds ? added_to(g).data : g.d.data;
     const cublasStatus_t status = cublasLtMatmul(handle(), p.product, &one, g.b.data, p.a, g.a.data, p.b, &beta, c, p.d,
-                                                 g.d.data, p.d, &algorithm.opaque, workspace.data, workspace.count, s);
+                                                 g.d.data, p.d, &algorithm, workspace.data, workspace.count, s);
     if (status == CUBLAS_STATUS_SUCCESS)
-        check_cuda(cudaSuccess, "simt::launch(cublasLtMatmul, ...)");  // a later fault may name this launch
+        check_launch(cudaSuccess, "cublasLtMatmul");  // a later fault may name this launch
     return status;
 }
 

@@ -50,13 +50,13 @@ std::string made_for() {
 // An algorithm as 128 hexadecimal digits.
 std::string text_of(const Algorithm& a) {
     std::string text;
-    for (const uint64_t word : a.opaque.data) text += fmt::format("{:016x}", word);
+    for (const uint64_t word : a.data) text += fmt::format("{:016x}", word);
     return text;
 }
 bool read(const std::string& text, Algorithm& a) {
-    if (text.size() != 16 * std::size(a.opaque.data)) return false;
+    if (text.size() != 16 * std::size(a.data)) return false;
     const char* p = text.data();
-    for (uint64_t& word : a.opaque.data) {
+    for (uint64_t& word : a.data) {
         const auto [end, error] = std::from_chars(p, p + 16, word, 16);
         if (error != std::errc() || end != p + 16) return false;
         p += 16;
