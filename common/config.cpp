@@ -60,18 +60,26 @@ bool boolean(const std::string& at, const Key& key, const YamlNode& v) {
     return v.text == "true";
 }
 
-std::string text(const std::string& at, const Key& key, const YamlNode& v) {
+const std::string& scalar(const std::string& at, const Key& key, const YamlNode& v) {
     if (v.kind != Kind::scalar) refuse_value(at, key, v, "is not text; expected " + allowed_values(key));
-    const std::string& s = v.text;
-    if (!key.values.empty()) {
-        if (contains(key.values, s)) return s;
-        if (contains(key.later, s))
-            refuse_value(at, key, v, "is not available in this build; available: " + allowed_values(key));
-        const std::string near = nearest(s, key.values);
-        refuse_value(
-            at, key, v,
-            "is unknown; expected " + allowed_values(key) + (near.empty() ? "" : "; did you mean " + near + "?"));
-    }
+    return v.text;
+}
+
+// The place of a word among words_of(key).
+size_t word(const std::string& at, const Key& key, const YamlNode& v) {
+    const std::string& s = scalar(at, key, v);
+    const std::vector<std::string> words = words_of(key);
+    if (const auto found = std::ranges::find(words, s); found != words.end()) return size_t(found - words.begin());
+    if (contains(key.later, s))
+        refuse_value(at, key, v, "is not available in this build; available: " + allowed_values(key));
+    const std::string near = nearest(s, words);
+    refuse_value(at, key, v,
+                 "is unknown; expected " + allowed_values(key) + (near.empty() ? "" : "; did you mean " + near + "?"));
+}
+
+std::string text(const std::string& at, const Key& key, const YamlNode& v) {
+    if (!key.values.empty()) return key.values[word(at, key, v)];
+    const std::string& s = scalar(at, key, v);
     const auto is_control = [](char c) { return (c >= 0 && c < ' ') || c == 0x7f; };
     if (key.form != Form::any && std::any_of(s.begin(), s.end(), is_control))
         refuse_value(at, key, v, "holds a control character; expected " + allowed_values(key));
@@ -96,8 +104,11 @@ void set(Config& c, const std::string& at, const Key& key, const YamlNode& v) {
     if (v.kind == Kind::null) refuse_value(at, key, v, "has no value; expected " + allowed_values(key));
     const bool is_word = *key.zero_word && v.kind == Kind::scalar && !v.quoted && v.text == key.zero_word;
     std::visit(
-        [&]<class T>(T* member) {
-            if constexpr (std::is_same_v<T, bool>)
+        [&](auto member) {
+            using T = std::remove_reference_t<decltype(*member)>;
+            if constexpr (std::is_same_v<decltype(member), WordMember>)
+                *member = uint8_t(word(at, key, v));
+            else if constexpr (std::is_same_v<T, bool>)
                 *member = boolean(at, key, v);
             else if constexpr (std::is_arithmetic_v<T>)
                 *member = is_word ? T(0) : T(number<T>(at, key, v) + T(0));  // + 0: -0.0 becomes 0.0
@@ -225,15 +236,24 @@ class Checks {
             refuse("schedule.min_learning_rate",
                    "schedule.min_learning_rate = {} is above optimizer.learning_rate = {}", s.min_learning_rate,
                    c_.optimizer.learning_rate);
-        if (s.name == "constant") return;
-        if (s.name == "wsd") {
-            const int64_t decay = s.decay_steps > 0 ? s.decay_steps : steps / 5;
-            if (steps > 0 && s.warmup_steps + decay > steps)
-                refuse("schedule.decay_steps",
-                       "schedule.warmup_steps + schedule.decay_steps = {} + {} = {} is more than train.max_steps = {}",
-                       s.warmup_steps, decay, s.warmup_steps + decay, steps);
-            return;
+        switch (s.name) {
+            case ScheduleKind::constant:
+                return;
+            case ScheduleKind::cosine:
+            case ScheduleKind::linear:
+                return falls_after_warmup(s, steps);
+            case ScheduleKind::wsd:
+                return fits_after_warmup(s, steps);
         }
+    }
+    void fits_after_warmup(const Config::Schedule& s, int64_t steps) const {
+        const int64_t decay = s.decay_steps > 0 ? s.decay_steps : steps / 5;
+        if (steps > 0 && s.warmup_steps + decay > steps)
+            refuse("schedule.decay_steps",
+                   "schedule.warmup_steps + schedule.decay_steps = {} + {} = {} is more than train.max_steps = {}",
+                   s.warmup_steps, decay, s.warmup_steps + decay, steps);
+    }
+    void falls_after_warmup(const Config::Schedule& s, int64_t steps) const {
         if (s.decay_steps > 0 && s.decay_steps <= s.warmup_steps)
             refuse("schedule.decay_steps",
                    "schedule.decay_steps = {} is not after schedule.warmup_steps = {}; both count from the first step",
@@ -264,8 +284,11 @@ std::string yaml_value(Config& c, const Key& key) {
         return items.empty() ? "[]" : items;
     };
     return std::visit(
-        [&]<class T>(T* member) {
-            if constexpr (std::is_same_v<T, std::vector<std::string>>) {
+        [&](auto member) {
+            using T = std::remove_reference_t<decltype(*member)>;
+            if constexpr (std::is_same_v<decltype(member), WordMember>) {
+                return (*member.words)[*member];
+            } else if constexpr (std::is_same_v<T, std::vector<std::string>>) {
                 return block(*member);
             } else if constexpr (std::is_same_v<T, std::string>) {
                 return key.values.empty() ? yaml_quoted(*member) : *member;
@@ -310,8 +333,8 @@ std::string value_of(const Config& config, const std::string& name) {
     for (const Key& key : config_keys())
         if (key.name == name && key.member)
             return std::visit(
-                [&]<class T>(T* member) {
-                    if constexpr (std::is_same_v<T, std::vector<std::string>>)
+                [&](auto member) {
+                    if constexpr (std::is_same_v<decltype(member), std::vector<std::string>*>)
                         return fmt::format("[{}]", fmt::join(*member, ", "));
                     else
                         return yaml_value(c, key);
@@ -325,7 +348,7 @@ std::vector<std::string> differing_keys(const Config& a, const Config& b) {
     std::vector<std::string> names;
     for (const Key& key : config_keys()) {
         if (!key.member) continue;
-        const auto same = [](auto* p, auto* q) {
+        const auto same = [](auto p, auto q) {
             if constexpr (std::is_same_v<decltype(p), decltype(q)>) return *p == *q;
             return false;
         };

@@ -7,20 +7,22 @@
 #include <string>
 #include <vector>
 
+#include "common/config_words.h"
+
 struct Config {
     struct Run {
         std::string name;  // required; one path component
         std::string out_dir = "runs";
         uint64_t seed = 1337;
-        double max_minutes = 0;            // 0: no limit; else save and exit 85
-        std::string on_bad_step = "skip";  // skip | stop: a loss or gradient that is not finite
+        double max_minutes = 0;                   // 0: no limit; else save and exit 85
+        OnBadStep on_bad_step = OnBadStep::skip;  // where a loss or gradient is not finite
     } run;
     struct Device {
-        std::string kind = "auto";       // auto | cpu | cuda
-        std::string dtype = "fp32";      // fp32 | bf16: of activations and matrix products
-        int threads = 0;                 // 0: auto, this rank's share of the host's cores
-        std::string attention = "auto";  // auto | portable | sm90 | cudnn: the kernels of attention on a GPU
-        std::string graph = "auto";      // auto | on | off: replay a GPU's step from a CUDA graph
+        DeviceKind kind = DeviceKind::automatic;
+        Precision dtype = Precision::fp32;                 // of activations and matrix products
+        int threads = 0;                                   // 0: auto, this rank's share of the host's cores
+        UseAttention attention = UseAttention::automatic;  // the kernels of attention on a GPU
+        UseGraph graph = UseGraph::automatic;              // replay a GPU's step from a CUDA graph
     } device;
     struct Model {
         std::string architecture = "gpt2";
@@ -32,23 +34,23 @@ struct Config {
     struct Data {
         std::vector<std::string> train, val;  // train required; globs
         bool shuffle = true;
-        std::string tokenizer;        // file; only for generate and samples
-        std::string format = "auto";  // auto | nanogpt
+        std::string tokenizer;  // file; only for generate and samples
+        ShardFormat format = ShardFormat::automatic;
     } data;
     struct Train {
         int64_t max_steps = 0;  // exactly one of max_steps and max_epochs is given
         double max_epochs = 0;
         int global_batch_size = 0, micro_batch_size = 0;  // required; sequences
         double grad_clip = 1.0;                           // 0: off
-        std::string recompute = "none";                   // none | gelu | block: what the backward pass computes again
+        Recompute recompute = Recompute::none;
     } train;
     struct Optimizer {
-        std::string name = "adamw";  // adamw | adam | sgd
-        double learning_rate = 0;    // required
+        OptimizerKind name = OptimizerKind::adamw;
+        double learning_rate = 0;  // required
         double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, momentum = 0;
     } optimizer;
     struct Schedule {
-        std::string name = "constant";  // constant | cosine | linear | wsd
+        ScheduleKind name = ScheduleKind::constant;
         int64_t warmup_steps = 0;
         int64_t decay_steps = 0;  // 0: "all"
         double min_learning_rate = 0;
@@ -66,7 +68,7 @@ struct Config {
         int64_t interval = 1;
     } log;
     struct Parallel {
-        std::string allreduce = "auto";  // auto | ordered | mpi | ring
+        UseAllReduce allreduce = UseAllReduce::automatic;
     } parallel;
 };
 

@@ -6,10 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "common/config_words.h"
 #include "common/file.h"
 #include "common/log.h"
-
-enum class ShardFormat { automatic, nanogpt };  // data.format
 
 class Shard {
   public:

@@ -16,6 +16,7 @@
 #pragma once
 #include "common/arena.h"
 #include "common/buf.h"
+#include "common/config_words.h"
 
 #include <string>
 
@@ -174,11 +175,11 @@ struct Hash {  // y = sum of hash_word(i, x's word i) (common/hash.h), modulo 2^
 
 constexpr size_t kDecayBlock = 64;  // elements of a flat buffer that share one flag of weight decay
 
-// The three optimizers share one struct.  All moments and master parameters are f32 (f64 in the double instance).
+// The optimizers share one struct; common/config_words.h lists them.  All moments and master parameters are f32 (f64 in
+// the double instance).
 //   g = grad * clip[0];   adamw: decoupled decay, p -= lr * weight_decay * p where decay[] says so
 //   adam:  g += weight_decay * p where decay[] says so, then as adamw without its decay
 //   sgd:   g likewise; m = momentum * m + g; p -= lr * m   (v is absent)
-enum class OptimizerKind : uint8_t { adamw, adam, sgd };
 struct OptimizerUpdate {
     Buf param;  // (n)     out  +=  master
     Buf copy;   // (n)     out  =   bf16: param rounded, for the next forward pass; absent where param itself is used

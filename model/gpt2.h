@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "common/config_words.h"
 #include "kernels/ops.h"
 
 struct GPT2Config {
@@ -96,13 +97,6 @@ void visit(GPT2Params& p, const GPT2Config& c, F&& f) {
 
 // Parameters without the rows that only pad the vocabulary.
 size_t count_params(const GPT2Config& c);
-
-// What the backward pass computes again instead of keeping it from the forward pass (train.recompute).
-enum class Recompute : uint8_t {
-    none,
-    gelu,  // the GELU's output.  In bf16 GELU then sees its input as stored, never the sum before rounding
-    block  // all of a block but its output: one forward pass more, but for the last block.  The bits of none
-};
 
 struct BlockActs {
     Buf ln1;                 // (BT, C)

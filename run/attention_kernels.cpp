@@ -6,12 +6,13 @@
 #include "common/error.h"
 
 namespace {
-constexpr const char* kDtype = "bf16";  // of all kernels but portable, with heads of kFastHeadSizes
+constexpr Precision kPrecision = Precision::bf16;  // of all kernels but portable, with heads of kFastHeadSizes
 
 // What of the config these kernels cannot compute, and what they expect; empty: nothing.
 std::string misfit(const Config& c) {
-    if (c.device.dtype != kDtype)
-        return fmt::format("device.dtype = {}, expected {}; set device.dtype: {}", c.device.dtype, kDtype, kDtype);
+    if (c.device.dtype != kPrecision)
+        return fmt::format("device.dtype = {}, expected {}; set device.dtype: {}", word_of(c.device.dtype),
+                           word_of(kPrecision), word_of(kPrecision));
     const int head_size = c.model.n_embd / c.model.n_head;
     if (is_fast_head(head_size)) return "";
     return fmt::format("model.n_embd / model.n_head = {} / {} = {}, expected {}; change these", c.model.n_embd,
@@ -34,8 +35,15 @@ const char* attention_name(AttentionKernel kernel) {
 }
 
 AttentionKernel preferred_attention(const Config& config) {
-    if (config.device.attention == "portable") return AttentionKernel::portable;
-    if (config.device.attention != "cudnn") return AttentionKernel::sm90;
+    switch (config.device.attention) {
+        case UseAttention::portable:
+            return AttentionKernel::portable;
+        case UseAttention::automatic:
+        case UseAttention::sm90:
+            return AttentionKernel::sm90;
+        case UseAttention::cudnn:
+            break;
+    }
     const char* fastest = std::getenv("KILN_CUDNN_FASTEST");
     return fastest && std::string_view(fastest) == "1" ? AttentionKernel::cudnn_fastest : AttentionKernel::cudnn;
 }
@@ -45,7 +53,7 @@ AttentionChoice choose_attention(const Config& config, const std::string& refusa
     if (preferred == AttentionKernel::portable) return {};
     const char* name = attention_name(preferred);
     const std::string unfit = misfit(config);
-    const bool asked_for = config.device.attention != "auto";
+    const bool asked_for = config.device.attention != UseAttention::automatic;
     if (asked_for && !refusal.empty())
         fail(Exit::usage, "device.attention: {} cannot be used: {}; use device.attention: auto", name, refusal);
     if (asked_for && !unfit.empty())

@@ -18,14 +18,26 @@
 #endif
 
 namespace {
+bool needs_gpu(UseAttention kernels) {
+    switch (kernels) {
+        case UseAttention::automatic:
+        case UseAttention::portable:
+            return false;
+        case UseAttention::sm90:
+        case UseAttention::cudnn:
+            return true;
+    }
+    return true;
+}
+
 // `why` says why it is not a GPU; empty where the CPU was asked for.
 RunDevice cpu(const Config& config, const std::string& why) {
-    if (config.device.dtype != "fp32")
-        fail(Exit::usage, "device.dtype: {} needs a GPU{}{}; the CPU computes in fp32", config.device.dtype,
+    if (config.device.dtype != Precision::fp32)
+        fail(Exit::usage, "device.dtype: {} needs a GPU{}{}; the CPU computes in fp32", word_of(config.device.dtype),
              why.empty() ? "" : "; ", why);
-    if (const std::string& kernels = config.device.attention; kernels != "auto" && kernels != "portable")
-        fail(Exit::usage, "device.attention: {} needs a GPU{}{}; use device.attention: auto", kernels,
-             why.empty() ? "" : "; ", why);
+    if (needs_gpu(config.device.attention))
+        fail(Exit::usage, "device.attention: {} needs a GPU{}{}; use device.attention: auto",
+             word_of(config.device.attention), why.empty() ? "" : "; ", why);
     RunDevice chosen{.k = cpu_backend(), .name = "cpu"};
     if (!why.empty()) chosen.note = "device.kind: auto uses the CPU; " + why;
     return chosen;
@@ -54,6 +66,20 @@ bool first_with(Comm& comm, uint64_t mine) {
     std::vector<uint64_t> all(size_t(comm.size()));  // (ranks)
     comm.all_gather(&mine, all.data(), sizeof mine);
     return std::ranges::find(all, mine) - all.begin() == comm.rank();
+}
+
+// These words move gradients by NCCL where every rank has a GPU of its own.
+bool takes_nccl(UseAllReduce how) {
+    switch (how) {
+        case UseAllReduce::automatic:
+        case UseAllReduce::ordered:
+        case UseAllReduce::nccl:
+            return true;
+        case UseAllReduce::mpi:
+        case UseAllReduce::ring:
+            return false;
+    }
+    return false;
 }
 
 // Why these kernels cannot run on every rank's open device: the first such rank's reason.  The same on all ranks, whose
@@ -88,8 +114,7 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
         log.warn(
             "ranks share GPUs (on rank 0's host {} ranks share {} GPU(s)): gradients are reduced through host memory",
             comm.local_size(), n_devices);
-    const std::string& how = config.parallel.allreduce;
-    if (training && chosen.own && comm.size() > 1 && (how == "auto" || how == "nccl" || how == "ordered")) {
+    if (training && chosen.own && comm.size() > 1 && takes_nccl(config.parallel.allreduce)) {
         const size_t before = chosen.k.memory_state().n_free;
         chosen.nccl = std::make_shared<NcclComm>(comm);
         chosen.nccl_bytes = before - std::min(before, chosen.k.memory_state().n_free);
@@ -102,7 +127,14 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
 
 RunDevice choose_device(const Config& config, [[maybe_unused]] Comm& comm, [[maybe_unused]] Log& log,
                         [[maybe_unused]] bool training) {
-    if (config.device.kind == "cpu") return cpu(config, "");
+    switch (config.device.kind) {
+        case DeviceKind::cpu:
+            return cpu(config, "");
+        case DeviceKind::automatic:
+        case DeviceKind::cuda:
+            break;
+    }
+    const bool gpu_only = config.device.kind == DeviceKind::cuda;
 #if KILN_CUDA
     std::string why;
     const int mine = cuda_device_count(&why);
@@ -110,10 +142,10 @@ RunDevice choose_device(const Config& config, [[maybe_unused]] Comm& comm, [[may
     comm.all_gather(&mine, all.data(), sizeof mine);
     if (std::ranges::all_of(all, [](int n) { return n > 0; })) return gpu(config, comm, log, mine, training);
     const std::string none = mine > 0 ? fmt::format("rank(s) {} have no GPU", ranks_without(all)) : "no GPU: " + why;
-    if (config.device.kind == "cuda") fail(Exit::usage, "device.kind: cuda, but {}; use device.kind: cpu", none);
+    if (gpu_only) fail(Exit::usage, "device.kind: cuda, but {}; use device.kind: cpu", none);
     return cpu(config, none);
 #else
-    if (config.device.kind == "cuda")
+    if (gpu_only)
         fail(Exit::usage,
              "device.kind: cuda is not available in this build, which was made without nvcc; use device.kind: cpu");
     return cpu(config, "no GPU: this build was made without CUDA");

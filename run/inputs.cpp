@@ -10,8 +10,8 @@ uint64_t eval_sequences(const Config& c, const TokenStream& val) {
 }  // namespace
 
 TokenStream open_data(const Context& x, const char* key, const std::vector<std::string>& patterns) {
-    const ShardFormat format = x.config.data.format == "nanogpt" ? ShardFormat::nanogpt : ShardFormat::automatic;
-    return TokenStream(key, patterns, format, x.config.model.context_length, x.config.model.vocab_size, x.log);
+    return TokenStream(key, patterns, x.config.data.format, x.config.model.context_length, x.config.model.vocab_size,
+                       x.log);
 }
 
 Tokenizer open_tokenizer(const Config& c) {

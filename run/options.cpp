@@ -13,18 +13,36 @@ GPT2Config model_config(const Config& c) {
             .dropout = float(c.model.dropout)};
 }
 
-// The reduction that parallel.allreduce names; auto is never chosen by timing.
-AllReduce choose_reduction(const Config& c, const RunDevice& device, int size) {
-    const std::string& how = c.parallel.allreduce;
-    if (how == "mpi") return AllReduce::mpi;
-    if (how == "ring") return AllReduce::ring;
-    if (how == "ordered") return AllReduce::ordered;
-    if (how == "nccl" && !device.own)
-        fail(Exit::usage, "parallel.allreduce: nccl needs a GPU of its own for every rank; this run has {}; use auto",
-             device.name);
+// The algorithm that parallel.allreduce names; auto is never chosen by timing.
+AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) {
+    switch (c.parallel.allreduce) {
+        case UseAllReduce::mpi:
+            return AllReduce::mpi;
+        case UseAllReduce::ring:
+            return AllReduce::ring;
+        case UseAllReduce::ordered:
+            return AllReduce::ordered;
+        case UseAllReduce::nccl:
+            if (device.own) return AllReduce::nccl;
+            fail(Exit::usage,
+                 "parallel.allreduce: nccl needs a GPU of its own for every rank; this run has {}; use auto",
+                 device.name);
+        case UseAllReduce::automatic:
+            break;
+    }
     if (device.own) return AllReduce::nccl;
     const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
     return (size & (size - 1)) == 0 && runs % size == 0 ? AllReduce::ordered : AllReduce::mpi;
+}
+
+DType real_of(Precision precision) {
+    switch (precision) {
+        case Precision::fp32:
+            return DType::f32;
+        case Precision::bf16:
+            return DType::bf16;
+    }
+    return DType::f32;
 }
 }  // namespace
 
@@ -34,11 +52,9 @@ TrainerOptions model_options(const Context& x) {
     o.model = model_config(c);
     o.global_batch_size = c.train.global_batch_size;
     o.micro_batch_size = c.train.micro_batch_size;
-    o.recompute = c.train.recompute == "block"  ? Recompute::block
-                  : c.train.recompute == "gelu" ? Recompute::gelu
-                                                : Recompute::none;
+    o.recompute = c.train.recompute;
     o.allreduce = AllReduce::mpi;
-    o.real = c.device.dtype == "bf16" ? DType::bf16 : DType::f32;
+    o.real = real_of(c.device.dtype);
     o.seed = c.run.seed;
     return o;
 }
@@ -46,12 +62,10 @@ TrainerOptions model_options(const Context& x) {
 TrainerOptions training_options(const Context& x) {
     const Config& c = x.config;
     TrainerOptions o = model_options(x);
-    o.allreduce = choose_reduction(c, x.device, x.comm.size());
+    o.allreduce = choose_all_reduce(c, x.device, x.comm.size());
     o.nccl = x.device.nccl.get();
-    o.graph = c.device.graph == "on" ? UseGraph::on : c.device.graph == "off" ? UseGraph::off : UseGraph::automatic;
-    o.optimizer.kind = c.optimizer.name == "adamw"  ? OptimizerKind::adamw
-                       : c.optimizer.name == "adam" ? OptimizerKind::adam
-                                                    : OptimizerKind::sgd;
+    o.graph = c.device.graph;
+    o.optimizer.kind = c.optimizer.name;
     o.optimizer.beta1 = float(c.optimizer.beta1);
     o.optimizer.beta2 = float(c.optimizer.beta2);
     o.optimizer.eps = float(c.optimizer.eps);
@@ -62,11 +76,7 @@ TrainerOptions training_options(const Context& x) {
 }
 
 Schedule schedule_of(const Config& c, int64_t total_steps) {
-    const auto kind = c.schedule.name == "cosine"   ? ScheduleKind::cosine
-                      : c.schedule.name == "linear" ? ScheduleKind::linear
-                      : c.schedule.name == "wsd"    ? ScheduleKind::wsd
-                                                    : ScheduleKind::constant;
-    return {.kind = kind,
+    return {.kind = c.schedule.name,
             .learning_rate = c.optimizer.learning_rate,
             .min_learning_rate = c.schedule.min_learning_rate,
             .warmup_steps = c.schedule.warmup_steps,

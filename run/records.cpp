@@ -42,7 +42,7 @@ ordered_json run_record(const Context& x, const Trainer& trainer, const RunState
                            {"commit", x.commit},
                            {"config_hash", hash_text(hash64(state.config))},
                            {"device", x.device.name},
-                           {"dtype", x.config.device.dtype}};
+                           {"dtype", word_of(x.config.device.dtype)}};
     if (!x.device.attention.empty()) record["attention"] = x.device.attention;
     if (!state.choices.empty()) record["gemm_choices"] = hash_text(hash64(state.choices));
     record.update({{"world", x.comm.size()},

@@ -198,17 +198,17 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
         x_.log.warn("train.micro_batch_size changed from {} to {}: the run goes on, but not bit for bit",
                     before.train.micro_batch_size, x_.config.train.micro_batch_size);
     if (before.device.dtype != x_.config.device.dtype)
-        x_.log.warn("device.dtype changed from {} to {}: the run goes on, but not bit for bit", before.device.dtype,
-                    x_.config.device.dtype);
-    const auto apart = [](const Config& c) { return c.train.recompute == "gelu"; };  // GELU, from its product
-    if (apart(before) != apart(x_.config) && x_.config.device.dtype == "bf16")
+        x_.log.warn("device.dtype changed from {} to {}: the run goes on, but not bit for bit",
+                    word_of(before.device.dtype), word_of(x_.config.device.dtype));
+    const auto apart = [](const Config& c) { return c.train.recompute == Recompute::gelu; };  // GELU, from its product
+    if (apart(before) != apart(x_.config) && x_.config.device.dtype == Precision::bf16)
         x_.log.warn("train.recompute changed from {} to {}: the run goes on, but not bit for bit",
-                    before.train.recompute, x_.config.train.recompute);
+                    word_of(before.train.recompute), word_of(x_.config.train.recompute));
     if (const std::string& now = x_.device.attention;
         saved.attention != now && !saved.attention.empty() && !now.empty())
         x_.log.warn(
             "the attention kernels changed from {} to {} (device.attention: {}): the run goes on, but not bit for bit",
-            saved.attention, now, x_.config.device.attention);
+            saved.attention, now, word_of(x_.config.device.attention));
     require_same_data("data.train", saved.train, state_.train);
     require_same_data("data.val", saved.val, state_.val);
     load_weights(checkpoint, x_.device.k, trainer_);
@@ -225,7 +225,7 @@ void TrainingRun::announce() {
     const GPT2Config& c = trainer_.config();
     const std::string& attention = x_.device.attention;
     x_.log.info("kiln {}: {} x {} in {}{}{} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(),
-                x_.device.name, x_.config.device.dtype, attention.empty() ? "" : " with attention ", attention,
+                x_.device.name, word_of(x_.config.device.dtype), attention.empty() ? "" : " with attention ", attention,
                 x_.comm.name(), x_.threads, trainer_.reduction());
     if (!x_.device.note.empty()) x_.log.info("{}", x_.device.note);
     x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
@@ -250,8 +250,9 @@ void TrainingRun::announce_peak() {
     const auto text = [](std::optional<double> flops) {
         return flops ? fmt::format("{:.4g} TFLOP/s", *flops / 1e12) : "unknown";
     };
-    x_.log.info("peak in {} of {} {}(s), for MFU: measured {}, by the vendor {}", x_.config.device.dtype, peak_.devices,
-                x_.device.bus_id.empty() ? "rank" : "GPU", text(peak_.measured_flops), text(peak_.vendor_flops));
+    x_.log.info("peak in {} of {} {}(s), for MFU: measured {}, by the vendor {}", word_of(x_.config.device.dtype),
+                peak_.devices, x_.device.bus_id.empty() ? "rank" : "GPU", text(peak_.measured_flops),
+                text(peak_.vendor_flops));
 }
 
 uint64_t TrainingRun::tokens_per_step() const {
@@ -316,7 +317,12 @@ void TrainingRun::bad_step(const StepResult& r) {
         fmt::format("step {}: loss {} or gradient norm {} is not finite", state_.step, r.loss, r.grad_norm);
     if (x_.comm.rank() == 0)
         dir_->record({{"type", "event"}, {"step", state_.step}, {"event", "bad_step"}, {"message", what}});
-    if (x_.config.run.on_bad_step == "stop") fail(Exit::numeric, "{}; run.on_bad_step: stop", what);
+    switch (x_.config.run.on_bad_step) {
+        case OnBadStep::stop:
+            fail(Exit::numeric, "{}; run.on_bad_step: stop", what);
+        case OnBadStep::skip:
+            break;
+    }
     if (bad_steps_ >= kMaxBadSteps)
         fail(Exit::numeric, "{}, the {}th in a row; lower optimizer.learning_rate or resume from an older checkpoint",
              what, bad_steps_);

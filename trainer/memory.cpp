@@ -16,9 +16,6 @@ void plan_params(Arena& arena, GPT2Params& p, const GPT2Config& c, DType t, cons
 Arena make_param_arena(const char* name, DType t) { return Arena(name, kDecayBlock * dtype_bytes(t)); }
 
 constexpr std::array kLevels = {Recompute::none, Recompute::gelu, Recompute::block};
-const char* level_name(Recompute level) {
-    return level == Recompute::block ? "block" : level == Recompute::gelu ? "gelu" : "none";
-}
 
 // Left to what the plan does not name: libraries' growth, graphs.
 size_t usable(const MemoryState& now) { return now.n_free - std::min(now.n_free, now.n_total / 128); }
@@ -48,7 +45,7 @@ std::string proposal(TrainerOptions o, int size, size_t n_bytes) {
             largest = B;
             const bool same = level == o.recompute;
             out += fmt::format("{}train.micro_batch_size: {}{}", out.empty() ? "" : ", or ", B,
-                               same ? "" : fmt::format(" with train.recompute: {}", level_name(level)));
+                               same ? "" : fmt::format(" with train.recompute: {}", word_of(level)));
             break;
         }
     }

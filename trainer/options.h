@@ -5,12 +5,6 @@
 
 class DeviceComm;
 
-enum class UseGraph : uint8_t {
-    automatic,  // where the backend can, and a step has not so many launches that recording them pays no more
-    on,         // Error(Exit::usage) where it cannot
-    off
-};
-
 struct TrainerOptions {
     GPT2Config model;
     int global_batch_size = 0, micro_batch_size = 0;  // sequences

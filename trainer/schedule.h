@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-enum class ScheduleKind : uint8_t { constant, cosine, linear, wsd };
+#include "common/config_words.h"
+
 struct Schedule {
     ScheduleKind kind = ScheduleKind::constant;
     double learning_rate = 0, min_learning_rate = 0;

@@ -19,7 +19,7 @@ TEST_CASE("config: the smallest file, and the defaults") {
     CHECK(c.run.out_dir == "runs");
     CHECK(c.run.seed == 1337);
     CHECK(c.device.threads == 0);
-    CHECK(c.device.attention == "auto");
+    CHECK(c.device.attention == UseAttention::automatic);
     CHECK(c.model.n_embd == 64);
     CHECK(c.model.bias);
     CHECK(c.data.train == std::vector<std::string>{"a*.bin", "b.bin"});
@@ -28,7 +28,7 @@ TEST_CASE("config: the smallest file, and the defaults") {
     CHECK(c.optimizer.learning_rate == 3e-4);
     CHECK(c.optimizer.eps == 1e-8);
     CHECK(c.schedule.decay_steps == 0);
-    CHECK(c.parallel.allreduce == "auto");
+    CHECK(c.parallel.allreduce == UseAllReduce::automatic);
     CHECK(differing_keys(c, parse_config(to_yaml(c), "g.yaml", {})) == std::vector<std::string>{});
 }
 
@@ -51,7 +51,7 @@ TEST_CASE("config: every key survives to_yaml, and differing_keys names it") {
     CHECK(again.eval.sample_prompts ==
           std::vector<std::string>{"def f(x):\n\treturn", "", std::string("\0\x7f", 2), "true", "- 'a'"});
     CHECK(again.device.threads == 3);
-    CHECK(again.device.attention == "portable");
+    CHECK(again.device.attention == UseAttention::portable);
     CHECK(again.schedule.decay_steps == 50);
     CHECK(again.train.max_epochs == 2.5);
     const std::vector<std::string> differ = differing_keys(c, small);
