@@ -16,9 +16,11 @@ DEPS       ?= 1## 0: never look for or install packages
 PYTHON     ?= $(call first,/usr/bin/python3 python3)
 MPICXX     ?= $(call first,mpicxx.mpich mpicxx)
 MPIRUN     ?= $(call first,mpirun.mpich mpirun)
-CCACHE     ?= $(call first,ccache)
+CCACHE     ?= $(call first,ccache)## compiler cache; empty: none
 
 export MPIRUN PYTHON
+# Clones share the cache: paths below this folder count as relative, and debug information names them so.
+export CCACHE_BASEDIR ?= $(CURDIR)
 
 VARIANT    := $(if $(SANITIZE),sanitize,$(if $(DEBUG),debug,release))
 B          := build/$(VARIANT)$(patsubst %,-%,$(filter-out native,$(CPU)))
@@ -26,9 +28,12 @@ O          := $(B)/obj
 # GCC's documentation: a sanitizer may cause false warnings of -Wmaybe-uninitialized (GCC 12 does so in its own <regex>).
 SAN        := $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined \
                                -fno-omit-frame-pointer -Wno-maybe-uninitialized)
-OPT         = $(if $(DEBUG)$(SANITIZE),-O1,-O3 -DNDEBUG)
+# Files that compute are optimised for it; those that hardly compute are not, and compile in half the time.  Contracted
+# products (FMA) begin at -O2: below it the same source gives other bits.
+LEVEL       = $(if $(DEBUG)$(SANITIZE),-O1,-O2)
+OPT         = $(LEVEL) $(if $(DEBUG),-g,-g1) $(if $(DEBUG)$(SANITIZE),,-DNDEBUG)
 CXXFLAGS   += -std=c++20 -I. -Wall -Wextra -Werror -Wno-missing-field-initializers -Wno-restrict -fopenmp -march=$(CPU) \
-              -fno-math-errno -fno-trapping-math $(OPT) $(if $(SANITIZE),-g1,-g) $(SAN)
+              -fno-math-errno -fno-trapping-math -ffile-prefix-map=$(CURDIR)=. $(OPT) $(SAN)
 LIBS       := -ldnnl -lyaml-cpp -lfmt -lxxhash
 # The library that programs and tests share; then what only ./train has, of which MAIN depends on the device (KILN_CUDA).
 LIB_SRC    := $(filter-out comm/nccl.cpp bench/bench_%,$(wildcard $(addsuffix /*.cpp,common kernels kernels/cpu model trainer \
@@ -58,6 +63,14 @@ demo: deps ## prepare text, train about 90 seconds on 2 ranks, plot, generate
 test: deps ## all tests; the last line is "N passed, N failed"
 	@$(MAKE) --no-print-directory -j$$(nproc) $(TESTS)
 	$(PYTHON) test/run.py --build $(B) --mpirun $(MPIRUN) $(if $(SANITIZE),--no-system,--race $(RACE))
+
+quick: ## lint, and the tests of what differs from HEAD: under a minute after touching one kernel
+	@$(PYTHON) test/quick.py --build $(B)
+
+test-full: ## test, then the sanitizers' suites and all barriers left out: what CI runs in a shorter form
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test SANITIZE=1
+	@$(MAKE) --no-print-directory removals
 
 parity: all ## losses and gradient norms against PyTorch, made afresh
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
@@ -91,9 +104,13 @@ $(B)/test_mpi: $(MPI_TESTS) $(EMU_MPI_TESTS) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(B)/bench_gemm: $(O)/bench/bench_gemm.o $(LIB_OBJ); $(LINK)
 COMMIT = -DKILN_COMMIT='"$(shell cat build/commit)"'
 $(O)/%.o: %.cpp; $(COMPILE) -c $< -o $@
-# Under sanitizers what computes little is not optimised, which takes a third of the time to compile.
+COMPUTING_TESTS = $(RACE_TESTS:$(RACE)%=$(B)%)
 ifdef SANITIZE
-$(patsubst %,$(O)/%/%.o,bench checkpoint comm common data model run trainer) $(filter-out $(RACE_TESTS:$(RACE)%=$(B)%),$(TEST_OBJ)): OPT = -O0
+$(patsubst %,$(O)/%/%.o,bench checkpoint comm common data model run trainer) $(filter-out $(COMPUTING_TESTS),$(TEST_OBJ)): LEVEL = -O0
+else ifndef DEBUG
+$(patsubst %,$(O)/%/%.o,comm kernels/cpu): LEVEL = -O3
+$(TEST_OBJ) $(MPI_TESTS): LEVEL = -O0
+$(COMPUTING_TESTS) $(EMU_HOST_TESTS): LEVEL = -O1
 endif
 $(O)/train.o: train.cu build/commit; $(COMPILE) $(COMMIT) -x c++ -c $< -o $@
 $(B)/fault_shim.so: test/system/fault_shim.c; $(CC) -shared -fPIC -O1 -Wall -Werror $< -o $@ -ldl
@@ -104,5 +121,5 @@ help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "  make %-13s %s\n", $$1, $$2} \
 	                  /^[A-Z_]+ +\?=.*##/ {sub(/ .*/, "", $$1); printf "  %-18s %s\n", $$1 "=", $$2}' Makefile cuda.mk
 
-.PHONY: all demo test parity bench performance-page lint format deps clean help
+.PHONY: all demo test quick test-full parity bench performance-page lint format deps clean help
 -include $(shell find build -name '*.d' 2>/dev/null)

@@ -58,13 +58,8 @@ $(B)/test_mpi_native: $(MPI_TESTS) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_isa_native: $(O)/test/main.o $(N)/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/bench_attention: $(O)/cuda/bench/bench_attention.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
-# What ptxas says of each kernel stays beside the object, for scripts/build/kernel_table.py; anything else is shown.  That it
-# has serialized wgmma or ignored setmaxnreg is to ptxas information, which --warning-as-error leaves alone.
-LOSS   := Potential Performance Loss|setmaxnreg'? ignored
-KERNEL = @mkdir -p $(@D); [ -n "$(NVCC)" ] || { echo "nvcc not found: this needs the CUDA toolkit (CUDA_HOME); without it: make CUDA=0, make emulated"; exit 2; }; echo "nvcc $<"; \
-         $(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@ >$@.ptxas 2>&1; code=$$?; \
-         grep -vE '^ptxas info|bytes stack frame' $@.ptxas >&2; if grep -E "$(LOSS)" $@.ptxas >&2; then code=1; fi; \
-         [ $$code = 0 ] || rm -f $@; exit $$code
+KERNEL = @[ -n "$(NVCC)" ] || { echo "nvcc not found: kernels need the CUDA toolkit (CUDA_HOME); without it: make CUDA=0, make emulated"; exit 2; }; \
+         echo "nvcc $<"; scripts/build/nvcc.sh $@ $(CCACHE) $(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@
 # Another compiler, ARCH or flag compiles the kernels anew.
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
@@ -91,7 +86,8 @@ EMU_FLAGS  := -Iemulator/include -DKILN_CUDA=1
 # The emulator's core is fast in every variant and never instrumented: in a sanitizer build it poisons by hand.
 EMU_CORE   := $(patsubst %,$(O)/emulated/emulator/%.o,async counters fiber hooks launch memory mma race report scheduler sync tma wgmma)
 EMU_KERNEL_TESTS := $(wildcard emulator/test/*.cu)
-EMU_TESTS        := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_KERNEL_TESTS) $(wildcard emulator/test/*.cpp)))
+EMU_HOST_TESTS   := $(patsubst %.cpp,$(O)/emulated/%.o,$(wildcard emulator/test/*.cpp))
+EMU_TESTS        := $(EMU_HOST_TESTS) $(patsubst %.cu,$(O)/emulated/%.o,$(EMU_KERNEL_TESTS))
 EMU_MPI_TESTS    := $(patsubst %.cpp,$(O)/emulated/%.o,$(wildcard emulator/test/mpi/*.cpp))
 
 emulated: $(B)/train-emulated ## build ./train-emulated: the whole GPU program on an emulated GPU
@@ -126,8 +122,14 @@ build/mutants/test_mutants: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(patsubst %.c
 build/mutants/obj/%.o: build/mutants/src/%.cu
 	$(COMPILE) -iquote build/mutants/src $(RACE_FLAGS) -include left_out.h -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
 
+removals: ## all barriers and waits left out of the kernels, each once; records the run
+	$(PYTHON) emulator/test/mutate.py --record
+# Those in files that changed since the recorded run, and each eighth of the others; the commit says which.
+removals-changed:
+	$(PYTHON) emulator/test/mutate.py --changed --every 8 --first $$((16#$$(git rev-parse --short=6 HEAD)))
+
 # For scripts/install_deps.sh --cudnn.
 cudnn-found:
 	@echo "cudnn.h=$(call has_header,cudnn.h,$(CUDNN)) cudnn_frontend.h=$(call has_header,cudnn_frontend.h,$(CUDNN_FRONTEND)) "
 
-.PHONY: emulated gpu-there gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found
+.PHONY: removals removals-changed emulated gpu-there gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found

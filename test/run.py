@@ -1,17 +1,23 @@
 #!/usr/bin/env python3
-"""Runs every test suite and closes with one line: N passed, N failed (, N skipped).
+"""Runs every test suite, names the slowest tests, and closes with one line: N passed, N failed (, N skipped).
 
 Suites: the C++ tests (every op on the CPU and on the emulated GPU), the emulator's own, both again with the race check,
 the communication tests on 1 to 5 ranks, and the system tests that run ./train and ./train-emulated.
+The seconds of every test are added to build/tests.tsv, which test/report.py reads.
 """
 import argparse
 import os
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from report import Timed, add_tests, slowest
 
 DOCTEST = re.compile(r"test cases:\s*\d+ \|\s*(\d+) passed \|\s*(\d+) failed(?: \|\s*(\d+) skipped)?")
+DOCTEST_SECONDS = re.compile(r"^(\d+\.\d+) s: (.+)$", re.MULTILINE)
 PYTEST = re.compile(r"(\d+) (passed|failed|error|errors|skipped)\b")
 CORES = len(os.sched_getaffinity(0))
 TIMEOUT_S = 1500  # of one suite: a hang is a failure
@@ -47,6 +53,22 @@ def count(code: int, output: str, is_pytest: bool) -> tuple[int, int, int]:
     return passed, failed, skipped
 
 
+def doctest_times(suite: str, output: str) -> list[Timed]:
+    """The tests of a C++ suite; of several ranks that ran the same test, the slowest counts."""
+    seconds: dict[str, float] = {}
+    for text, name in DOCTEST_SECONDS.findall(output):
+        seconds[name] = max(seconds.get(name, 0.0), float(text))
+    return [Timed(s, suite, name) for name, s in seconds.items()]
+
+
+def pytest_times(report: Path) -> list[Timed]:
+    """The tests of a JUnit report; none where pytest ended before it wrote one."""
+    if not report.exists():
+        return []
+    cases = ElementTree.parse(report).iter("testcase")
+    return [Timed(float(c.get("time", 0)), str(c.get("classname")), str(c.get("name"))) for c in cases]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", default="build/release")
@@ -60,13 +82,20 @@ def main() -> int:
     suites = [[binary] for binary in binaries]  # each keeps about one core busy
     suites += [[args.mpirun, "-np", str(n), f"{args.build}/test_mpi"] for n in range(1, 6)]
     with ThreadPoolExecutor(CORES) as pool:
-        results = [(*result, False) for result in pool.map(run, suites)]
+        done = list(pool.map(lambda suite: run([*suite, "--duration=true"]), suites))
+    results = [(*result, False) for result in done]
+    times = [t for suite, (_, output) in zip(suites, done) for t in doctest_times(" ".join(suite[-3:]), output)]
     if not args.no_system:
         os.environ["MPIRUN"] = args.mpirun
-        pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--durations=5", "test/system"]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "test/system"]
         # A file's tests stay together: they may share what the first of them has made.
-        results += [(*run([*pytest, "-n", str(CORES), "--dist", "loadfile", "-m", "not alone"]), True),
-                    (*run([*pytest, "-m", "alone"]), True)]
+        for name, options in (("parallel", ["-n", str(CORES), "--dist", "loadfile", "-m", "not alone"]), ("alone", ["-m", "alone"])):
+            report = Path("build") / f"pytest-{name}.xml"
+            report.unlink(missing_ok=True)
+            results.append((*run([*pytest, *options, f"--junitxml={report}"]), True))
+            times += pytest_times(report)
+    add_tests(times)
+    print(slowest(times))
     totals = [sum(column) for column in zip(*(count(*result) for result in results))]
     print(f"{totals[0]} passed, {totals[1]} failed" + (f", {totals[2]} skipped" if totals[2] else ""))
     return 1 if totals[1] else 0

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Removes every barrier and asynchronous wait of the CUDA kernels, one at a time: do the tests notice?
 
-    python3 emulator/test/mutate.py             all removals
-    python3 emulator/test/mutate.py --every 3 --first 7     each third one, from 7 mod 3; CI: by the hash of the commit
+    python3 emulator/test/mutate.py --record    all removals; writes emulator/test/removals.json
+    python3 emulator/test/mutate.py --changed --every 8 --first 7     CI: all removals in files that differ from those of
+                                                the recorded run, and each eighth of the others, from 7 mod 8
+    python3 emulator/test/mutate.py --only gelu     the files whose name contains this
 
 The script copies the kernels; in the copy each removable call asks an environment variable whether to run. The copy is
 compiled once, with the race check, and its op tests run for each removal, in order and then under random schedules. A
@@ -14,6 +16,8 @@ the unlisted removals were detected, one in Hopper's attention was not, or a lis
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -31,6 +35,7 @@ REMOVABLE = re.compile(
     r"|ptx::bulk_wait(?:_read)?<[^<>;]*>|ptx::wgmma_wait<[^<>;]*>|ptx::wgmma_fence|ptx::mbar_wait|ptx::fence_proxy_async"
     r"|(?:\w+(?:\.|->))*(?:wait_full|wait_empty|give_back)|__threadfence)\s*\("
 )
+RECORD = ROOT / "emulator" / "test" / "removals.json"      # the last run of all: a hash and counts for each file
 TIMEOUT_S = 300
 ORDERS = ("", "1", "2", "3")        # of threads, tried until one notices: in order, then random by these seeds
 NOTHING = 0                         # the number of no site
@@ -138,15 +143,52 @@ def detected(site: Site, orders: tuple[str, ...] = ORDERS) -> str:
     return ""
 
 
+def code_hash(file: str) -> str:
+    """Of a kernel file without comments and white space at the ends of lines."""
+    code = without_comments((ROOT / file).read_text())
+    return hashlib.sha256("\n".join(line.rstrip() for line in code.splitlines()).encode()).hexdigest()[:16]
+
+
+def changed_files(sites: list[Site]) -> set[str]:
+    """The files whose code is not the code of the recorded run."""
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return {s.file for s in sites if recorded.get(s.file, {}).get("code") != code_hash(s.file)}
+
+
+def write_record(sites: list[Site], missed: list[Site]) -> None:
+    record = {}
+    for file in sorted({s.file for s in sites}):
+        there = [s for s in sites if s.file == file]
+        harmless = sum((s.file, s.place, s.text) in HARMLESS for s in there)
+        missing = sum(s.file == file for s in missed)
+        record[file] = {"code": code_hash(file), "removals": len(there), "harmless": harmless,
+                        "detected": len(there) - harmless - missing}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def choose(sites: list[Site], args: argparse.Namespace) -> list[Site]:
+    """The removals to try, by the options."""
+    named = [s for s in sites if not args.only or args.only in s.file]
+    changed = changed_files(sites) if args.changed else set()
+    if changed:
+        print(f"changed since the recorded run: {', '.join(sorted(changed))}")
+    others = [s for s in named if s.file not in changed][args.first % args.every::args.every]
+    return sorted([s for s in named if s.file in changed] + others, key=lambda s: s.number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th removal")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="of these, beginning with K mod N")
+    parser.add_argument("--changed", action="store_true", help="also every removal in files changed since the record")
     parser.add_argument("--only", help="only files whose name contains this")
+    parser.add_argument("--record", action="store_true", help="all removals, and write the record")
     args = parser.parse_args()
+    if args.record and (args.only or args.changed or args.every > 1):
+        parser.error("--record tries all removals; leave the other options out")
     sites = make_copy()
     subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "DEPS=0", str(BINARY.relative_to(ROOT))], check=True)
-    chosen = [s for s in sites if not args.only or args.only in s.file][args.first % args.every::args.every]
+    chosen = choose(sites, args)
     pool = ThreadPoolExecutor(os.cpu_count())                           # each test runs on one core
     whole = [replace(s, number=NOTHING) for s in {tuple(tests_of(s)): s for s in chosen}.values()]  # one for each set of tests
     for site, found in zip(whole, pool.map(lambda site: detected(site, ("",)), whole)):
@@ -168,6 +210,8 @@ def main() -> int:
             surprising.append(site)
     counted = [s for s in chosen if (s.file, s.place, s.text) not in HARMLESS]
     print(f"{len(counted) - len(missed)} of {len(counted)} removals detected, {len(chosen) - len(counted)} listed as harmless")
+    if args.record:
+        write_record(sites, missed)
     unheard = [s for s in missed if "sm90" in s.file]           # here every miss counts
     for site in surprising:
         print(f"listed as harmless, yet detected: {site}")

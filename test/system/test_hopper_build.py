@@ -15,8 +15,9 @@ from conftest import REPO, Result, program, run
 
 def built(folder: Path, says: str, code: int = 0) -> tuple[Result, Path]:
     """make of a Hopper kernel's object, for other GPUs as well."""
-    for name in ("Makefile", "cuda.mk"):
-        shutil.copy(REPO / name, folder)
+    for name in ("Makefile", "cuda.mk", "scripts/build/nvcc.sh"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / name, folder / name)
     source = folder / "kernels" / "cuda" / "add_sm90.cu"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.touch()
