@@ -23,7 +23,7 @@ class Report {
 
     void begin(const Peaks& p) {
         const StepShape& z = o_.step;
-        const GPT2Config& c = z.model;
+        const ModelConfig& c = z.model;
         peaks_ = p;
         json_.write({{"type", "run"},
                      {"device", o_.device},

@@ -205,11 +205,9 @@ void add_dropout(Ops& all, const StepShape& z) {
 
 // Over all parameters as one buffer.
 void add_optimizer(Ops& all, const StepShape& z) {
-    GPT2Params none;
     size_t n = 0;
-    visit(none, z.model, [&](const ParamInfo& p, Buf&) {  // as in their arena
+    for (const ParamInfo& p : z.model.architecture->params(z.model))  // as in their arena
         n += (p.count() + kDecayBlock - 1) / kDecayBlock * kDecayBlock;
-    });
     const double N = double(n);
     const std::string shape = shape_of({n});
     all.push_back({"gradient norm", "optimizer", 1, [=](Bench& b) {

@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "bench/timing.h"
-#include "model/gpt2.h"
+#include "model/architecture.h"
 
 // How much of what one optimizer step consists of, on one rank.
 struct StepShape {
-    GPT2Config model;
+    ModelConfig model;
     int B = 0;               // sequences of a micro-batch
     int n_micro = 1;         // micro-batches
     int n_accumulating = 0;  // of them those whose gradients are added to the one before's

@@ -10,7 +10,7 @@
 
 #include "common/clock.h"
 #include "kernels/owners.h"
-#include "model/gpt2.h"
+#include "model/init.h"
 
 namespace {
 // A tensor that is given back at the end of its scope.
@@ -62,8 +62,7 @@ class Timer {
 class Normal {
   public:
     Normal(const Backend& k, Stream s) : k_(k), block_(k, kBlock, DType::f32) {
-        const ParamInfo info{"normal", {kBlock}, kBlock, Init::normal(1), false, Split::none};
-        init_tensor(k, info, block_.get(), 0, 0, s);
+        init_tensor(k, Init::normal(1), block_.get(), 0, 0, s);
     }
     void fill(const Buf& y, Stream s) const {  // y (n) f32 or bf16  =
         for (size_t i = 0; i < y.count; i += kBlock) {

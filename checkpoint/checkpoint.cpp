@@ -27,17 +27,15 @@ size_t n_elements(const StateTensor& t) {
     return n;
 }
 
-// Hugging Face's GPT-2 has no switch for biases: a model without them is saved with biases of zero.
-std::vector<StateTensor> with_all_biases(std::vector<StateTensor> tensors, GPT2Config c) {
-    if (c.bias) return tensors;
-    c.bias = true;
-    GPT2Params unused;
+// The tensors that model.safetensors has: those that the model has not are without data.
+std::vector<StateTensor> as_stored(const std::vector<StateTensor>& tensors, const ModelConfig& c) {
+    const Architecture& model = *c.architecture;
     std::vector<StateTensor> all;
     size_t next = 0;
-    visit(unused, c, [&](const ParamInfo& info, Buf&) {
+    for (const ParamInfo& info : model.params(model.hugging_face.stored(c))) {
         const bool present = next < tensors.size() && tensors[next].name == info.name;
-        all.push_back(present ? tensors[next++] : StateTensor{info.name, info.shape, {}});
-    });
+        all.push_back(present ? tensors[next++] : StateTensor{info.name, info.shape_saved(), {}});
+    }
     return all;
 }
 
@@ -64,25 +62,6 @@ FileRecord write_tensors(const fs::path& dir, const char* name, const Backend& k
     return {name, written.n_bytes, written.hash};
 }
 
-// Hugging Face's GPT2Config, plus kiln_bias.
-ordered_json model_json(const GPT2Config& c) {
-    return {{"model_type", "gpt2"},
-            {"architectures", {"GPT2LMHeadModel"}},
-            {"vocab_size", c.V},
-            {"n_positions", c.T},
-            {"n_ctx", c.T},
-            {"n_embd", c.C},
-            {"n_layer", c.L},
-            {"n_head", c.NH},
-            {"activation_function", "gelu_new"},
-            {"layer_norm_epsilon", 1e-5},
-            {"resid_pdrop", c.dropout},
-            {"embd_pdrop", c.dropout},
-            {"attn_pdrop", c.dropout},
-            {"tie_word_embeddings", true},
-            {"kiln_bias", c.bias}};
-}
-
 ordered_json parts_json(const std::vector<DataPart>& parts) {
     ordered_json list = ordered_json::array();
     for (const DataPart& p : parts)
@@ -97,7 +76,7 @@ ordered_json state_json(const RunState& s) {
 }
 
 // Sizes that differ, and what would mend it.
-void require_same_model(const fs::path& directory, const GPT2Config& theirs, const GPT2Config& ours) {
+void require_same_model(const fs::path& directory, const ModelConfig& theirs, const ModelConfig& ours) {
     std::vector<std::string> differ;
     const auto compare = [&](const char* key, int there, int here) {
         if (there != here) differ.push_back(fmt::format("model.{}: {} (the config has {})", key, there, here));
@@ -158,7 +137,8 @@ bool same_tensor(const SafetensorsFile& file, const SafetensorsEntry& a, const S
 
 void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, const RunState& state, int keep,
                      const std::function<void()>& before_rename) {
-    const std::vector<StateTensor> weights = with_all_biases(trainer.parameters(), trainer.config());
+    const ModelConfig& config = trainer.config();
+    const std::vector<StateTensor> weights = as_stored(trainer.parameters(), config);
     const std::vector<StateTensor> moments = trainer.moments();
     uint64_t n_bytes = 1 << 20;  // headers and JSON
     for (const auto* list : {&weights, &moments})
@@ -167,7 +147,7 @@ void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, c
     require_space(root, n_bytes);
     const auto write_files = [&](const fs::path& dir) -> std::vector<FileRecord> {
         return {write_tensors(dir, "model.safetensors", k, weights),
-                write_json(dir, "config.json", model_json(trainer.config())),
+                write_json(dir, "config.json", config.architecture->hugging_face.write_config(config)),
                 write_tensors(dir, "optimizer.safetensors", k, moments),
                 write_json(dir, "state.json", state_json(state))};
     };
@@ -190,40 +170,30 @@ RunState read_state(const fs::path& checkpoint) {
     } catch (const std::exception& e) { fail(Exit::checkpoint, "{}: not a kiln state: {}", name, e.what()); }
 }
 
-GPT2Config read_model_config(const fs::path& directory) {
+namespace {
+// The sizes that a directory's config.json describes (kiln's or Hugging Face's).
+ModelConfig read_model_config(const fs::path& directory, const Architecture& model) {
     const std::string name = (directory / "config.json").string();
     const nlohmann::json j = parse_json(read_text(name, kMaxJson, Exit::checkpoint), name, Exit::checkpoint);
-    // What kiln's GPT-2 computes; a model trained otherwise would run and give wrong numbers.
-    const auto require = [&](const char* key, const nlohmann::json& expected) {
-        if (j.contains(key) && j[key] != expected)
-            fail(Exit::checkpoint, "{}: {} = {}, kiln's GPT-2 has {}", name, key, j[key].dump(), expected.dump());
-    };
     try {
-        require("model_type", "gpt2");
-        require("layer_norm_epsilon", 1e-5);
-        require("scale_attn_weights", true);
-        require("scale_attn_by_inverse_layer_idx", false);
-        require("tie_word_embeddings", true);
-        if (j.value("activation_function", "gelu_new") != "gelu_pytorch_tanh")
-            require("activation_function", "gelu_new");
-        GPT2Config c{.L = j.at("n_layer"), .NH = j.at("n_head"), .C = j.at("n_embd"), .V = j.at("vocab_size")};
-        c.T = j.contains("n_positions") ? j.at("n_positions") : j.at("n_ctx");
-        c.bias = j.value("kiln_bias", true);
-        return c;
+        return model.hugging_face.read_config(j, name);
     } catch (const nlohmann::json::exception& e) {
-        fail(Exit::checkpoint, "{}: not a GPT-2 config: {}", name, e.what());
+        fail(Exit::checkpoint, "{}: not a {} config: {}", name, model.title, e.what());
     }
 }
+}  // namespace
 
 void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer) {
-    require_same_model(directory, read_model_config(directory), trainer.config());
+    const ModelConfig& config = trainer.config();
+    const HuggingFace& names = config.architecture->hugging_face;
+    require_same_model(directory, read_model_config(directory, *config.architecture), config);
     const SafetensorsFile file(directory / "model.safetensors");
     const std::string path = file.path().string();
     std::map<std::string, SafetensorsEntry> left = file.entries();
-    SafetensorsEntry wte;
+    SafetensorsEntry tied;
     for (const StateTensor& t : trainer.parameters()) {
         std::string name = t.name;
-        if (!left.contains(name)) name = "transformer." + t.name;
+        if (!left.contains(name)) name = names.prefix + t.name;
         const auto entry = left.find(name);
         if (entry == left.end())
             fail(Exit::checkpoint, "{}: has no tensor {}{}", path, t.name,
@@ -232,21 +202,21 @@ void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer)
             fail(Exit::checkpoint, "{}: {} has shape {}, the config's model needs {}", path, name,
                  shape_text(entry->second.shape), shape_text(t.shape));
         read_tensor(file, entry->second, k, t);
-        if (t.name == "wte.weight") wte = entry->second;
+        if (names.tied && t.name == names.tied) tied = entry->second;
         left.erase(entry);
     }
     trainer.parameters_changed();
     // Hugging Face files carry these beside the parameters; with bias: false, biases of zero are dropped.
     for (const auto& [name, entry] : left) {
-        const bool buffer = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
-        if (name == "lm_head.weight") {
-            if (same_tensor(file, entry, wte)) continue;
-            fail(Exit::checkpoint, "{}: lm_head.weight differs from wte.weight; kiln's classifier is tied to it", path);
+        if (names.tied && name == names.head) {
+            if (same_tensor(file, entry, tied)) continue;
+            fail(Exit::checkpoint, "{}: {} differs from {}; kiln's classifier is tied to it", path, names.head,
+                 names.tied);
         }
-        const bool zero_bias = !trainer.config().bias && name.ends_with(".bias") && all_zero(file, entry);
-        if (!buffer && !zero_bias)
+        const bool zero_bias = !config.bias && name.ends_with(".bias") && all_zero(file, entry);
+        if (!names.is_buffer(name) && !zero_bias)
             fail(Exit::checkpoint, "{}: the config's model has no tensor {}{}", path, name,
-                 name.ends_with(".bias") && !trainer.config().bias ? " (not all zero); use model.bias: true" : "");
+                 name.ends_with(".bias") && !config.bias ? " (not all zero); use model.bias: true" : "");
     }
 }
 

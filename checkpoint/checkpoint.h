@@ -1,6 +1,6 @@
 // Checkpoints: a directory step_N that is complete and verified, or not there at all.
 //
-//   model.safetensors, config.json    weights in Hugging Face GPT-2 names and layout
+//   model.safetensors, config.json    weights in Hugging Face names and layout
 //   optimizer.safetensors             moments: m.<name>, v.<name>
 //   state.json                        step, tokens seen, updates, position in the data, what the data was, the config,
 //                                     the choices made by timing
@@ -15,7 +15,7 @@
 
 #include "checkpoint/store.h"
 #include "common/file.h"
-#include "model/gpt2.h"
+#include "model/architecture.h"
 #include "trainer/trainer.h"
 
 struct DataPart {  // a shard as it was: name without folders, tokens, fingerprint
@@ -43,5 +43,3 @@ void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, c
 RunState read_state(const fs::path& checkpoint);
 void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer);    // model.safetensors
 void load_optimizer(const fs::path& directory, const Backend& k, Trainer& trainer);  // optimizer.safetensors
-// The shape that a directory's config.json describes (kiln's or Hugging Face's).
-GPT2Config read_model_config(const fs::path& directory);

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "common/architecture_names.h"
 #include "common/text.h"
 
 namespace {
@@ -26,7 +27,7 @@ std::vector<Key> table() {
         {KEY(device.threads), .may_change = true, .low = 1, .high = 4096, .zero_word = "auto"},
         {KEY(device.attention), .may_change = true},
         {KEY(device.graph), .may_change = true},
-        {KEY(model.architecture), .values = {"gpt2"}},
+        {KEY(model.architecture), .values = architecture_names()},
         {KEY(model.n_layer), .required = true, .low = 1, .high = 1024},
         {KEY(model.n_head), .required = true, .low = 1, .high = 4096},
         {KEY(model.n_embd), .required = true, .low = 1, .high = 1 << 20},

@@ -91,7 +91,7 @@ Exit run_eval(const Context& x, const CommandLine& line) {
 Exit run_bench(const Context& x, const CommandLine& line) {
     if (x.comm.size() > 1) fail(Exit::usage, "bench runs on one rank; start it without mpirun -np {}", x.comm.size());
     const TrainerOptions o = training_options(x);
-    check_model(o.model, o.real);
+    o.model.architecture->check(o.model, o.real);
     if (o.recompute != Recompute::none)
         fail(Exit::usage, "bench times the ops of a step that keeps everything; use --set train.recompute=none");
     const BatchShare share =

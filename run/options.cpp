@@ -3,8 +3,9 @@
 #include "comm/topology.h"
 
 namespace {
-GPT2Config model_config(const Config& c) {
-    return {.L = c.model.n_layer,
+ModelConfig model_config(const Config& c) {
+    return {.architecture = &find_architecture(c.model.architecture),
+            .L = c.model.n_layer,
             .NH = c.model.n_head,
             .C = c.model.n_embd,
             .T = c.model.context_length,

@@ -35,7 +35,7 @@ ordered_json gpu_record(const GpuSample& s) {
 
 ordered_json run_record(const Context& x, const Trainer& trainer, const RunState& state, const Peak& peak,
                         const LibraryBytes& libraries, int64_t total_steps) {
-    const GPT2Config& c = trainer.config();
+    const ModelConfig& c = trainer.config();
     ordered_json record = {{"type", "run"},
                            {"step", state.step},
                            {"time", utc_now()},
@@ -55,7 +55,7 @@ ordered_json run_record(const Context& x, const Trainer& trainer, const RunState
                      {"libraries", libraries.all},
                      {"nccl", libraries.nccl}}},
                    {"parameters", count_params(c)},
-                   {"flops_per_token", flops_per_token(c)},
+                   {"flops_per_token", c.architecture->flops_per_token(c)},
                    {"peak", peak_record(peak)},
                    {"total_steps", total_steps}});
     return record;

@@ -222,7 +222,7 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
 }
 
 void TrainingRun::announce() {
-    const GPT2Config& c = trainer_.config();
+    const ModelConfig& c = trainer_.config();
     const std::string& attention = x_.device.attention;
     x_.log.info("kiln {}: {} x {} in {}{}{} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(),
                 x_.device.name, word_of(x_.config.device.dtype), attention.empty() ? "" : " with attention ", attention,
@@ -279,7 +279,8 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
 
 void TrainingRun::record_step(const StepResult& r, double learning_rate, double ms, bool last) {
     const double rate = double(tokens_per_step()) / ms * 1e3;
-    const std::optional<double> mfu = share_of(peak_, flops_per_token(trainer_.config()) * rate);
+    const ModelConfig& c = trainer_.config();
+    const std::optional<double> mfu = share_of(peak_, c.architecture->flops_per_token(c) * rate);
     if (!mfu && peak_.flops() && !std::exchange(peak_is_doubted_, true))
         x_.log.warn("step {} is faster than the {} peak allows: {}; the MFU of such steps is left out", state_.step,
                     peak_.used(),

@@ -23,13 +23,13 @@ EvalResult Trainer::evaluate(uint64_t n_sequences, const ReadSequence& read) {
         if (batch_index >= n_batches) continue;
         for (uint64_t b = 0; b < B; b++)  // the last batch is filled up with repeats, which are not counted
             read((batch_index * B + b) % n_sequences, {&inputs[b * T], T}, {&targets[b * T], T});
-        const GPT2Batch now = batch(0);
+        const Batch now = batch(0);
         k_.upload(now.inputs.data, inputs.data(), now.inputs.n_bytes(), stream_);
         k_.upload(now.targets.data, targets.data(), now.targets.n_bytes(), stream_);
-        gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, false, 0, stream_);
+        o_.model.architecture->forward(pass(now));
         const Buf sums = memory_.losses.slice(0, B);
-        k_.row_sum({.y = sums, .x = memory_.acts.loss, .B = int(B), .T = int(T)}, stream_);
-        k_.download(correct.data(), memory_.acts.correct.data, memory_.acts.correct.n_bytes(), stream_);
+        k_.row_sum({.y = sums, .x = memory_.loss, .B = int(B), .T = int(T)}, stream_);
+        k_.download(correct.data(), memory_.correct.data, memory_.correct.n_bytes(), stream_);
         const std::vector<double> loss = download(k_, sums, stream_);
         for (uint64_t b = 0; b < B; b++) {
             double hits = 0;
@@ -55,19 +55,22 @@ std::vector<float> Trainer::next_logits(std::span<const int32_t> tokens) {
     const int n = int(tokens.size());
     CHECK_THAT(n >= 1 && n <= o_.model.T, "a context of {} tokens, expected 1 to {}", n, o_.model.T);
     // A context of n tokens needs less than the planned batch; every buffer is narrowed to its exact size.
-    GPT2Acts acts;
-    GPT2Acts planned = memory_.acts;
-    const Recompute level = planned.recompute;
-    std::vector<Buf> views;
-    visit_activations(planned, o_.model, o_.micro_batch_size, o_.model.T, o_.real, level, false,
-                      [&](const std::string&, Buf& b, size_t, DType) { views.push_back(b); });
-    size_t i = 0;
-    visit_activations(acts, o_.model, 1, n, o_.real, level, false,
-                      [&](const std::string&, Buf& b, size_t count, DType) { b = views[i++].slice(0, count); });
+    ActivationShape shape = memory_.act_shape;
+    shape.B = 1, shape.T = n;
+    const Architecture& model = *o_.model.architecture;
+    const std::vector<ActivationInfo> list = model.activations(o_.model, shape);
+    Tensors acts = memory_.acts;
+    for (size_t i = 0; i < acts.size(); i++) acts[i] = acts[i].slice(0, list[i].count);
     const Buf inputs = memory_.batch.inputs.slice(0, size_t(n));
     k_.upload(inputs.data, tokens.data(), inputs.n_bytes(), stream_);
-    gpt2_logits(k_, o_.model, memory_.params, acts, {.inputs = inputs, .B = 1, .T = n}, false, stream_);
-    const Buf last = acts.logits.slice(size_t(n - 1) * o_.model.Vp(), size_t(o_.model.V));
+    model.forward({.k = k_,
+                   .config = o_.model,
+                   .params = memory_.params,
+                   .acts = acts,
+                   .batch = {.inputs = inputs, .B = 1, .T = n},
+                   .recompute = shape.recompute,
+                   .stream = stream_});
+    const Buf last = memory_.logits.slice(size_t(n - 1) * o_.model.Vp(), size_t(o_.model.V));
     const std::vector<double> d = download(k_, last, stream_);
     return {d.begin(), d.end()};
 }

@@ -7,8 +7,20 @@
 #include "comm/run_fold.h"
 
 namespace {
-void plan_params(Arena& arena, GPT2Params& p, const GPT2Config& c, DType t, const std::string& prefix = "") {
-    visit(p, c, [&](const ParamInfo& info, Buf& b) { arena.add(b, prefix + info.name, info.count(), t); });
+void plan_params(Arena& arena, Tensors& p, const std::vector<ParamInfo>& list, DType t,
+                 const std::string& prefix = "") {
+    p.resize(list.size());
+    for (size_t i = 0; i < list.size(); i++) arena.add(p[i], prefix + list[i].name, list[i].count(), t);
+}
+
+ActivationShape activation_shape(const TrainerOptions& o) {
+    // A model that is only evaluated keeps nothing for a backward pass; GELU sees what it would in training.
+    const bool keep_none = o.inference && o.recompute == Recompute::none;
+    return {.B = o.micro_batch_size,
+            .T = o.model.T,
+            .real = o.real,
+            .recompute = keep_none ? Recompute::block : o.recompute,
+            .backward = !o.inference};
 }
 
 // Arenas that hold a number per parameter: a tensor begins at the same element in each, whatever its dtype, and no
@@ -65,27 +77,27 @@ TrainerMemory::TrainerMemory(const TrainerOptions& options, int n_micro, int n_g
     : param_arena(make_param_arena("parameters", options.real)),
       master_arena(make_param_arena("master parameters", DType::f32)),
       moment_arena(make_param_arena("optimizer state", options.real == DType::f64 ? DType::f64 : DType::f32)),
+      param_list(options.model.architecture->params(options.model)),
+      act_shape(activation_shape(options)),
       batch("tokens of a step", n_micro, size_t(options.micro_batch_size) * options.model.T),
       staging("tokens of the next step", n_micro, size_t(options.micro_batch_size) * options.model.T),
       o_(options) {
-    const GPT2Config& c = o_.model;
-    const int B = o_.micro_batch_size;
-    plan_params(param_arena, params, c, o_.real);
-    if (has_masters()) plan_params(master_arena, masters, c, DType::f32);
+    plan_params(param_arena, params, param_list, o_.real);
+    if (has_masters()) plan_params(master_arena, masters, param_list, DType::f32);
     if (!o_.inference) {
-        plan_params(moment_arena, m, c, stat(), "m.");
-        if (o_.optimizer.kind != OptimizerKind::sgd) plan_params(moment_arena, v, c, stat(), "v.");
+        plan_params(moment_arena, m, param_list, stat(), "m.");
+        if (o_.optimizer.kind != OptimizerKind::sgd) plan_params(moment_arena, v, param_list, stat(), "v.");
         grads.resize(size_t(n_grads));
         grad_arenas.reserve(grads.size());
     }
-    for (GPT2Params& g : grads)
-        plan_params(grad_arenas.emplace_back(make_param_arena("gradients", stat())), g, c, stat());
-    // What only evaluates keeps nothing for a backward pass; GELU sees what it would in training.
-    const Recompute level = o_.inference && o_.recompute == Recompute::none ? Recompute::block : o_.recompute;
-    visit_activations(acts, c, B, c.T, o_.real, level, !o_.inference,
-                      [&](const std::string& name, Buf& b, size_t n, DType t) { act_arena.add(b, name, n, t); });
+    for (Tensors& g : grads)
+        plan_params(grad_arenas.emplace_back(make_param_arena("gradients", stat())), g, param_list, stat());
+    const std::vector<ActivationInfo> act_list = o_.model.architecture->activations(o_.model, act_shape);
+    acts.resize(act_list.size());
+    for (size_t i = 0; i < acts.size(); i++)
+        act_arena.add(acts[i], act_list[i].name, act_list[i].count, act_list[i].dtype);
     scalar_arena.add(hash, "hash", 2, DType::u32);
-    scalar_arena.add(losses, "losses", size_t(n_micro) * B, stat());
+    scalar_arena.add(losses, "losses", size_t(n_micro) * size_t(o_.micro_batch_size), stat());
     if (o_.inference) return;
     scalar_arena.add(decay, "decay", n_params() / kDecayBlock, DType::u8);
     scalar_arena.add(rate, "rate", 3, stat());
@@ -165,4 +177,7 @@ void TrainerMemory::allocate(const Backend& k, Stream s) {
         a->place(at, [&](void* p, size_t n) { k.zero(p, n, s); });
         at += room_of(*a);
     }
+    const std::vector<ActivationInfo> act_list = o_.model.architecture->activations(o_.model, act_shape);
+    const auto act = [&](const char* name) { return acts[activation_index(act_list, name)]; };
+    logits = act("logits"), loss = act("loss"), correct = act("correct");
 }

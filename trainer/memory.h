@@ -43,11 +43,15 @@ class TrainerMemory {
 
     Arena param_arena, master_arena, moment_arena, act_arena{"activations"}, scalar_arena{"scalars and scratch"};
     std::vector<Arena> grad_arenas;  // (n_grads)
-    GPT2Params params;               // what the ops read
-    GPT2Params masters;              // f32; absent where `params` are the masters
-    GPT2Params m, v;
-    std::vector<GPT2Params> grads;  // (n_grads)
-    GPT2Acts acts;
+    const std::vector<ParamInfo> param_list;
+    Tensors params;              // real: what the ops read
+    Tensors masters;             // f32; absent where `params` are the masters
+    Tensors m, v;                // stat
+    std::vector<Tensors> grads;  // (n_grads) stat
+    const ActivationShape act_shape;
+    Tensors acts;              // of act_shape; among them:
+    Buf logits;                // (BT, Vp) real
+    Buf loss, correct;         // (BT) stat, i32
     StepBatch batch, staging;  // of this step; of the next, on its way to the device
     Buf losses;                // (n_micro * B) stat: sum over each sequence
     Buf decay;                 // (n/64) u8

@@ -1,12 +1,12 @@
 // What a Trainer is made of: the model, the batch, the optimizer, and how a step is carried out.
 #pragma once
 #include "comm/all_reduce.h"
-#include "model/gpt2.h"
+#include "model/architecture.h"
 
 class DeviceComm;
 
 struct TrainerOptions {
-    GPT2Config model;
+    ModelConfig model;
     int global_batch_size = 0, micro_batch_size = 0;  // sequences
     Recompute recompute = Recompute::none;
     AllReduce allreduce = AllReduce::ordered;

@@ -19,23 +19,14 @@ std::vector<double> as_doubles(const Buf& host) {
     return out;
 }
 
-void check_model(const GPT2Config& c, DType real) {
-    if (c.C % c.NH != 0) fail(Exit::usage, "model.n_embd = {} is not divisible by model.n_head = {}", c.C, c.NH);
-    if (real == DType::bf16 && (c.HS() % 8 != 0 || c.HS() > 128))
-        fail(Exit::usage,
-             "model.n_embd / model.n_head = {} / {} makes heads of {}; in bf16 they must be a multiple of 8 up to 128: "
-             "change n_head, or use device.dtype: fp32",
-             c.C, c.NH, c.HS());
-}
-
 namespace {
 TrainerOptions checked(TrainerOptions o) {
-    check_model(o.model, o.real);
+    o.model.architecture->check(o.model, o.real);
     return o;
 }
 
 // Launches of a rank's part of a step on a GPU, about.
-int64_t launches_of_step(const GPT2Config& c, int n_micro) {
+int64_t launches_of_step(const ModelConfig& c, int n_micro) {
     constexpr int64_t kPerBlock = 26, kElse = 30;  // of a micro-batch
     return n_micro * (c.L * kPerBlock + kElse);
 }
@@ -96,10 +87,12 @@ void Trainer::connect() {
 void Trainer::mark_decay() {
     std::vector<uint8_t> decay(memory_.decay.count);
     const char* base = static_cast<const char*>(memory_.param_arena.flat(o_.real).data);
-    visit(memory_.params, o_.model, [&](const ParamInfo& info, Buf& b) {
+    for (size_t p = 0; p < memory_.params.size(); p++) {
+        const Buf b = memory_.params[p];
         const size_t first = size_t(static_cast<const char*>(b.data) - base) / dtype_bytes(o_.real);
-        for (size_t i = first; i < first + b.count; i += kDecayBlock) decay[i / kDecayBlock] = info.decay;
-    });
+        for (size_t i = first; i < first + b.count; i += kDecayBlock)
+            decay[i / kDecayBlock] = memory_.param_list[p].decay;
+    }
     k_.upload(memory_.decay.data, decay.data(), decay.size(), stream_);
     k_.synchronize(stream_);
 }
@@ -107,9 +100,7 @@ void Trainer::mark_decay() {
 const char* Trainer::reduction() const { return reducer_ ? reducer_->name() : "no"; }
 
 void Trainer::initialize() {
-    uint32_t tensor = 0;
-    visit(masters(), o_.model,
-          [&](const ParamInfo& info, Buf& b) { init_tensor(k_, info, b, tensor++, o_.seed, stream_); });
+    init_params(o_.model, k_, masters(), o_.seed, stream_);
     parameters_changed();
 }
 
@@ -168,7 +159,7 @@ void Trainer::broadcast_state() {
 
 // Gradients are left as noise, as activations are: the first micro-batch of a step overwrites both.
 std::string Trainer::tune() {
-    const GPT2Batch now = batch(0);
+    const Batch now = batch(0);
     std::vector<int32_t> inputs(now.inputs.count), targets(now.targets.count), order(now.order.count);
     for (size_t i = 0; i < inputs.size(); i++) {
         inputs[i] = int32_t(hash_word(i, 0) % uint64_t(o_.model.V));
@@ -180,18 +171,19 @@ std::string Trainer::tune() {
     k_.upload(now.targets.data, targets.data(), now.targets.n_bytes(), stream_);
     k_.upload(now.order.data, order.data(), now.order.n_bytes(), stream_);
     k_.upload(now.where.data, where, now.where.n_bytes(), stream_);
-    const float grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
+    const Architecture& model = *o_.model.architecture;
     k_.tune(true);
     for (const bool accumulate : {false, true}) {
-        gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, true, grad_scale, stream_);
-        gpt2_backward(k_, o_.model, memory_.params, memory_.acts, memory_.grads[0], now, accumulate, stream_);
+        const Pass train = training_pass(now, memory_.grads[0], accumulate);
+        model.forward(train);
+        model.backward(train);
     }
-    gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, false, 0, stream_);
+    model.forward(pass(now));
     k_.synchronize(stream_);
     return k_.tune(false);
 }
 
-GPT2Batch Trainer::batch(int micro) const {
+Batch Trainer::batch(int micro) const {
     const size_t BT = size_t(o_.micro_batch_size) * o_.model.T, i = size_t(micro);
     return {.inputs = memory_.batch.inputs.slice(i * BT, BT),
             .targets = memory_.batch.targets.slice(i * BT, BT),
@@ -202,20 +194,39 @@ GPT2Batch Trainer::batch(int micro) const {
             .seed = o_.seed};
 }
 
+Pass Trainer::pass(const Batch& batch) const {
+    return {.k = k_,
+            .config = o_.model,
+            .params = memory_.params,
+            .acts = memory_.acts,
+            .batch = batch,
+            .recompute = memory_.act_shape.recompute,
+            .stream = stream_};
+}
+
+Pass Trainer::training_pass(const Batch& batch, const Tensors& grads, bool accumulate) const {
+    Pass x = pass(batch);
+    x.grads = &grads;
+    x.train = true;
+    x.grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
+    x.accumulate = accumulate;
+    return x;
+}
+
 void Trainer::accumulate_micro_batches() {
     const int B = o_.micro_batch_size;
-    const float grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
+    const Architecture& model = *o_.model.architecture;
     fold_ = RunFold(share_.n_runs);
     for (int i = 0; i < share_.n_micro; i++) {
-        const GPT2Batch now = batch(i);
+        const Tensors& grads = memory_.grads[size_t(fold_.working())];
+        const Pass x = training_pass(batch(i), grads, i % share_.run_length != 0);
         k_.set_mark(marks_->start[size_t(i)].get(), stream_);
-        gpt2_forward(k_, o_.model, memory_.params, memory_.acts, now, true, grad_scale, stream_);
+        model.forward(x);
         const Buf sums = memory_.losses.slice(size_t(i) * B, size_t(B));  // (B)
-        k_.row_sum({.y = sums, .x = memory_.acts.loss, .B = B, .T = o_.model.T}, stream_);
+        k_.row_sum({.y = sums, .x = memory_.loss, .B = B, .T = o_.model.T}, stream_);
         k_.set_mark(marks_->forward[size_t(i)].get(), stream_);
 
-        GPT2Params& g = memory_.grads[size_t(fold_.working())];
-        gpt2_backward(k_, o_.model, memory_.params, memory_.acts, g, now, i % share_.run_length != 0, stream_);
+        model.backward(x);
         if ((i + 1) % share_.run_length == 0)
             fold_.push([&](int into, int from) {
                 k_.add({.y = memory_.flat_gradient(into), .x = memory_.flat_gradient(from)}, stream_);
@@ -341,13 +352,12 @@ void Trainer::collect(StepResult& result) {
     result.ms.optimizer = between(marks_->reduced, marks_->end);
 }
 
-std::vector<StateTensor> Trainer::list(GPT2Params& p, const std::string& prefix) {
+std::vector<StateTensor> Trainer::list(const Tensors& tensors, const std::string& prefix) const {
     std::vector<StateTensor> out;
-    visit(p, o_.model, [&](const ParamInfo& info, Buf& b) {
-        std::vector<size_t> shape = info.shape;
-        shape[0] = info.n_rows_saved;
-        out.push_back({prefix + info.name, shape, b.slice(0, info.count_saved())});
-    });
+    for (size_t i = 0; i < tensors.size(); i++) {
+        const ParamInfo& info = memory_.param_list[i];
+        out.push_back({prefix + info.name, info.shape_saved(), tensors[i].slice(0, info.count_saved())});
+    }
     return out;
 }
 std::vector<StateTensor> Trainer::parameters() { return list(masters(), ""); }

@@ -81,7 +81,7 @@ class Trainer {
     // Every parameter and moment is a finite number.
     bool finite();
     const BatchShare& share() const { return share_; }
-    const GPT2Config& config() const { return o_.model; }
+    const ModelConfig& config() const { return o_.model; }
     const char* reduction() const;  // how gradients are summed: "ordered through host memory"
     // Of the device's memory, that the library which sums them has taken for itself.
     size_t reduction_bytes() const { return reduction_bytes_; }
@@ -103,15 +103,17 @@ class Trainer {
     void mark_decay();
     void connect();
     bool has_masters() const { return memory_.has_masters(); }
-    GPT2Params& masters() { return has_masters() ? memory_.masters : memory_.params; }
+    const Tensors& masters() const { return has_masters() ? memory_.masters : memory_.params; }
     void accumulate_micro_batches();
     void show_gradient(Buf grad);
     double gather_loss(const std::vector<double>& mine);
     void set_rates(double learning_rate);
     void update(Buf grad);
     void collect(StepResult& result);
-    GPT2Batch batch(int micro) const;
-    std::vector<StateTensor> list(GPT2Params& p, const std::string& prefix);
+    Batch batch(int micro) const;
+    Pass pass(const Batch& batch) const;
+    Pass training_pass(const Batch& batch, const Tensors& grads, bool accumulate) const;
+    std::vector<StateTensor> list(const Tensors& tensors, const std::string& prefix) const;
 
     const Backend& k_;
     Comm& comm_;
@@ -135,6 +137,3 @@ class Trainer {
 
 // Numbers in host memory - f32, f64 or bf16 - as doubles.
 std::vector<double> as_doubles(const Buf& host);
-
-// Shapes kiln cannot run, named before any memory is taken: Error(Exit::usage).
-void check_model(const GPT2Config& c, DType real);

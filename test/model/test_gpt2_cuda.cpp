@@ -2,14 +2,16 @@
 // every gradient of one step, and the losses of twenty.
 #include <cstring>
 
+#include "model/gpt2.h"
 #include "test/op_test.h"
 #include "trainer/trainer.h"
 
 namespace {
 // Head size 8: the smallest that tensor cores are used for.  No other size is a multiple of 8, but for the width.
-constexpr GPT2Config kTiny{.L = 2, .NH = 2, .C = 16, .T = 13, .V = 29, .bias = true, .dropout = 0};
+constexpr ModelConfig kTiny{
+    .architecture = &gpt2, .L = 2, .NH = 2, .C = 16, .T = 13, .V = 29, .bias = true, .dropout = 0};
 
-TrainerOptions options(GPT2Config c, DType real) {
+TrainerOptions options(ModelConfig c, DType real) {
     TrainerOptions o;
     o.model = c;
     o.global_batch_size = 4;
@@ -24,7 +26,7 @@ TrainerOptions options(GPT2Config c, DType real) {
 // Micro-batches of random tokens, the same sequence for every caller that starts with the same seed.
 class Source {
   public:
-    Source(const GPT2Config& c, unsigned seed, int below) : n_(2 * size_t(c.T)), seed_(seed), below_(below) {}
+    Source(const ModelConfig& c, unsigned seed, int below) : n_(2 * size_t(c.T)), seed_(seed), below_(below) {}
     Trainer::Tokens operator()() {
         const Doubles in = integers(n_, seed_++, below_), out = integers(n_, seed_++, below_);
         in_.assign(in.begin(), in.end()), out_.assign(out.begin(), out.end());
@@ -59,7 +61,7 @@ struct OneStep {
     double loss;
     std::vector<std::pair<std::string, Doubles>> gradients;  // by tensor
 };
-OneStep one_step(const Target& t, const GPT2Config& c) {
+OneStep one_step(const Target& t, const ModelConfig& c) {
     const auto comm = make_self_comm();
     Trainer trainer(*t.k, *comm, options(c, t.real));
     set_parameters(*t.k, trainer, c.C);
@@ -68,14 +70,15 @@ OneStep one_step(const Target& t, const GPT2Config& c) {
     Source next(c, 7, c.V);
     OneStep out{.loss = trainer.step(3, 0, [&] { return next(); }).loss, .gradients = {}};
     Arena plan("plan", 64);  // where each tensor lies in the flat gradient: 64 elements of one byte
-    GPT2Params p;
-    visit(p, c, [&](const ParamInfo& info, Buf& b) { plan.add(b, info.name, info.count(), DType::u8); });
+    const std::vector<ParamInfo> list = gpt2.params(c);
+    Tensors p(list.size());
+    for (size_t i = 0; i < p.size(); i++) plan.add(p[i], list[i].name, list[i].count(), DType::u8);
     plan.allocate(cpu_backend().memory, [](void*, size_t) {});
     const auto* base = static_cast<const char*>(plan.flat(DType::u8).data);
-    visit(p, c, [&](const ParamInfo& info, Buf& b) {
-        const auto* first = flat.data() + (static_cast<const char*>(b.data) - base);
-        out.gradients.emplace_back(info.name, Doubles(first, first + info.count()));
-    });
+    for (size_t i = 0; i < p.size(); i++) {
+        const auto* first = flat.data() + (static_cast<const char*>(p[i].data) - base);
+        out.gradients.emplace_back(list[i].name, Doubles(first, first + list[i].count()));
+    }
     return out;
 }
 
@@ -94,7 +97,7 @@ std::vector<Target> cuda_targets() {
 // A gradient's error is measured against its tensor's norm: the roundings of single elements are independent and
 // average out, an op that is wrong does not.  fp32: a few hundred roundings of 2^-24 lie on the longest path.  bf16:
 // about 30 roundings of 2^-9 each; sqrt(30) 2^-9 = 1.1 %, and 3 % leaves room for the steepest softmax.
-void check_one_step(const Target& t, const GPT2Config& c, const OneStep& want) {
+void check_one_step(const Target& t, const ModelConfig& c, const OneStep& want) {
     CAPTURE(t.name);
     const double bound = t.real == DType::bf16 ? 0.03 : 1e-5;
     const OneStep got = one_step(t, c);
@@ -110,7 +113,7 @@ void check_one_step(const Target& t, const GPT2Config& c, const OneStep& want) {
 }  // namespace
 
 TEST_CASE("gpt2 on cuda: loss and every gradient agree with the CPU's double instance") {
-    GPT2Config c = kTiny;
+    ModelConfig c = kTiny;
     SUBCASE("bias") {}
     SUBCASE("no bias, dropout") { c.bias = false, c.dropout = 0.2f; }
     const OneStep want = one_step(reference(), c);
@@ -122,13 +125,13 @@ TEST_CASE("gpt2 on cuda: loss and every gradient with Hopper's attention kernels
         MESSAGE("skipped: " << refusal);
         return;
     }
-    GPT2Config c = kTiny;
+    ModelConfig c = kTiny;
     c.NH = 2, c.C = 128, c.T = 70;  // heads of 64; two blocks of keys, the second one not whole
     check_one_step({&cuda_backend(AttentionKernel::sm90), DType::bf16, "cuda bf16 sm90"}, c, one_step(reference(), c));
 }
 
 TEST_CASE("gpt2 on cuda: twenty steps follow the CPU") {
-    GPT2Config c = kTiny;
+    ModelConfig c = kTiny;
     c.dropout = 0.1f;
     const auto curve = [&](const Target& t) {
         const auto comm = make_self_comm();
@@ -155,7 +158,7 @@ TEST_CASE("gpt2 on cuda: two runs give the same bits") {
         std::vector<uint64_t> hashes;
         for (int run = 0; run < 2; run++) {
             const auto comm = make_self_comm();
-            GPT2Config c = kTiny;
+            ModelConfig c = kTiny;
             c.dropout = 0.1f;
             Trainer trainer(*t.k, *comm, options(c, t.real));
             trainer.initialize();

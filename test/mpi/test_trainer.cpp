@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "common/rng.h"
+#include "model/gpt2.h"
 #include "test/mpi/world.h"
 #include "trainer/trainer.h"
 
@@ -21,7 +22,7 @@ struct Outcome {
 // only.
 Outcome train(AllReduce reduction, const Hook& hook, int at = 0) {
     TrainerOptions o;
-    o.model = {.L = 1, .NH = 2, .C = 8, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
+    o.model = {.architecture = &gpt2, .L = 1, .NH = 2, .C = 8, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
     o.micro_batch_size = 1;
     o.global_batch_size = 2 * world().size();
     o.allreduce = reduction;

@@ -3,11 +3,13 @@
 #include <regex>
 
 #include "comm/run_fold.h"
+#include "model/gpt2.h"
 #include "test/op_test.h"
 #include "trainer/trainer.h"
 
 namespace {
-constexpr GPT2Config kTiny{.L = 3, .NH = 2, .C = 16, .T = 13, .V = 29, .bias = true, .dropout = 0.1f};
+constexpr ModelConfig kTiny{
+    .architecture = &gpt2, .L = 3, .NH = 2, .C = 16, .T = 13, .V = 29, .bias = true, .dropout = 0.1f};
 
 TrainerOptions options(DType real) {
     TrainerOptions o;

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 
+#include "model/gpt2.h"
 #include "trainer/trainer.h"
 #include "test/mpi/device_gradient.h"
 
@@ -71,7 +72,7 @@ TEST_CASE("nccl: exactly one call for a gradient") {
 TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction of the whole gradient") {
     NcclComm nccl(world(), kTimeout);
     TrainerOptions o;
-    o.model = {.L = 1, .NH = 2, .C = 16, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
+    o.model = {.architecture = &gpt2, .L = 1, .NH = 2, .C = 16, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
     o.micro_batch_size = 1;
     o.global_batch_size = 2 * world().size();
     o.allreduce = AllReduce::nccl;
