@@ -84,6 +84,11 @@ bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; write
 performance-page: ## docs/performance.md and its pictures from benchmarks/results/
 	$(PYTHON) scripts/gpu/performance_page.py
 
+readme: all ## README.md's table of keys, which ./train --keys prints
+	./train --keys > build/keys.md
+	awk '/^\| key \| default/ {system("cat build/keys.md"); old = 1} !/^\|/ {old = 0} !old' README.md > build/README.md
+	cp build/README.md README.md
+
 lint: ## formatting, include directions, shell scripts
 	@clang-format --dry-run -Werror $(FORMATTED)
 	scripts/build/check_includes.sh
@@ -121,5 +126,5 @@ help: ## this list
 	@awk -F ' *## *' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "  make %-13s %s\n", $$1, $$2} \
 	                  /^[A-Z_]+ +\?=.*##/ {sub(/ .*/, "", $$1); printf "  %-18s %s\n", $$1 "=", $$2}' Makefile cuda.mk
 
-.PHONY: all demo test quick test-full parity bench performance-page lint format deps clean help
+.PHONY: all demo test quick test-full parity bench performance-page readme lint format deps clean help
 -include $(shell find build -name '*.d' 2>/dev/null)

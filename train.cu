@@ -4,6 +4,7 @@
 //   ./train generate --config F     sample text from a trained model
 //   ./train eval --config F         loss on the val shards
 //   ./train bench --config F        time of each op of this model's step; needs no data
+//   ./train --keys                  the config's keys, as README.md has them
 #include <CLI/CLI.hpp>
 
 #include <chrono>
@@ -31,6 +32,8 @@ void describe(CLI::App& app, CommandLine& line) {
     CLI::Option* resume = app.add_flag("--resume", line.resume, "continue from the newest valid checkpoint of the run");
     app.add_flag("--overwrite", line.overwrite, "start afresh: removes the files of an earlier run")->excludes(resume);
     app.fallthrough();
+    // CLI11's only flag that prints a text of ours and ends the program.
+    app.set_version_flag("--keys", config_table, "print the table of the config's keys, as README.md has it, and exit");
 
     CLI::App* generate = app.add_subcommand("generate", "sample text from a trained model");
     CLI::App* eval = app.add_subcommand("eval", "loss and accuracy on the val shards");

@@ -49,7 +49,9 @@ T number(const std::string& at, const Key& key, const YamlNode& v) {
         refuse_value(at, key, v, fmt::format("is not {}; expected {}", is_whole ? "an integer" : "a number", expected));
     }
     const double d = double(value);
-    if (error != std::errc() || !std::isfinite(d) || d < key.low || d > key.high || (key.exclusive_low && d == key.low))
+    const Key::Range& range = key.range;
+    if (error != std::errc() || !std::isfinite(d) || d < range.low || d > range.high ||
+        (range.exclusive_low && d == range.low))
         refuse_value(at, key, v, "is out of range; expected " + expected);
     return value;
 }

@@ -1,5 +1,5 @@
-// The config of a run: one YAML file plus --set overrides.  Defaults are the initialisers below; README.md has the
-// table, config_keys.cpp the allowed values.  An unknown or duplicate key, a wrong type or an impossible value is
+// The config of a run: one YAML file plus --set overrides.  Defaults are the initialisers below; config_words.h has the
+// words, config_keys.cpp ranges and meanings, and README.md the table made from all three.  An unknown or duplicate key, a wrong type or an impossible value is
 // Error(Exit::usage) with file:line, the value, what is allowed and, for a near miss, "did you mean".  A known key or
 // value whose feature is not built yet is "not available in this build".
 #pragma once
@@ -80,6 +80,8 @@ Config parse_config(const std::string& text, const std::string& name, const std:
 std::string to_yaml(const Config& config);
 // For messages: value_of(c, "model.n_layer") is "4", value_of(c, "data.train") "[a.bin, b.bin]".
 std::string value_of(const Config& config, const std::string& key);
+// The table of keys in README.md, as Markdown.
+std::string config_table();
 // Names every key whose value differs ("optimizer.learning_rate"), for resume.
 std::vector<std::string> differing_keys(const Config& a, const Config& b);
 // The keys of that list that a resume may change (design: sizes of the run, not of the model).

@@ -10,64 +10,126 @@ namespace {
 
 constexpr double kMaxSteps = 1e9,
                  kMaxSeed = 9007199254740991.0;  // 2^53 - 1: JSON holds it, and the top byte stays free
+constexpr Key::Range from(double low, double high) { return {low, high, false}; }
+constexpr Key::Range above(double low, double high) { return {low, high, true}; }
 
-// One line for each key of the public interface, in the order of config.yaml; defaults are in config.h.
+// Every key of the public interface, in the order of config.yaml.  Defaults are in config.h, words in config_words.h.
+// `make readme` writes the table of README.md from this one.
 std::vector<Key> table() {
     return {
-        {KEY(run.name), .required = true, .form = Form::component},
-        {KEY(run.out_dir), .may_change = true},
-        {KEY(run.seed), .low = 0, .high = kMaxSeed},
-        {KEY(run.max_minutes), .may_change = true, .low = 0, .high = 1e9},
-        {KEY(run.on_bad_step), .later = {"rewind"}},
+        // clang-format off
+        {KEY(run.name), .required = true, .form = Form::component,
+         .meaning = "directory name of the run"},
+        {KEY(run.out_dir), .may_change = true,
+         .meaning = "where run directories are made"},
+        {KEY(run.seed), .range = from(0, kMaxSeed),
+         .meaning = "of initialisation, data order, dropout and samples"},
+        {KEY(run.max_minutes), .may_change = true, .range = from(0, 1e9),
+         .meaning = "save and stop with exit 85 after so many minutes; 0: no limit"},
+        {KEY(run.on_bad_step), .later = {"rewind"},
+         .meaning = "where a loss or gradient is not finite: `skip` the update, or `stop` with exit 6"},
         {"run.timeout_seconds"},
         {"run.spike_factor"},
         {"run.replica_check_interval"},
-        {KEY(device.kind), .may_change = true},
-        {KEY(device.dtype), .may_change = true},
-        {KEY(device.threads), .may_change = true, .low = 1, .high = 4096, .zero_word = "auto"},
-        {KEY(device.attention), .may_change = true},
-        {KEY(device.graph), .may_change = true},
-        {KEY(model.architecture), .values = architecture_names()},
-        {KEY(model.n_layer), .required = true, .low = 1, .high = 1024},
-        {KEY(model.n_head), .required = true, .low = 1, .high = 4096},
-        {KEY(model.n_embd), .required = true, .low = 1, .high = 1 << 20},
-        {KEY(model.context_length), .required = true, .low = 1, .high = 1 << 20},
-        {KEY(model.vocab_size), .required = true, .low = 1, .high = 1 << 24},
-        {KEY(model.dropout), .low = 0, .high = 0.99},
-        {KEY(model.bias)},
-        {KEY(model.init_from)},
-        {KEY(data.train), .required = true},
-        {KEY(data.val)},
-        {KEY(data.shuffle)},
-        {KEY(data.tokenizer), .may_change = true},
-        {KEY(data.format)},
-        {KEY(train.max_steps), .may_change = true, .low = 1, .high = kMaxSteps, .one_of_two = true},
-        {KEY(train.max_epochs), .may_change = true, .low = 0, .high = kMaxSteps, .exclusive_low = true,
-         .one_of_two = true},
-        {KEY(train.global_batch_size), .required = true, .low = 1, .high = 1 << 24},
-        {KEY(train.micro_batch_size), .required = true, .may_change = true, .low = 1, .high = 1 << 24},
-        {KEY(train.grad_clip), .low = 0, .high = 1e9},
-        {KEY(train.recompute), .may_change = true},
-        {KEY(optimizer.name)},
-        {KEY(optimizer.learning_rate), .required = true, .low = 0, .high = 1000, .exclusive_low = true},
-        {KEY(optimizer.beta1), .low = 0, .high = 0.999999},
-        {KEY(optimizer.beta2), .low = 0, .high = 0.999999},
-        {KEY(optimizer.eps), .low = 1.2e-38, .high = 1},
-        {KEY(optimizer.weight_decay), .low = 0, .high = 1000},
-        {KEY(optimizer.momentum), .low = 0, .high = 0.999999},
-        {KEY(schedule.name)},
-        {KEY(schedule.warmup_steps), .low = 0, .high = kMaxSteps},
-        {KEY(schedule.decay_steps), .low = 1, .high = kMaxSteps, .zero_word = "all"},
-        {KEY(schedule.min_learning_rate), .low = 0, .high = 1000},
-        {KEY(eval.interval), .may_change = true, .low = 0, .high = kMaxSteps},
-        {KEY(eval.tokens), .low = 1, .high = 1e15, .zero_word = "all"},
-        {KEY(eval.sample_prompts), .form = Form::any},
-        {KEY(checkpoint.interval), .may_change = true, .low = 0, .high = kMaxSteps},
-        {KEY(checkpoint.keep), .may_change = true, .low = 1, .high = 1e6},
+        {KEY(device.kind), .may_change = true,
+         .meaning = "auto: a GPU where every rank finds one, else the CPU"},
+        {KEY(device.dtype), .may_change = true,
+         .meaning = "of activations and matrix products; `bf16` on a GPU only. Masters, moments and gradients stay "
+                    "fp32"},
+        {KEY(device.threads), .may_change = true, .range = from(1, 4096), .zero_word = "auto",
+         .meaning = "threads of each rank; auto: its share of the host's cores"},
+        {KEY(device.attention), .may_change = true,
+         .meaning = "attention kernels on a GPU. `sm90` (compute capability 9.0) and `cudnn` need bf16 and heads of 64 "
+                    "or 128 elements, and leave dropout to `portable`; asked for where they cannot run, they are an "
+                    "error. auto: `sm90` where it can run on every rank, else `portable`. The `run` record and the log "
+                    "say which"},
+        {KEY(device.graph), .may_change = true,
+         .meaning = "record a GPU's step once as a CUDA graph and then replay it, with the same bits. auto: where that "
+                    "can be done; `on`: an error where it cannot; `off`: never"},
+        {KEY(model.architecture), .values = architecture_names(),
+         .meaning = "the kind of model"},
+        {KEY(model.n_layer), .required = true, .range = from(1, 1024),
+         .meaning = "transformer blocks"},
+        {KEY(model.n_head), .required = true, .range = from(1, 4096),
+         .meaning = "attention heads; divides n_embd"},
+        {KEY(model.n_embd), .required = true, .range = from(1, 1 << 20),
+         .meaning = "width"},
+        {KEY(model.context_length), .required = true, .range = from(1, 1 << 20),
+         .meaning = "tokens of a sequence"},
+        {KEY(model.vocab_size), .required = true, .range = from(1, 1 << 24),
+         .meaning = "tokens; padded to a multiple of 128 in memory"},
+        {KEY(model.dropout), .range = from(0, 0.99),
+         .meaning = "probability of embedding, attention and residual dropout"},
+        {KEY(model.bias),
+         .meaning = "biases in Linear and LayerNorm"},
+        {KEY(model.init_from),
+         .meaning = "start from the weights in this directory (a kiln checkpoint, or Hugging Face GPT-2)"},
+        {KEY(data.train), .required = true,
+         .meaning = "shards to train on"},
+        {KEY(data.val),
+         .meaning = "shards to evaluate on"},
+        {KEY(data.shuffle),
+         .meaning = "a new order of sequences every epoch; false: as they lie"},
+        {KEY(data.tokenizer), .may_change = true,
+         .meaning = "tokenizer.json, for `generate` and samples; opened at every start"},
+        {KEY(data.format),
+         .meaning = "auto: shards with llm.c's headers; `nanogpt`: headerless uint16"},
+        {KEY(train.max_steps), .may_change = true, .range = from(1, kMaxSteps), .one_of_two = true,
+         .meaning = "length of the run in optimizer steps"},
+        {KEY(train.max_epochs), .may_change = true, .range = above(0, kMaxSteps), .one_of_two = true,
+         .meaning = "length of the run in passes over data.train"},
+        {KEY(train.global_batch_size), .required = true, .range = from(1, 1 << 24),
+         .meaning = "sequences of an optimizer step, over all ranks"},
+        {KEY(train.micro_batch_size), .required = true, .may_change = true, .range = from(1, 1 << 24),
+         .meaning = "sequences of a forward pass on one rank"},
+        {KEY(train.grad_clip), .range = from(0, 1e9),
+         .meaning = "largest global gradient norm; 0: off"},
+        {KEY(train.recompute), .may_change = true,
+         .meaning = "what the backward pass computes again instead of keeping it, to save memory: `gelu` (the GELU's "
+                    "output, a quarter of the activations), `block` (all of a block but its output; the bits of "
+                    "`none`). With `gelu` in bf16, GELU sees its input as it is stored"},
+        {KEY(optimizer.name),
+         .meaning = "the update rule; kernels/ops.h has the formulas"},
+        {KEY(optimizer.learning_rate), .required = true, .range = above(0, 1000),
+         .meaning = "the highest rate of the schedule"},
+        {KEY(optimizer.beta1), .range = from(0, 0.999999),
+         .meaning = "adamw, adam: decay of the first moment, per step"},
+        {KEY(optimizer.beta2), .range = from(0, 0.999999),
+         .meaning = "adamw, adam: decay of the second moment, per step"},
+        {KEY(optimizer.eps), .range = from(1.2e-38, 1),
+         .meaning = "adamw, adam: added to the root of the second moment"},
+        {KEY(optimizer.weight_decay), .range = from(0, 1000),
+         .meaning = "on tensors of two dimensions. adamw shrinks them by learning_rate * weight_decay of their size a "
+                    "step; adam and sgd add weight_decay times the tensor to its gradient"},
+        {KEY(optimizer.momentum), .range = from(0, 0.999999),
+         .meaning = "sgd: decay of the moment, per step"},
+        {KEY(schedule.name),
+         .meaning = "how the learning rate falls after the warm-up"},
+        {KEY(schedule.warmup_steps), .range = from(0, kMaxSteps),
+         .meaning = "steps of linear warm-up"},
+        {KEY(schedule.decay_steps), .range = from(1, kMaxSteps), .zero_word = "all",
+         .meaning = "cosine, linear: the step that reaches the minimum; wsd: length of the fall (all: a fifth of the "
+                    "run)"},
+        {KEY(schedule.min_learning_rate), .range = from(0, 1000),
+         .meaning = "the lowest rate of cosine, linear and wsd"},
+        {KEY(eval.interval), .may_change = true, .range = from(0, kMaxSteps),
+         .meaning = "evaluate every so many steps and at the end; 0: never"},
+        {KEY(eval.tokens), .range = from(1, 1e15), .zero_word = "all",
+         .meaning = "how many tokens of data.val an evaluation reads"},
+        {KEY(eval.sample_prompts), .form = Form::any,
+         .meaning = "texts that the model continues at every evaluation"},
+        {KEY(checkpoint.interval), .may_change = true, .range = from(0, kMaxSteps),
+         .meaning = "save every so many steps and at the end; 0: never"},
+        {KEY(checkpoint.keep), .may_change = true, .range = from(1, 1e6),
+         .meaning = "newest checkpoints kept"},
         {"checkpoint.async"},
         {"checkpoint.on_error"},
-        {KEY(log.interval), .may_change = true, .low = 1, .high = kMaxSteps},
-        {KEY(parallel.allreduce), .may_change = true},
+        {KEY(log.interval), .may_change = true, .range = from(1, kMaxSteps),
+         .meaning = "a step record every so many steps"},
+        {KEY(parallel.allreduce), .may_change = true,
+         .meaning = "how ranks sum gradients. auto: `nccl` where every rank has a GPU of its own, else `ordered` where "
+                    "the rank count allows it, else `mpi`. With 2^k * odd micro-batches a step, `ordered` keeps up to "
+                    "k+1 gradient buffers"},
         {"parallel.tensor"},
         {"parallel.pipeline"},
         {"parallel.schedule"},
@@ -80,7 +142,19 @@ std::vector<Key> table() {
         {"parallel.sync_interval"},
         {"parallel.outer_learning_rate"},
         {"parallel.outer_momentum"},
+        // clang-format on
     };
+}
+
+// As README.md shows it.
+std::string default_of(const Key& key) {
+    if (key.required) return "required";
+    if (key.one_of_two) return "one of the two";
+    Config c;
+    const Member member = key.member(c);
+    if (const auto* text = std::get_if<std::string*>(&member)) return **text;
+    const std::string value = value_of(c, key.name);
+    return value == "[]" ? "" : value;
 }
 }  // namespace
 
@@ -114,9 +188,20 @@ std::string allowed_values(const Key& key) {
     if (std::holds_alternative<std::string*>(member))
         return key.form == Form::component ? "one path component without /, not . or .." : "a path";
     const bool whole = !std::holds_alternative<double*>(member);
-    const std::string low = key.exclusive_low ? fmt::format("above {} and", key.low) : fmt::format("from {}", key.low);
-    const std::string range =
-        fmt::format("{} {} {} {}", whole ? "an integer" : "a number", low, key.exclusive_low ? "at most" : "to",
-                    whole ? fmt::format("{}", uint64_t(key.high)) : fmt::format("{}", key.high));
+    const auto [low, high, exclusive_low] = key.range;
+    const std::string range = fmt::format("{} {} {} {} {}", whole ? "an integer" : "a number",
+                                          exclusive_low ? "above" : "from", low, exclusive_low ? "and at most" : "to",
+                                          whole ? fmt::format("{}", uint64_t(high)) : fmt::format("{}", high));
     return *key.zero_word ? range + ", or " + key.zero_word : range;
+}
+
+std::string config_table() {
+    std::string table =
+        "| key | default | allowed | meaning | may change on resume |\n"
+        "|---|---|---|---|---|";
+    for (const Key& key : config_keys())
+        if (key.member)
+            table += fmt::format("\n| {} | {} | {} | {} | {} |", key.name, default_of(key), allowed_values(key),
+                                 key.meaning, key.may_change ? "yes" : "");
+    return table;
 }

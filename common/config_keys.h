@@ -1,6 +1,5 @@
 // The one table of config keys: parsing, overrides, to_yaml, comparison and messages all read it.
 #pragma once
-#include <limits>
 #include <string>
 #include <type_traits>
 #include <variant>
@@ -21,18 +20,23 @@ using Member =
 enum class Form { any, path, component };  // of text: anything, without control characters, also one path component
 
 struct Key {
+    struct Range {
+        double low, high;
+        bool exclusive_low;  // `low` itself is out of range
+    };
+
     const char* name;                     // "section.key"
     Member (*member)(Config&) = nullptr;  // null: known, but not available in this build
     bool required = false;
     bool may_change = false;  // on resume
 
-    double low = -std::numeric_limits<double>::infinity(), high = std::numeric_limits<double>::infinity();  // numbers
-    bool exclusive_low = false;
+    Range range = {};                      // of a number
     const char* zero_word = "";            // what 0 is called in the file: "auto", "all"
     bool one_of_two = false;               // 0: not given, another key stands for it
     std::vector<std::string> values = {};  // text from a list
     std::vector<std::string> later = {};   // words that are known, but not in this build
     Form form = Form::path;
+    const char* meaning = "";  // for README.md, with the unit and the words that do not explain themselves
 
     std::string section() const { return std::string(name).substr(0, std::string(name).find('.')); }
     std::string key() const { return std::string(name).substr(std::string(name).find('.') + 1); }

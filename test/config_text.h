@@ -27,7 +27,7 @@ optimizer:
   learning_rate: 0.0003
 )";
 
-// Every key that is available, each with another value than in kSmall where there is one.
+// Keys with other values than in kSmall, in the forms of YAML that a user may choose.
 inline const std::string kLarge = R"(# comment
 run: {name: "a \"b\" \\ é: #1", out_dir: /tmp/x y, seed: 9007199254740991, max_minutes: 0.1, on_bad_step: stop}
 device: {kind: cpu, dtype: fp32, threads: 3, attention: portable, graph: off}
