@@ -9,9 +9,9 @@ enum class AllReduce { ordered, nccl, mpi, ring };
 const char* all_reduce_name(AllReduce how);
 
 // All ranks end with the same sum, bit for bit.
-//   ordered  all-to-all of shards, each summed by the balanced binary tree over rank numbers (TreeSum in kernels/ops.h),
-//            all-gather.  With buffers that are sums of a power-of-two number of runs, the bits are those of one rank.
-//            The number of ranks must be a power of two.
+//   ordered  all-to-all of shards, each summed by the balanced binary tree over rank numbers (TreeSum in
+//            kernels/ops.h), all-gather.  With buffers that are sums of a power-of-two number of runs, the bits are
+//            those of one rank.  The number of ranks must be a power of two.
 //   nccl     is for device memory: Error(Exit::internal); see comm/gradient_all_reduce.h
 //   mpi      MPI_Allreduce
 //   ring     reduce-scatter and all-gather around the ring 0 -> 1 -> ... -> 0 by send_recv; any size, any length

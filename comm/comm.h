@@ -1,7 +1,7 @@
-// Comm: messages between the ranks of one run.  Implementations: self (one rank, no library) and mpi.
+// Comm: messages between ranks, from and to host memory.  Implementations: self (one rank, no library) and mpi.
 //
 // Every rank calls the same operations in the same order; counts are equal on all ranks unless said.  Calls block until
-// the caller's buffers may be reused.  Buffers are host memory.  A failure throws Error(Exit::peer_lost).
+// the caller's buffers may be reused.  A failure throws Error(Exit::peer_lost).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,12 +22,21 @@ class Comm {
     virtual int local_size() const = 0;
 
     virtual void all_reduce_sum(std::span<float> data) = 0;
+    // send holds size() blocks of n; recv (n) gets the sum over ranks of their block rank().  On all ranks or on none
+    // recv may be block rank() of send; then the other blocks of send are undefined afterwards.
+    virtual void reduce_scatter_sum(float* send, float* recv, size_t n) = 0;
+    // recv gets size() blocks of n_bytes in rank order.  On all ranks or on none send may be block rank() of recv.
+    virtual void all_gather(const void* send, void* recv, size_t n_bytes) = 0;
     // send holds size() blocks of n_bytes, block r for rank r; recv gets size() blocks, block r from rank r.
     virtual void all_to_all(const void* send, void* recv, size_t n_bytes) = 0;
-    virtual void all_gather(const void* send, void* recv, size_t n_bytes) = 0;  // recv: size() * n_bytes, rank order
     virtual void broadcast(void* data, size_t n_bytes, int root) = 0;
+    // Only the two ranks call these, with equal n_bytes.  send() may wait until the other rank receives.
+    virtual void send(const void* data, size_t n_bytes, int to) = 0;
+    virtual void recv(void* data, size_t n_bytes, int from) = 0;
+    // Both at once: rings of ranks that send and receive do not wait for each other.
     virtual void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) = 0;
     virtual void barrier() = 0;
+    // The ranks of each color, ordered by key and then by rank.
     virtual std::unique_ptr<Comm> split(int color, int key) = 0;
 
     // Ends every rank of the job at once with this exit code; does not return.

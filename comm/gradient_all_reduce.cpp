@@ -1,9 +1,8 @@
 #include "comm/gradient_all_reduce.h"
 
 #include <algorithm>
-#include <array>
 
-#include "kernels/owners.h"
+#include "comm/staging.h"
 
 namespace {
 void check_size(Buf grad, size_t n) {
@@ -41,7 +40,7 @@ class InPlace final : public GradientAllReduce {
 };
 
 // Device -> pinned memory -> all_reduce() -> device, in the pieces that all_reduce() itself would work in, so that the
-// bits are those of one call.  While the ranks sum a piece, the next one is on its way to the host.
+// bits are those of one call.
 class Staged final : public GradientAllReduce {
   public:
     Staged(const Backend& k, Comm& comm, AllReduce how, size_t n)
@@ -49,46 +48,24 @@ class Staged final : public GradientAllReduce {
           comm_(comm),
           how_(how),
           n_(n),
-          piece_(std::min(n, all_reduce_piece(comm.size()))),
           name_(fmt::format("{} through host memory", all_reduce_name(how))),
-          slots_{Slot(k, piece_), Slot(k, piece_)} {}
+          staging_(k, std::min(n, all_reduce_piece(comm.size())) * sizeof(float)) {}
 
     void sum(Buf grad, Stream s) override {
         check_size(grad, n_);
-        fetch(grad, 0, s);
-        for (size_t i = 0; i * piece_ < n_; i++) {
-            fetch(grad, i + 1, s);
-            const Slot& slot = slots_[i % 2];
-            const Buf part = piece(grad, i);  // (<= piece_)
-            k_.wait_mark(slot.fetched.get());
-            all_reduce(comm_, {slot.host.as<float>(), part.count}, how_);
-            k_.upload(part.data, slot.host.as<void>(), part.n_bytes(), s);
-        }
+        staging_.transform(grad, s, [&](std::span<float> piece) { all_reduce(comm_, piece, how_); });
     }
     void wait(Stream s) override { k_.synchronize(s); }
     const char* name() const override { return name_.c_str(); }
     bool needs_host() const override { return true; }
 
   private:
-    struct Slot {
-        HostBuffer host;    // (piece_) f32
-        MarkOwner fetched;  // the piece has come down
-        Slot(const Backend& k, size_t piece) : host(k, piece * sizeof(float)), fetched(k) {}
-    };
-    Buf piece(Buf grad, size_t i) const { return grad.slice(i * piece_, std::min(piece_, n_ - i * piece_)); }
-    // The slot's former piece goes up before this one comes down: both are on the stream, in this order.
-    void fetch(Buf grad, size_t i, Stream s) {
-        if (i * piece_ >= n_) return;
-        const Buf part = piece(grad, i);
-        k_.download(slots_[i % 2].host.as<void>(), part.data, part.n_bytes(), s);
-        k_.set_mark(slots_[i % 2].fetched.get(), s);
-    }
     const Backend& k_;
     Comm& comm_;
     const AllReduce how_;
-    const size_t n_, piece_;
+    const size_t n_;
     const std::string name_;
-    std::array<Slot, 2> slots_;
+    Staging staging_;
 };
 
 // One call of NCCL's for the whole gradient.

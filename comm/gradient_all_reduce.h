@@ -25,7 +25,7 @@ class GradientAllReduce {
 // For gradients of n elements.  One rank: nothing is done.
 //   host-addressable memory   all_reduce() (comm/all_reduce.h) in place
 //   nccl, with `nccl`         one ncclAllReduce of the whole buffer; its order of summing is NCCL's
-//   ordered, with `nccl`      NCCL only moves shards, the backend sums them by the balanced tree: the bits of all_reduce()
+//   ordered, with `nccl`      NCCL only moves shards, the backend sums them by the balanced tree: all_reduce()'s bits
 //   else                      pieces go through pinned host memory and all_reduce()
 // `nccl` may be null where AllReduce::nccl is not asked for; it must outlive what is made.  longest_shard bounds the
 // scratch memory where NCCL moves shards: size() times as many elements; 0 chooses.

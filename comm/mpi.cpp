@@ -1,6 +1,7 @@
 // Comm over MPI.  The only file that sees mpi.h.
 #include <mpi.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstdlib>
 #include <string>
@@ -48,18 +49,34 @@ class MpiComm final : public Comm {
             MPI_CHECK(MPI_Allreduce(MPI_IN_PLACE, data.data() + i, n, MPI_FLOAT, MPI_SUM, comm_));
         }
     }
-    void all_to_all(const void* send, void* recv, size_t n_bytes) override {
-        const int n = as_count(n_bytes);
-        MPI_CHECK(MPI_Alltoall(send, n, MPI_BYTE, recv, n, MPI_BYTE, comm_));
+    void reduce_scatter_sum(float* send, float* recv, size_t n) override {
+        as_count(size_t(size_) * n * sizeof(float));  // MPICH counts all blocks together
+        if (recv != send + size_t(rank_) * n) {
+            MPI_CHECK(MPI_Reduce_scatter_block(send, recv, int(n), MPI_FLOAT, MPI_SUM, comm_));
+            return;
+        }
+        MPI_CHECK(MPI_Reduce_scatter_block(MPI_IN_PLACE, send, int(n), MPI_FLOAT, MPI_SUM, comm_));
+        if (rank_ > 0) std::copy_n(send, n, recv);  // MPI's result is in block 0
     }
     void all_gather(const void* send, void* recv, size_t n_bytes) override {
         const int n = as_count(n_bytes);
-        MPI_CHECK(MPI_Allgather(send, n, MPI_BYTE, recv, n, MPI_BYTE, comm_));
+        const bool in_place = send == static_cast<char*>(recv) + size_t(rank_) * n_bytes;
+        MPI_CHECK(MPI_Allgather(in_place ? MPI_IN_PLACE : send, n, MPI_BYTE, recv, n, MPI_BYTE, comm_));
+    }
+    void all_to_all(const void* send, void* recv, size_t n_bytes) override {
+        const int n = as_count(n_bytes);
+        MPI_CHECK(MPI_Alltoall(send, n, MPI_BYTE, recv, n, MPI_BYTE, comm_));
     }
     void broadcast(void* data, size_t n_bytes, int root) override {
         for (size_t i = 0; i < n_bytes; i += kPiece)
             MPI_CHECK(
                 MPI_Bcast(static_cast<char*>(data) + i, int(std::min(kPiece, n_bytes - i)), MPI_BYTE, root, comm_));
+    }
+    void send(const void* data, size_t n_bytes, int to) override {
+        MPI_CHECK(MPI_Send(data, as_count(n_bytes), MPI_BYTE, to, 0, comm_));
+    }
+    void recv(void* data, size_t n_bytes, int from) override {
+        MPI_CHECK(MPI_Recv(data, as_count(n_bytes), MPI_BYTE, from, 0, comm_, MPI_STATUS_IGNORE));
     }
     void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) override {
         MPI_CHECK(MPI_Sendrecv(send, as_count(n_send), MPI_BYTE, to, 0, recv, as_count(n_recv), MPI_BYTE, from, 0,

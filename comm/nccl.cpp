@@ -44,6 +44,24 @@ std::string text_of(ncclResult_t result) {
     return text.substr(0, text.find(" ("));
 }
 
+ncclDataType_t type_of(Buf b) {
+    switch (b.dtype) {
+        case DType::f32:
+            return ncclFloat32;
+        case DType::f64:
+            return ncclFloat64;
+        case DType::bf16:
+            return ncclBfloat16;
+        case DType::i32:
+            return ncclInt32;
+        case DType::u32:
+            return ncclUint32;
+        case DType::u8:
+            return ncclUint8;
+    }
+    fail(Exit::internal, "NCCL has no type for {}", dtype_name(b.dtype));
+}
+
 ncclUniqueId agree_on_id(Comm& comm) {
     int version = 0;
     ncclGetVersion(&version);
@@ -60,15 +78,16 @@ ncclUniqueId agree_on_id(Comm& comm) {
 
 struct NcclComm::State {
     ncclComm_t nccl = nullptr;  // null before it is made and after it was given up
-    int rank, size;
+    int size;
     double timeout_s;
     std::string call;  // the last one, for messages: "ncclAllReduce of 1000 floats over 4 ranks"
     int n_exceptions = std::uncaught_exceptions();
     std::future<void> aborted;  // valid after a failure
 
-    void begin(const char* name, size_t n) {
+    void begin(const char* name, size_t n, DType type) {
         if (!nccl) fail(Exit::internal, "NCCL: {} after a failure in {}", name, call);
-        call = fmt::format("{} of {} floats over {} ranks", name, n, size);
+        call =
+            fmt::format("{} of {} {} over {} ranks", name, n, type == DType::f32 ? "floats" : dtype_name(type), size);
     }
 
     void abort() {
@@ -107,10 +126,20 @@ struct NcclComm::State {
             patience.rest();
         }
     }
+    // calls(add) makes the calls of a group and hands the result of each to add.
+    template <class F>
+    void finish_group(F&& calls) {
+        ncclResult_t result = ncclGroupStart();
+        calls([&](ncclResult_t r) {
+            if (r != ncclSuccess && r != ncclInProgress && result == ncclSuccess) result = r;
+        });
+        const ncclResult_t ended = ncclGroupEnd();  // always: an open group would swallow the calls that follow
+        finish(result == ncclSuccess ? ended : result);
+    }
 };
 
 NcclComm::NcclComm(Comm& comm, double timeout_s)
-    : state_(new State{.rank = comm.rank(), .size = comm.size(), .timeout_s = timeout_s}) {
+    : DeviceComm(comm.rank(), comm.size()), state_(new State{.size = comm.size(), .timeout_s = timeout_s}) {
     const ncclUniqueId id = agree_on_id(comm);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
@@ -134,37 +163,49 @@ NcclComm::~NcclComm() {
     }
 }
 
-int NcclComm::rank() const { return state_->rank; }
-int NcclComm::size() const { return state_->size; }
-
-void NcclComm::all_reduce_sum(Buf data, Stream s) {
-    float* p = data.as<float>();
-    state_->begin("ncclAllReduce", data.count);
-    state_->finish(ncclAllReduce(p, p, data.count, ncclFloat32, ncclSum, state_->nccl, s));
+std::unique_ptr<DeviceComm> NcclComm::split(Comm& part) const {
+    if (part.size() == 1) return make_device_comm(cuda_backend(), part);
+    return std::make_unique<NcclComm>(part, state_->timeout_s);
 }
 
-void NcclComm::all_to_all(Buf send, Buf recv, Stream s) {
+void NcclComm::do_all_reduce_sum(Buf data, Stream s) {
+    state_->begin("ncclAllReduce", data.count, data.dtype);
+    state_->finish(ncclAllReduce(data.data, data.data, data.count, type_of(data), ncclSum, state_->nccl, s));
+}
+
+void NcclComm::do_reduce_scatter_sum(Buf send, Buf recv, Stream s) {
+    state_->begin("ncclReduceScatter", recv.count, recv.dtype);
+    state_->finish(ncclReduceScatter(send.data, recv.data, recv.count, type_of(recv), ncclSum, state_->nccl, s));
+}
+
+void NcclComm::do_all_gather(Buf send, Buf recv, Stream s) {
+    state_->begin("ncclAllGather", send.count, send.dtype);
+    state_->finish(ncclAllGather(send.data, recv.data, send.count, type_of(send), state_->nccl, s));
+}
+
+void NcclComm::do_all_to_all(Buf send, Buf recv, Stream s) {
     const size_t n = send.count / size_t(size());
-    CHECK_THAT(n * size_t(size()) == send.count && recv.count == send.count,
-               "all_to_all of {} to {} floats over {} ranks", send.count, recv.count, size());
-    state_->begin("ncclSend and ncclRecv", n);
-    ncclResult_t result = ncclGroupStart();
-    const auto add = [&](ncclResult_t r) {
-        if (r != ncclSuccess && r != ncclInProgress && result == ncclSuccess) result = r;
-    };
-    for (int r = 0; r < size(); r++) {
-        add(ncclSend(send.as<float>() + size_t(r) * n, n, ncclFloat32, r, state_->nccl, s));
-        add(ncclRecv(recv.as<float>() + size_t(r) * n, n, ncclFloat32, r, state_->nccl, s));
-    }
-    const ncclResult_t ended = ncclGroupEnd();  // always: an open group would swallow the next calls
-    state_->finish(result == ncclSuccess ? ended : result);
+    state_->begin("ncclSend and ncclRecv", n, send.dtype);
+    state_->finish_group([&](auto&& add) {
+        for (int r = 0; r < size(); r++) {
+            add(ncclSend(send.slice(size_t(r) * n, n).data, n, type_of(send), r, state_->nccl, s));
+            add(ncclRecv(recv.slice(size_t(r) * n, n).data, n, type_of(recv), r, state_->nccl, s));
+        }
+    });
 }
 
-void NcclComm::all_gather(Buf send, Buf recv, Stream s) {
-    CHECK_THAT(recv.count == send.count * size_t(size()), "all_gather of {} to {} floats over {} ranks", send.count,
-               recv.count, size());
-    state_->begin("ncclAllGather", send.count);
-    state_->finish(ncclAllGather(send.as<float>(), recv.as<float>(), send.count, ncclFloat32, state_->nccl, s));
+void NcclComm::do_broadcast(Buf data, int root, Stream s) {
+    state_->begin("ncclBroadcast", data.count, data.dtype);
+    state_->finish(ncclBroadcast(data.data, data.data, data.count, type_of(data), root, state_->nccl, s));
+}
+
+void NcclComm::do_send_recv(Buf send, int to, Buf recv, int from, Stream s) {
+    const char* const name = !recv ? "ncclSend" : !send ? "ncclRecv" : "ncclSend and ncclRecv";
+    state_->begin(name, send ? send.count : recv.count, send ? send.dtype : recv.dtype);
+    state_->finish_group([&](auto&& add) {
+        if (send) add(ncclSend(send.data, send.count, type_of(send), to, state_->nccl, s));
+        if (recv) add(ncclRecv(recv.data, recv.count, type_of(recv), from, state_->nccl, s));
+    });
 }
 
 void NcclComm::wait(Stream s) {

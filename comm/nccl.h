@@ -7,23 +7,25 @@
 #include "comm/comm.h"
 #include "comm/device_comm.h"
 
-// DeviceComm by NCCL.  All ranks of `comm` construct theirs at the same time, each with its own device opened before;
-// NCCL refuses ranks that share a device.  The communicator is non-blocking: a call that does not end within timeout_s
-// is an Error, not a hang.
+// All ranks of `comm` construct theirs at the same time, each with its own device opened before; NCCL refuses ranks
+// that share a device.  The communicator is non-blocking: a call that does not end within timeout_s is an Error, not a
+// hang.  split() makes a new communicator.
 class NcclComm final : public DeviceComm {
   public:
     explicit NcclComm(Comm& comm, double timeout_s = 600);
     ~NcclComm() override;
-    NcclComm(const NcclComm&) = delete;
-    NcclComm& operator=(const NcclComm&) = delete;
-    int rank() const override;
-    int size() const override;
-    void all_reduce_sum(Buf data, Stream s) override;
-    void all_to_all(Buf send, Buf recv, Stream s) override;
-    void all_gather(Buf send, Buf recv, Stream s) override;
+    bool needs_host() const override { return false; }
     void wait(Stream s) override;
+    std::unique_ptr<DeviceComm> split(Comm& part) const override;
 
   private:
+    void do_all_reduce_sum(Buf data, Stream s) override;
+    void do_reduce_scatter_sum(Buf send, Buf recv, Stream s) override;
+    void do_all_gather(Buf send, Buf recv, Stream s) override;
+    void do_all_to_all(Buf send, Buf recv, Stream s) override;
+    void do_broadcast(Buf data, int root, Stream s) override;
+    void do_send_recv(Buf send, int to, Buf recv, int from, Stream s) override;
+
     struct State;  // hides NCCL's and CUDA's headers
     std::unique_ptr<State> state_;
 };

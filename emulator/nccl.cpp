@@ -6,8 +6,9 @@
 //   Only non-blocking communicators: a call takes up to three looks at ncclCommGetAsyncError to end.  Until then the
 //   call is not on the stream, and the next call is refused.
 //   Buffers must be device memory.  Two ranks with one device are refused.
-//   ncclAllReduce adds every shard in a ring's order, which differs from shard to shard and from kiln's own sums.
-//   Groups hold sends and receives only, of one type on one stream, and are called by all ranks.
+//   ncclAllReduce and ncclReduceScatter add every shard in a ring's order, which differs from shard to shard and from
+//   kiln's own sums.
+//   Groups hold sends and receives only, of one type on one stream.  Only the ranks of its messages call a group.
 //   ncclCommAbort ends the communicator's work on the stream at once, and returns when no graph holds calls of the
 //   communicator.  Any thread may call ncclCommAbort.  The next communicator drains the MPI messages left under way.
 //

@@ -23,31 +23,46 @@ size_t type_bytes(int t) {
     return t >= ncclInt8 && t <= ncclBfloat16 ? bytes[t] : 0;
 }
 
-enum class Kind : uint64_t { all_reduce, all_gather, group };
+enum class Kind : uint64_t { all_reduce, reduce_scatter, all_gather, broadcast, group };
 struct Part {  // of a group
     bool is_send;
     int peer;
     void* data;
     size_t count;
 };
-
-// One call's work on the stream.  Runs anew each time that the stream reaches it: a replayed graph does so repeatedly.
-struct Op {
-    std::shared_ptr<ncclComm> c;
+struct Call {
     Kind kind;
-    int number, type;
+    int type;
     const char* send = nullptr;
     char* recv = nullptr;
-    size_t count = 0;
-    std::vector<Part> parts;
+    size_t count = 0;         // as the call's argument: of a block where one of the buffers holds a block per rank
+    int root = 0;             // of a broadcast
+    std::vector<Part> parts;  // of a group
+};
+
+// One call's work on the stream.  Runs anew each time that the stream reaches it: a replayed graph does so repeatedly.
+struct Op : Call {
+    std::shared_ptr<ncclComm> c;
+    int number = 0;  // of a collective: making the communicator was the first
 
     enum { start, comparing, moving } phase = start;
     Messages messages;
-    std::vector<uint64_t> mine, all;        // (4 + 2 size), (size, 4 + 2 size): each rank's call
-    std::vector<std::vector<char>> copies;  // (size) of all_reduce
+    std::vector<uint64_t> mine, all;        // (kHead + 2 size), (size, kHead + 2 size): each rank's call
+    std::vector<std::vector<char>> copies;  // (size) of what is summed
 
-    size_t words() const { return 4 + 2 * size_t(c->size); }
+    Op(Call call, std::shared_ptr<ncclComm> comm) : Call(std::move(call)), c(std::move(comm)) {}
+    static constexpr size_t kHead = 5;  // number, kind, type, count, root: equal on all ranks that take part
+    size_t words() const { return kHead + 2 * size_t(c->size); }
     const uint64_t* of(int r) const { return &all[size_t(r) * words()]; }
+    uint64_t sent(int from, int to) const { return of(from)[kHead + 2 * size_t(to)]; }
+    uint64_t expected(int from, int to) const { return of(to)[kHead + 2 * size_t(from) + 1]; }
+
+    // A collective is called by all ranks, a group by those between which it moves data.
+    bool takes_part(int r) const {
+        return kind != Kind::group || std::ranges::any_of(parts, [r](const Part& p) { return p.peer == r; });
+    }
+    bool sums() const { return kind == Kind::all_reduce || kind == Kind::reduce_scatter; }
+    size_t n_bytes() const { return count * type_bytes(type); }
 
     bool advance() {
         if (c->destroyed)
@@ -69,7 +84,7 @@ struct Op {
             send_data();
             if (!messages.done()) return false;
         }
-        if (kind == Kind::all_reduce) add();
+        if (sums()) add();
         phase = start;
         return true;
     }
@@ -78,63 +93,81 @@ struct Op {
         phase = comparing;
         mine.assign(words(), 0);
         mine[0] = uint64_t(number), mine[1] = uint64_t(kind), mine[2] = uint64_t(type), mine[3] = count;
-        for (const Part& p : parts) mine[4 + 2 * size_t(p.peer) + !p.is_send] += p.count + 1;  // + 1: empty ones count
+        mine[4] = uint64_t(root);
+        for (const Part& p : parts) mine[kHead + 2 * size_t(p.peer) + !p.is_send] += p.count + 1;  // empty ones count
         all.assign(size_t(c->size) * words(), 0);
         for (int r = 0; r < c->size; r++) {
+            if (!takes_part(r)) continue;
             messages.recv(&all[size_t(r) * words()], words() * 8, c->world(r), c->tag);
             messages.send(mine.data(), words() * 8, c->world(r), c->tag);
         }
+        if (!takes_part(c->rank)) std::ranges::copy(mine, all.begin() + ptrdiff_t(size_t(c->rank) * words()));
     }
 
     std::string describe(int r) const {
-        static const char* const names[] = {"ncclAllReduce", "ncclAllGather", "a group of sends and receives"};
+        static const char* const names[] = {"ncclAllReduce", "ncclReduceScatter", "ncclAllGather", "ncclBroadcast",
+                                            "a group of sends and receives"};
         const uint64_t* d = of(r);
-        std::string text = "rank " + std::to_string(r) + " calls " + names[d[1]] + " as call " + std::to_string(d[0]);
-        if (Kind(d[1]) != Kind::group) text += " with count " + std::to_string(d[3]);
+        std::string text = "rank " + std::to_string(r) + " calls " + names[d[1]];
+        if (Kind(d[1]) != Kind::group)
+            text += " as call " + std::to_string(d[0]) + " with count " + std::to_string(d[3]);
+        if (Kind(d[1]) == Kind::broadcast) text += " from root " + std::to_string(d[4]);
         return text + " of " + type_name(int(d[2]));
     }
+    // A collective: all ranks against rank 0.  A group: this rank against the others that take part.
     bool compare() {
-        for (int r = 1; r < c->size; r++)
-            if (!std::equal(of(0), of(0) + 4, of(r))) {
-                c->fail(ncclInvalidUsage, describe(0) + ", " + describe(r));
+        const int me = kind == Kind::group ? c->rank : 0;
+        std::string unequal;
+        for (int r = 0; r < c->size; r++) {
+            if (!takes_part(r)) continue;
+            if (!std::equal(of(me), of(me) + kHead, of(r))) {
+                c->fail(ncclInvalidUsage, describe(std::min(me, r)) + ", " + describe(std::max(me, r)));
                 return false;
             }
-        for (int from = 0; from < c->size; from++)
-            for (int to = 0; to < c->size; to++) {
-                const uint64_t sent = of(from)[4 + 2 * to], expected = of(to)[4 + 2 * from + 1];
-                if (sent == expected) continue;
-                const auto text = [](uint64_t n) { return n ? std::to_string(n - 1) + " elements" : "nothing"; };
-                c->fail(ncclInvalidUsage, "rank " + std::to_string(from) + " sends " + text(sent) + " to rank " +
-                                              std::to_string(to) + ", which expects " + text(expected));
-                return false;
-            }
-        return true;
+            for (const auto& [from, to] : {std::pair(me, r), std::pair(r, me)})
+                if (sent(from, to) != expected(from, to))
+                    unequal += (unequal.empty() ? "" : ", ") + describe_message(from, to);
+        }
+        if (!unequal.empty()) c->fail(ncclInvalidUsage, unequal);
+        return unequal.empty();
+    }
+    std::string describe_message(int from, int to) const {
+        const auto text = [](uint64_t n) { return n ? std::to_string(n - 1) + " elements" : "nothing"; };
+        return "rank " + std::to_string(from) + " sends " + text(sent(from, to)) + " to rank " + std::to_string(to) +
+               ", which expects " + text(expected(from, to));
     }
 
     void send_data() {
         phase = moving;
-        const size_t n_bytes = count * type_bytes(type);
-        if (kind == Kind::all_reduce) copies.assign(size_t(c->size), std::vector<char>(n_bytes));
-        for (int r = 0; kind != Kind::group && r < c->size; r++) {
-            char* to = kind == Kind::all_reduce ? copies[size_t(r)].data() : recv + size_t(r) * n_bytes;
-            if (to != send) messages.recv(to, n_bytes, c->world(r), c->tag);
-            if (r != c->rank || !in_place()) messages.send(send, n_bytes, c->world(r), c->tag);
-        }
+        const size_t n = n_bytes();
+        if (sums()) copies.assign(size_t(c->size), std::vector<char>(n));
+        const auto give = [&](int r, const void* p, size_t bytes) { messages.send(p, bytes, c->world(r), c->tag); };
+        const auto take = [&](int r, void* p, size_t bytes) { messages.recv(p, bytes, c->world(r), c->tag); };
         for (const Part& p : parts) {
-            const size_t part_bytes = p.count * type_bytes(type);
-            if (p.is_send) messages.send(p.data, part_bytes, c->world(p.peer), c->tag);
-            if (!p.is_send) messages.recv(p.data, part_bytes, c->world(p.peer), c->tag);
+            if (p.is_send) give(p.peer, p.data, p.count * type_bytes(type));
+            if (!p.is_send) take(p.peer, p.data, p.count * type_bytes(type));
+        }
+        for (int r = 0; r < c->size && kind != Kind::group; r++) {
+            if (sums()) take(r, copies[size_t(r)].data(), n);
+            if (sums()) give(r, kind == Kind::reduce_scatter ? send + size_t(r) * n : send, n);
+            if (r == c->rank && in_place()) continue;
+            if (kind == Kind::all_gather) take(r, recv + size_t(r) * n, n);
+            if (kind == Kind::all_gather || (kind == Kind::broadcast && c->rank == root)) give(r, send, n);
+            if (kind == Kind::broadcast && r == root) take(r, recv, n);
         }
     }
-    // True for an all-gather whose own block is in its place already.
+    // The places that NCCL's documentation calls in place; other buffers may not overlap.
     bool in_place() const {
-        return kind == Kind::all_gather && send == recv + size_t(c->rank) * count * type_bytes(type);
+        const size_t mine = size_t(c->rank) * n_bytes();
+        if (kind == Kind::all_gather) return send == recv + mine;
+        if (kind == Kind::reduce_scatter) return recv == send + mine;
+        return send == recv;
     }
 
     void add() {
         float* out = reinterpret_cast<float*>(recv);
         for (size_t i = 0; i < count; i++) {
-            const size_t shard = i * size_t(c->size) / count;
+            const size_t shard = kind == Kind::reduce_scatter ? size_t(c->rank) : i * size_t(c->size) / count;
             float sum = 0;
             for (size_t r = 1; r <= size_t(c->size); r++) {
                 const char* from = copies[(shard + r) % size_t(c->size)].data();
@@ -160,8 +193,9 @@ Group& group() {
 }
 
 ncclResult_t give_to_stream(const std::shared_ptr<Op>& op, const char* name, cudaStream_t stream) {
-    op->number = op->c->n_calls + 1;
+    if (op->kind != Kind::group) op->number = op->c->n_collectives + 1;
     return op->c->begin(name, [op, stream] {
+        op->c->n_collectives += op->kind != Kind::group;
         cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
         cudaStreamIsCapturing(stream, &status);
         std::shared_ptr<void> held;
@@ -182,23 +216,36 @@ ncclResult_t check_buffer(ncclComm& c, const void* p, size_t count, int type) {
 }
 bool overlap(const char* a, size_t n_a, const char* b, size_t n_b) { return a < b + n_b && b < a + n_a; }
 
-ncclResult_t collective(const char* name, Kind kind, const void* send, void* recv, size_t count, ncclDataType_t type,
-                        ncclComm_t handle, cudaStream_t stream) {
-    record(name, count, type_name(type));
+ncclResult_t collective(const char* name, const Call& call, ncclComm_t handle, cudaStream_t stream) {
+    record(name, call.count, type_name(call.type));
     const auto c = find(handle);
     if (!c) return ncclInvalidArgument;
     if (group().depth) return c->fail(ncclInvalidUsage, "the emulated NCCL has sends and receives alone in groups");
-    const size_t n_recv = kind == Kind::all_gather ? count * size_t(c->size) : count;
-    for (const auto& [p, n] : {std::pair<const void*, size_t>(send, count), {recv, n_recv}})
-        if (const ncclResult_t r = check_buffer(*c, p, n, type); r != ncclSuccess) return r;
-    const auto op = std::make_shared<Op>();
-    op->c = c, op->kind = kind, op->type = type, op->count = count;
-    op->send = static_cast<const char*>(send), op->recv = static_cast<char*>(recv);
-    const size_t bytes = type_bytes(type);
-    const bool may_be_one = kind == Kind::all_reduce ? send == recv : op->in_place();
-    if (!may_be_one && overlap(op->send, count * bytes, op->recv, n_recv * bytes))
+    const auto op = std::make_shared<Op>(call, c);
+    if (call.root < 0 || call.root >= c->size) return c->fail(ncclInvalidArgument, "root " + std::to_string(call.root));
+    const bool sends = call.kind != Kind::broadcast || c->rank == call.root;
+    const size_t blocks = size_t(c->size), bytes = type_bytes(call.type);
+    const size_t n_send = call.kind == Kind::reduce_scatter ? blocks * call.count : call.count;
+    const size_t n_recv = call.kind == Kind::all_gather ? blocks * call.count : call.count;
+    ncclResult_t result = check_buffer(*c, call.recv, n_recv, call.type);
+    if (result == ncclSuccess && sends) result = check_buffer(*c, call.send, n_send, call.type);
+    if (result != ncclSuccess) return result;
+    if (sends && !op->in_place() && overlap(call.send, n_send * bytes, call.recv, n_recv * bytes))
         return c->fail(ncclInvalidUsage, "buffers overlap");
     return give_to_stream(op, name, stream);
+}
+
+ncclResult_t sum(const char* name, const Call& call, ncclRedOp_t op, ncclComm_t handle, cudaStream_t stream) {
+    if (const auto c = find(handle); c && (op != ncclSum || call.type != ncclFloat32))
+        return c->fail(ncclInvalidArgument, "the emulated NCCL sums float32 only");
+    return collective(name, call, handle, stream);
+}
+Call call_of(Kind kind, const void* send, void* recv, size_t count, ncclDataType_t type) {
+    return {.kind = kind,
+            .type = type,
+            .send = static_cast<const char*>(send),
+            .recv = static_cast<char*>(recv),
+            .count = count};
 }
 
 ncclResult_t add_to_group(bool is_send, void* data, size_t count, ncclDataType_t type, int peer, ncclComm_t handle,
@@ -223,13 +270,21 @@ ncclResult_t add_to_group(bool is_send, void* data, size_t count, ncclDataType_t
 
 ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
                            ncclComm_t comm, cudaStream_t stream) {
-    if (const auto c = find(comm); c && (op != ncclSum || type != ncclFloat32))
-        return c->fail(ncclInvalidArgument, "the emulated NCCL sums float32 only");
-    return collective("ncclAllReduce", Kind::all_reduce, send, recv, count, type, comm, stream);
+    return sum("ncclAllReduce", call_of(Kind::all_reduce, send, recv, count, type), op, comm, stream);
+}
+ncclResult_t ncclReduceScatter(const void* send, void* recv, size_t n_recv, ncclDataType_t type, ncclRedOp_t op,
+                               ncclComm_t comm, cudaStream_t stream) {
+    return sum("ncclReduceScatter", call_of(Kind::reduce_scatter, send, recv, n_recv, type), op, comm, stream);
+}
+ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
+                           cudaStream_t stream) {
+    Call call = call_of(Kind::broadcast, send, recv, count, type);
+    call.root = root;
+    return collective("ncclBroadcast", call, comm, stream);
 }
 ncclResult_t ncclAllGather(const void* send, void* recv, size_t n_send, ncclDataType_t type, ncclComm_t comm,
                            cudaStream_t stream) {
-    return collective("ncclAllGather", Kind::all_gather, send, recv, n_send, type, comm, stream);
+    return collective("ncclAllGather", call_of(Kind::all_gather, send, recv, n_send, type), comm, stream);
 }
 ncclResult_t ncclSend(const void* send, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
                       cudaStream_t stream) {
@@ -248,7 +303,6 @@ ncclResult_t ncclGroupEnd() {
     if (g.depth == 0) return ncclInvalidUsage;
     if (--g.depth > 0 || !g.c) return ncclSuccess;
     const Group whole = std::exchange(g, Group());
-    const auto op = std::make_shared<Op>();
-    op->c = whole.c, op->kind = Kind::group, op->type = whole.type, op->parts = whole.parts;
-    return give_to_stream(op, "ncclGroupEnd", whole.stream);
+    const Call call{.kind = Kind::group, .type = whole.type, .parts = whole.parts};
+    return give_to_stream(std::make_shared<Op>(call, whole.c), "ncclGroupEnd", whole.stream);
 }

@@ -63,6 +63,7 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
     std::atomic<bool> aborted = false;                           // perhaps by another thread
     std::shared_ptr<void> in_graphs = std::make_shared<char>();  // each captured call holds a copy
     int n_calls = 1;                                             // making the communicator is the first
+    int n_collectives = 1;                                       // likewise
     int n_runs = 0;                                              // how often the stream has reached a call
     int looks = 0;                                               // left until the current call ends
     void* buffer = nullptr;  // device memory, from the first call that moves data; an aborted communicator keeps it

@@ -31,6 +31,30 @@ TEST_CASE("broadcast, all_gather, all_to_all, send_recv deliver what was sent") 
     CHECK(got == previous);
 }
 
+TEST_CASE("reduce_scatter_sum and all_gather, in place and out of place") {
+    const int rank = world().rank(), size = world().size();
+    for (const size_t n : {size_t(1), size_t(1000)})
+        for (const bool in_place : {false, true}) {
+            CAPTURE(in_place);
+            std::vector<float> blocks = my_addends(n * size_t(size)), apart(n);
+            float* const mine = in_place ? blocks.data() + size_t(rank) * n : apart.data();
+            world().reduce_scatter_sum(blocks.data(), mine, n);
+            world().all_gather(mine, blocks.data(), n * sizeof(float));
+            CHECK(same_everywhere(blocks.data(), blocks.size() * sizeof(float)));
+            CHECK(worst_error(blocks) <= size * 0x1p-24);
+        }
+}
+
+TEST_CASE("send and recv: a message passes from rank to rank") {
+    const int rank = world().rank(), size = world().size();
+    int count = 1;
+    if (rank > 0) world().recv(&count, sizeof count, rank - 1);
+    CHECK(count == rank + 1);
+    count++;
+    if (rank < size - 1) world().send(&count, sizeof count, rank + 1);
+    CHECK_THROWS_WITH_AS(make_self_comm()->send(&count, sizeof count, 0), doctest::Contains("send_recv"), Error);
+}
+
 TEST_CASE("split groups ranks by color") {
     const auto part = world().split(world().rank() % 2, world().rank());
     CHECK(part->size() == (world().size() + 1 - world().rank() % 2) / 2);

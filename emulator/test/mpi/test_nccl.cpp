@@ -14,6 +14,7 @@
 #include "model/gpt2.h"
 #include "trainer/trainer.h"
 #include "test/mpi/device_gradient.h"
+#include "comm/group.h"
 
 namespace {
 constexpr double kTimeout = 60;  // of communicators that are not expected to fail
@@ -216,7 +217,7 @@ TEST_CASE("ranks that call different things are told what") {
             f(nccl);
             nccl.wait(stream.get());
         });
-        CAPTURE(e.what());
+        CAPTURE(std::string(e.what()));
         CHECK(e.code == Exit::internal);
         CHECK(says(e, text));
     };
@@ -233,6 +234,73 @@ TEST_CASE("ranks that call different things are told what") {
         const size_t n = odd ? 2 : 1;
         c.all_to_all(grad.buf().slice(0, n * size), grad.buf().slice(50, n * size), stream.get());
     });
+    told("rank 1 calls ncclReduceScatter as call 2 with count 3 of float32", [&](NcclComm& c) {
+        if (odd) return c.reduce_scatter_sum(grad.buf().slice(0, 3 * size), grad.buf().slice(50, 3), stream.get());
+        c.all_reduce_sum(grad.buf().slice(0, 3), stream.get());
+    });
+    told("rank 1 calls ncclBroadcast as call 2 with count 3 from root 1 of float32",
+         [&](NcclComm& c) { c.broadcast(grad.buf().slice(0, 3), odd ? 1 : 0, stream.get()); });
+    told("buffers overlap", [&](NcclComm& c) {  // the sum does not belong into another rank's block
+        const size_t other = (size_t(world().rank()) + 1) % size;
+        c.reduce_scatter_sum(grad.buf().slice(0, 3 * size), grad.buf().slice(3 * other, 3), stream.get());
+    });
+    if (world().rank() < 2)  // the others have no part in it
+        told("which expects nothing", [&](NcclComm& c) { c.send(grad.buf(), 1 - world().rank(), stream.get()); });
+    else
+        NcclComm(world(), kTimeout);
+}
+
+TEST_CASE("a message that is not received is a lost rank after the deadline") {
+    if (world().size() == 1) return;
+    const LateStreams late;
+    const Backend& k = *gpu();
+    NcclComm nccl(world(), 0.5);
+    StreamOwner stream(k);
+    Gradient grad(k, my_addends(100));
+    grad.upload(stream.get());
+    if (world().rank() > 0) return world().barrier();
+    const Error e = thrown_within(kTimeout / 2, [&] {
+        nccl.send(grad.buf(), 1, stream.get());
+        nccl.wait(stream.get());
+    });
+    world().barrier();
+    CHECK(e.code == Exit::peer_lost);
+    CHECK(says(e, "in ncclSend of 100 floats"));
+}
+
+TEST_CASE("each word is one call of NCCL's, and a part of the ranks has a communicator of its own") {
+    gpu();  // opens it
+    const int rank = world().rank(), size = world().size();
+    const Group group(world(), std::make_unique<NcclComm>(world(), kTimeout));
+    StreamOwner stream(*gpu());
+    const Stream s = stream.get();
+    Gradient grad(*gpu(), my_addends(size_t(size) * 4));
+    grad.upload(s);
+    const Buf all = grad.buf(), mine = all.slice(size_t(rank) * 4, 4);
+    const auto calls = [&](const std::function<void(DeviceComm&)>& f) {
+        const Calls made = calls_of([&] { f(group.device()); });
+        group.device().wait(s);
+        return made;
+    };
+    CHECK(calls([&](DeviceComm& d) { d.all_reduce_sum(mine, s); }) == Calls{{"ncclAllReduce", 4, "float32"}});
+    CHECK(calls([&](DeviceComm& d) { d.reduce_scatter_sum(all, mine, s); }) ==
+          Calls{{"ncclReduceScatter", 4, "float32"}});
+    CHECK(calls([&](DeviceComm& d) { d.all_gather(mine, all, s); }) == Calls{{"ncclAllGather", 4, "float32"}});
+    CHECK(calls([&](DeviceComm& d) { d.broadcast(all, 0, s); }) == Calls{{"ncclBroadcast", all.count, "float32"}});
+    if (rank < 2 && size > 1) {
+        const char* const name = rank == 0 ? "ncclSend" : "ncclRecv";
+        CHECK(calls([&](DeviceComm& d) { rank == 0 ? d.send(mine, 1, s) : d.recv(mine, 0, s); }) ==
+              Calls{{name, 4, "float32"}});
+    }
+    const Calls made = calls_of([&] {
+        const Group part = group.split(rank % 2, rank);
+        part.device().all_reduce_sum(mine, s);
+        part.device().wait(s);
+    });
+    const bool alone = (size + 1 - rank % 2) / 2 == 1;
+    CHECK(made.size() == (alone ? 0 : 4));  // the communicator, the sum, its end
+    if (!alone) CHECK(made.front().name == "ncclCommInitRankConfig");
+    if (!alone) CHECK(made[1] == Calls::value_type{"ncclAllReduce", 4, "float32"});
 }
 
 TEST_CASE("a shared device is refused by nccl, and the sum goes through host memory") {
