@@ -110,6 +110,7 @@ double rate(const Backend& k, size_t smallest, size_t largest, double enough_ms,
     const Timer timer(k);
     decltype(make(smallest, std::declval<const Normal&>(), timer.stream())) work;
     try {
+        k.take_workspace(timer.stream());
         const Normal normal(k, timer.stream());
         for (size_t n = smallest; n <= largest; n *= 2) {
             work = make(n, normal, timer.stream());

@@ -258,6 +258,8 @@ struct Backend {
     Allocator host_memory;  // of the host, pinned: upload from it and download to it do not wait
     Stream (*open_stream)();
     void (*close_stream)(Stream);
+    // Allocates the scratch memory that a stream's ops need, else done by the first op.  close_stream frees it.
+    void (*take_workspace)(Stream);
     void (*zero)(void* to, size_t n_bytes, Stream);
     // From or to host memory.  Pinned host memory must stay as it is until the stream has passed the transfer.
     void (*upload)(void* to, const void* from_host, size_t n_bytes, Stream);
@@ -319,13 +321,14 @@ const Backend& cuda_backend(AttentionKernel attention = AttentionKernel::portabl
 std::string cuda_attention_refusal(AttentionKernel attention);
 // The number of usable devices; 0 on a machine without a driver, with the reason in `why`.
 int cuda_device_count(std::string* why);
-// open_cuda_device() opens device `ordinal` and its workspaces for this process.  Error(Exit::usage): not usable.
+// open_cuda_device() opens device `ordinal` for this process.  Error(Exit::usage): not usable.
 struct CudaDevice {
     std::string name;
     int ordinal = 0, capability = 0;  // 90 for 9.0
-    size_t memory_bytes = 0, workspace_bytes = 0;
-    std::string bus_id;  // tells which ranks of a host share a device
-    MemoryState memory;  // after the CUDA context was made, before kiln allocated anything
+    size_t memory_bytes = 0;
+    size_t workspace_bytes = 0;  // of each stream that computes
+    std::string bus_id;          // tells which ranks of a host share a device
+    MemoryState memory;          // after the CUDA context was made, before kiln allocated anything
 };
 CudaDevice open_cuda_device(int ordinal);
 

@@ -18,7 +18,7 @@ struct RunDevice {
     bool own = false;                  // every rank has a GPU of its own
     bool counts = true;                // false: a rank before this one has the same GPU
     std::shared_ptr<DeviceComm> nccl;  // there on several ranks that have
-    size_t workspace_bytes = 0;        // of the GPU's memory, for the kernels' scratch
+    size_t workspace_bytes = 0;        // of the GPU's memory, for scratch of the stream that computes
     size_t nccl_bytes = 0;             // of it, that NCCL has taken until now
     MemoryState memory;                // before it was taken, with the context there; zero on the CPU
     std::string note;                  // why `auto` is the CPU, or what the attention kernels do not compute

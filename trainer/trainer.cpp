@@ -50,6 +50,7 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options)
       feed_(k, o_, share_, memory_.staging, memory_.batch) {
     CHECK_THAT(o_.real != DType::f64 || comm_.size() == 1, "the double instance runs on one rank, not {}",
                comm_.size());
+    k_.take_workspace(stream_);  // before the plan is held against what is free
     if (!o_.inference && o_.real != DType::f64)
         reducer_ = make_gradient_all_reduce(k_, comm_, o_.allreduce, memory_.n_params(), o_.nccl);
     if (reducer_) reducer_->plan(memory_.scalar_arena);

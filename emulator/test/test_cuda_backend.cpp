@@ -5,9 +5,11 @@
 #include <cstdlib>
 #include <string>
 
+#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/owners.h"
 #include "emulator/test/on_machine.h"
+#include "test/op_test.h"
 
 namespace {
 using namespace emulated;
@@ -87,7 +89,7 @@ TEST_CASE("cuda backend: with KILN_CUDA_SYNC=1 the launch that failed throws") {
 TEST_CASE("cuda backend: out of memory says how much there is, and is over when memory is back") {
     OnMachine late(StreamMode::late);
     const Backend& k = cuda_backend();
-    cuda::workspace_bytes(0, "test");
+    k.take_workspace(nullptr);
     size_t n_free = 0, n_total = 0;
     REQUIRE(cudaMemGetInfo(&n_free, &n_total) == cudaSuccess);
     emulator::machine().memory_bytes = n_total - n_free + (3 << 20);
@@ -123,4 +125,82 @@ TEST_CASE("cuda backend: an upload from pinned memory does not wait: the buffer 
     CHECK(value_of(p) == 2);
     *host.as<int>() = 3;  // safe: the mark is past
     CHECK(value_of(p) == 2);
+}
+
+TEST_CASE("cuda backend: streams that compute at the same time do not share scratch memory") {
+    // LayerNorm's gradient passes sums of chunks from one kernel to the next through the workspace, and a product of a
+    // long K adds its parts there.  Both streams are past their first kernels when either runs its second one.
+    // Broken on purpose and seen to fail: one workspace for all streams.
+    OnMachine late(StreamMode::late);
+    const Target t = {&cuda_backend(), DType::f32, "cuda f32"};
+    constexpr int BT = 300, C = 8, K = 96;
+    struct Work {
+        const Target& t;
+        StreamOwner stream;
+        Dev dx, dw, dy, x, w, mean, rstd, a, b, d;
+        Work(const Target& target, unsigned seed)
+            : t(target),
+              stream(*target.k),
+              dx(t, DType::f32, poison(size_t(BT) * C)),
+              dw(t, DType::f32, poison(C)),
+              dy(t, DType::f32, normal(size_t(BT) * C, seed)),
+              x(t, DType::f32, normal(size_t(BT) * C, seed + 1)),
+              w(t, DType::f32, normal(C, seed + 2)),
+              mean(t, DType::f32, normal(BT, seed + 3)),
+              rstd(t, DType::f32, normal(BT, seed + 4)),
+              a(t, DType::f32, normal(size_t(C) * K, seed + 5)),
+              b(t, DType::f32, normal(size_t(K) * C, seed + 6)),
+              d(t, DType::f32, poison(size_t(C) * C)) {}
+        void give() const {
+            t.k->layernorm_backward({.dx = dx,
+                                     .dw = dw,
+                                     .dy = dy,
+                                     .x = x,
+                                     .w = w,
+                                     .mean = mean,
+                                     .rstd = rstd,
+                                     .BT = BT,
+                                     .C = C,
+                                     .overwrite_dx = true},
+                                    stream.get());
+            cuda::gemm({.d = d, .a = a, .b = b, .M = C, .N = C, .K = K}, stream.get());
+        }
+        void step() const { cudaStreamQuery(stream.get()); }  // runs one operation
+        std::vector<Doubles> results() const {
+            t.k->synchronize(stream.get());
+            return {dx.host(), dw.host(), d.host()};
+        }
+    };
+    const Work one(t, 1), two(t, 100);
+    one.give();
+    const std::vector<Doubles> alone_one = one.results();
+    two.give();
+    const std::vector<Doubles> alone_two = two.results();
+    one.give();
+    two.give();
+    for (int i = 0; i < 3; i++) one.step(), two.step();
+    CHECK(one.results() == alone_one);
+    CHECK(two.results() == alone_two);
+    CHECK(cuda::gemm_workspace(one.stream.get()).data != cuda::gemm_workspace(two.stream.get()).data);
+}
+
+TEST_CASE("cuda backend: a stream that computes has scratch memory until it is closed, one that copies has none") {
+    OnMachine late(StreamMode::late);
+    const Backend& k = cuda_backend();
+    const auto taken = [&, before = k.memory_state().n_free] { return before - k.memory_state().n_free; };
+    {
+        DeviceInts x(2), y(2);
+        const size_t operands = taken();
+        StreamOwner copies(k), computes(k);
+        k.zero(x, 2 * sizeof(int), copies.get());
+        k.copy(y, x, 2 * sizeof(int), copies.get());
+        k.synchronize(copies.get());
+        CHECK(taken() == operands);
+        k.hash({.y = Buf(reinterpret_cast<uint32_t*>(static_cast<int*>(y)), 2), .x = Buf(static_cast<int*>(x), 2)},
+               computes.get());
+        CHECK(taken() == operands + cuda::kWorkspaceBytes + cuda::gemm_workspace_bytes());
+        k.take_workspace(computes.get());
+        CHECK(taken() == operands + cuda::kWorkspaceBytes + cuda::gemm_workspace_bytes());
+    }
+    CHECK(taken() == 0);
 }

@@ -36,6 +36,7 @@ void transfer(void* to, const void* from, size_t n_bytes, Stream) {
 void synchronize(Stream) {}
 Stream open_stream() { return nullptr; }  // the CPU's work is done when a call returns
 void close_stream(Stream) {}
+void take_workspace(Stream) {}
 }  // namespace
 
 struct Mark {
@@ -68,6 +69,7 @@ constexpr Backend make_table() {
         .host_memory = {.alloc = alloc, .free = std::free},
         .open_stream = open_stream,
         .close_stream = close_stream,
+        .take_workspace = take_workspace,
         .zero = zero,
         .upload = transfer,
         .download = transfer,

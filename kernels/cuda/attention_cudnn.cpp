@@ -4,11 +4,11 @@
 //   shapes     as in attention.cu: cuDNN is told the strides of packed qkv and dqkv, nothing is copied
 //   lse        cuDNN's "stats" (B, NH, T, 1) f32 are the log-sum-exp of the scaled scores that ops.h wants: its softmax
 //              node is max + LOG(sum of EXP(score - max)), both natural, and its backward takes them back by EXP
-//   memory     a workspace per shape and direction, kept from the first call until the process ends.  A deterministic
+//   memory     a workspace per shape, direction and stream, kept from the first call until the process ends.  A deterministic
 //              backward may want B*NH*T*T*2 bytes (cuDNN then writes all of ds): 1.6 GB for 64 sequences of GPT-2 124M.
 //              AttentionGrad.scratch is not used.
 //   order      cuDNN's own.  One version on one kind of GPU repeats its bits from run to run, except with `fastest`.
-//   streams    the workspaces belong to the one compute stream.  The first call of a shape allocates and compiles.
+//   streams    the first call of a shape compiles, and the first one on each stream allocates
 //
 // libcudnn.so.9 is loaded at the first use of cuDNN: a binary that was built with cuDNN starts without the library.
 //
@@ -150,7 +150,8 @@ struct Layout {
 
 struct Plan {
     fe::graph::Graph graph;
-    void* workspace = nullptr;
+    int64_t workspace_bytes = 0;
+    std::map<Stream, void*> workspaces;  // (workspace_bytes) u8 each
 };
 
 void describe_forward(fe::graph::Graph& graph, const Shape& a) {
@@ -198,9 +199,7 @@ Plan& plan_for(const Shape& a, Pass pass, cudnnHandle_t handle) {
     else
         describe_backward(plan->graph, a, pass == Pass::backward);
     check(plan->graph.build(handle, {fe::HeurMode_t::A}), "the making of a graph");
-    int64_t n_bytes = 0;
-    check(plan->graph.get_workspace_size(n_bytes), "get_workspace_size");
-    if (n_bytes > 0) plan->workspace = cuda_backend().memory.alloc(size_t(n_bytes));
+    check(plan->graph.get_workspace_size(plan->workspace_bytes), "get_workspace_size");
     kept = std::move(plan);
     return *kept;
 }
@@ -210,7 +209,10 @@ void run(const Shape& a, Pass pass, Pointers pointers, Stream s) {
     try {
         const cudnnHandle_t handle = handle_for(s);
         Plan& plan = plan_for(a, pass, handle);
-        check(plan.graph.execute(handle, pointers, plan.workspace), "the running of a graph");
+        void*& workspace = plan.workspaces[s];
+        if (!workspace && plan.workspace_bytes > 0)
+            workspace = cuda_backend().memory.alloc(size_t(plan.workspace_bytes));
+        check(plan.graph.execute(handle, pointers, workspace), "the running of a graph");
     } catch (const Error&) {
         throw;
     } catch (const std::exception& e) {  // the frontend throws for a function that this cuDNN lacks

@@ -35,7 +35,10 @@ Stream open_stream() {
     CUDA_CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
     return s;
 }
-void close_stream(Stream s) { cudaStreamDestroy(s); }
+void close_stream(Stream s) {
+    cuda::give_back_workspace(s);
+    cudaStreamDestroy(s);
+}
 void zero(void* to, size_t n_bytes, Stream s) {
     if (n_bytes) CUDA_CHECK(cudaMemsetAsync(to, 0, n_bytes, s));
 }
@@ -103,6 +106,7 @@ constexpr Backend make_table() {
         .host_memory = {.alloc = alloc_host, .free = release_host},
         .open_stream = open_stream,
         .close_stream = close_stream,
+        .take_workspace = cuda::take_workspace,
         .zero = zero,
         .upload = upload,
         .download = download,

@@ -24,17 +24,19 @@ bool waits_for_each_launch();  // KILN_CUDA_SYNC=1
 // The error that a launch would end with because this binary holds no code for the open device.
 cudaError_t find_code();
 
-// Scratch memory of the open device, shared by all ops of its one compute stream: the next op overwrites the contents.
+// Scratch memory of a stream, shared by all of its ops: the next op overwrites the contents.  A stream that computes has
+// two pieces, allocated at its first use of either: one for kernels, one for the matrix products alone (gemm.h).
 // `count` elements of T; Error(Exit::internal) when the memory is too small.
 constexpr size_t kWorkspaceBytes = size_t(64) << 20;
-Buf workspace_bytes(size_t n_bytes, const char* op);
+Buf workspace_bytes(Stream s, size_t n_bytes, const char* op);
 template <class T>
-T* workspace(size_t count, const char* op) {
-    return static_cast<T*>(workspace_bytes(count * sizeof(T), op).data);
+T* workspace(Stream s, size_t count, const char* op) {
+    return static_cast<T*>(workspace_bytes(s, count * sizeof(T), op).data);
 }
-
-// The workspace of the matrix products alone (gemm.h), allocated when the device is opened.
-Buf gemm_workspace();
+size_t gemm_workspace_bytes();  // the same for every stream
+Buf gemm_workspace(Stream s);
+void take_workspace(Stream s);  // allocates both now
+void give_back_workspace(Stream s);
 
 // Streaming multiprocessors of the open device, to size a persistent grid.  An op whose sums depend on the number of
 // blocks must not use this number: bits would differ from GPU to GPU.

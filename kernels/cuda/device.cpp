@@ -1,6 +1,5 @@
-// Finds and opens the device of this process, with its workspaces.  Errors name the kernels that may have caused them.
+// Finds and opens the device of this process.  Errors name the kernels that may have caused them.
 #include "kernels/cuda/cuda.h"
-#include "kernels/cuda/gemm.h"
 
 #include <cxxabi.h>
 
@@ -104,24 +103,6 @@ void check_cuda(cudaError_t error, const char* call) {
 void check_launch(cudaError_t error, const void* kernel) { note({.kernel = kernel}, error); }
 void check_launch(cudaError_t error, const char* call) { note({.call = call}, error); }
 
-Buf workspace_bytes(size_t n_bytes, const char* op) {
-    // Never freed: at exit the driver may be gone before static objects are.
-    static void* const p = cuda_backend().memory.alloc(kWorkspaceBytes);
-    CHECK_THAT(n_bytes <= kWorkspaceBytes, "{} needs {} bytes of scratch, the workspace has {}", op, n_bytes,
-               kWorkspaceBytes);
-    return Buf(p, n_bytes, DType::u8);
-}
-
-Buf gemm_workspace() {
-    static const Buf workspace = [] {
-        cudaDeviceProp properties{};
-        CUDA_CHECK(cudaGetDeviceProperties(&properties, open_ordinal));
-        const size_t n_bytes = gemm_workspace_size(properties.totalGlobalMem);
-        return Buf(cuda_backend().memory.alloc(n_bytes), n_bytes, DType::u8);
-    }();
-    return workspace;
-}
-
 int n_multiprocessors() {
     int n = 0;
     CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, open_ordinal));
@@ -170,13 +151,11 @@ CudaDevice open_cuda_device(int ordinal) {
              properties.major, properties.minor, reason);
     }
     open_ordinal = ordinal;
-    const MemoryState memory = cuda_backend().memory_state();
-    cuda::workspace_bytes(0, "the device");
     return {.name = properties.name,
             .ordinal = ordinal,
             .capability = capability,
             .memory_bytes = properties.totalGlobalMem,
-            .workspace_bytes = cuda::kWorkspaceBytes + cuda::gemm_workspace().count,
+            .workspace_bytes = cuda::kWorkspaceBytes + cuda::gemm_workspace_bytes(),
             .bus_id = bus_id,
-            .memory = memory};
+            .memory = cuda_backend().memory_state()};
 }

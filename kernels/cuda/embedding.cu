@@ -194,7 +194,7 @@ void embedding_backward(const EmbeddingGrad& a, Stream s) {
     const size_t room =
         std::max<size_t>(1, kWorkspaceBytes / (2 * C * sizeof(float)));  // chunks that the workspace holds
     const size_t chunk = std::max(kChunk, (BT + room - 1) / room), chunks = (BT + chunk - 1) / chunk;
-    float* partial = workspace<float>(chunks * 2 * C, "embedding_backward");  // (chunks, 2, C)
+    float* partial = workspace<float>(s, chunks * 2 * C, "embedding_backward");  // (chunks, 2, C)
     with_real(a.dy.dtype, [&]<class T>() {
         constexpr int N = kColumns;
         float* dwpe = a.dwpe.as<float>();  // (>= T, C)

@@ -121,7 +121,7 @@ cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns) {
 cublasLtMatmulPreference_t preference(const Key& k) {
     cublasLtMatmulPreference_t p = nullptr;
     LT_CHECK(cublasLtMatmulPreferenceCreate(&p));
-    set(p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(cuda::gemm_workspace().count));
+    set(p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(cuda::gemm_workspace_bytes()));
     // Parts of a split sum may be added in fp32 only.  The in-place scheme adds them in d's dtype.
     uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     if (k.d_type == DType::f32) reductions |= CUBLASLT_REDUCTION_SCHEME_INPLACE;
@@ -251,7 +251,7 @@ std::vector<GemmAlgorithm> guesses(const GemmPlan& p, const GemmKey& k, int n, c
     LT_CHECK(cublasLtMatmulPreferenceDestroy(wanted));
     std::vector<GemmAlgorithm> all;
     for (int i = 0; i < n_found && *status == CUBLAS_STATUS_SUCCESS; i++)
-        if (found[i].state == CUBLAS_STATUS_SUCCESS && found[i].workspaceSize <= gemm_workspace().count)
+        if (found[i].state == CUBLAS_STATUS_SUCCESS && found[i].workspaceSize <= gemm_workspace_bytes())
             all.push_back({found[i].algo});
     if (*status == CUBLAS_STATUS_SUCCESS && all.empty()) *status = CUBLAS_STATUS_NOT_SUPPORTED;
     return all;
@@ -260,13 +260,13 @@ std::vector<GemmAlgorithm> guesses(const GemmPlan& p, const GemmKey& k, int n, c
 cublasStatus_t check_algorithm(const GemmPlan& p, const GemmAlgorithm& algorithm) {
     cublasLtMatmulHeuristicResult_t r = {};
     const cublasStatus_t status = cublasLtMatmulAlgoCheck(handle(), p.product, p.a, p.b, p.d, p.d, &algorithm, &r);
-    if (status == CUBLAS_STATUS_SUCCESS && r.workspaceSize > gemm_workspace().count) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (status == CUBLAS_STATUS_SUCCESS && r.workspaceSize > gemm_workspace_bytes()) return CUBLAS_STATUS_NOT_SUPPORTED;
     return status;
 }
 
 cublasStatus_t multiply(const Gemm& g, const GemmPlan& p, const GemmAlgorithm& algorithm, bool adds, Stream s) {
     set_pointers(p.product, g);
-    const Buf workspace = gemm_workspace();
+    const Buf workspace = gemm_workspace(s);
     const float one = 1, beta = adds && g.c ? 1 : 0;
     const void* c = adds ? added_to(g).data : g.d.data;
     const cublasStatus_t status = cublasLtMatmul(handle(), p.product, &one, g.b.data, p.a, g.a.data, p.b, &beta, c, p.d,

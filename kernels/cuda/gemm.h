@@ -7,7 +7,7 @@
 // process; a training step has about twenty kinds, text generation a few for each length.  A kind is the shape, the
 // dtypes, the fused parts, and the alignment of the addresses up to 16 bytes.  The algorithm is the library's best
 // guess, which depends on nothing but the kind, or was chosen by timing or given: gemm_tuning.h.
-// One thread, one stream: products share one workspace.
+// One thread.  Each stream has a workspace of its own, so products of two streams may run at the same time.
 #pragma once
 #include <functional>
 

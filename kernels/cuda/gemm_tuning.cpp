@@ -44,7 +44,7 @@ std::string made_for() {
     CUDA_CHECK(cudaGetDevice(&ordinal));
     CUDA_CHECK(cudaGetDeviceProperties(&p, ordinal));
     return fmt::format("{}, compute capability {}.{}, {} multiprocessors, cuBLASLt {} with {} MiB", p.name, p.major,
-                       p.minor, p.multiProcessorCount, cublasLtGetVersion(), cuda::gemm_workspace().count >> 20);
+                       p.minor, p.multiProcessorCount, cublasLtGetVersion(), cuda::gemm_workspace_bytes() >> 20);
 }
 
 // An algorithm as 128 hexadecimal digits.
@@ -111,8 +111,8 @@ uint64_t hash_of_outputs(const Gemm& g, Stream s) {
         if (!out) continue;
         const size_t per_word = 4 / dtype_bytes(out.dtype), whole = out.count / per_word * per_word;
         uint32_t halves[2] = {};
-        uint16_t last = 0;                                                    // an odd number of bf16
-        const Buf y(static_cast<uint32_t*>(cuda::gemm_workspace().data), 2);  // (2) the product no longer uses it
+        uint16_t last = 0;                                                     // an odd number of bf16
+        const Buf y(static_cast<uint32_t*>(cuda::gemm_workspace(s).data), 2);  // (2) the product no longer uses it
         cuda::hash({.y = y, .x = out.slice(0, whole)}, s);
         CUDA_CHECK(cudaMemcpyAsync(halves, y.data, sizeof halves, cudaMemcpyDeviceToHost, s));
         if (whole < out.count)

@@ -58,7 +58,7 @@ void hash(const Hash& a, Stream s) {
     const auto* x = static_cast<const uint8_t*>(a.x.data);  // (n_bytes)
     const size_t n_words = a.x.n_bytes() / 4;
     const size_t blocks = std::clamp(n_words / (4 * kElementThreads), size_t(1), kMaxBlocks);
-    auto* parts = workspace<uint64_t>(blocks, "hash");  // (blocks)
+    auto* parts = workspace<uint64_t>(s, blocks, "hash");  // (blocks)
     cuda::launch(hash_parts_kernel, dim3(unsigned(blocks)), dim3(kElementThreads), 0, s, parts, x, n_words,
                  device::aligned16(x));
     cuda::launch(hash_kernel, dim3(1), dim3(kElementThreads), 0, s, a.y.as<uint32_t>(), parts, int(blocks));

@@ -418,7 +418,7 @@ void layernorm_backward(const LayerNormGrad& a, Stream s) {
     const size_t most = std::min(kMaxChunks, room), rows = std::max(kMinRows, (BT + most - 1) / most);
     const size_t chunks = (BT + rows - 1) / rows;
     const int sums = a.dx_sum ? 3 : 2;
-    float* partial = workspace<float>(chunks * sums * C, "layernorm_backward");  // (chunks, sums, C)
+    float* partial = workspace<float>(s, chunks * sums * C, "layernorm_backward");  // (chunks, sums, C)
     with_real(a.x.dtype, [&]<class T>() {
         Backward<T> b = {.dx = a.dx.as<T>(),
                          .partial = partial,

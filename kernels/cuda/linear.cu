@@ -116,7 +116,7 @@ template <class T>
 void column_sums(float* db, const T* dy, int BT, int OC, bool accumulate, Stream s) {
     constexpr int N = device::kVec<T>;
     const int each = chunk_rows(BT, OC), chunks = int(cuda::blocks_for(size_t(BT), size_t(each)));
-    float* sums = chunks == 1 ? db : cuda::workspace<float>(size_t(chunks) * OC, "linear.db");  // (chunks, OC)
+    float* sums = chunks == 1 ? db : cuda::workspace<float>(s, size_t(chunks) * OC, "linear.db");  // (chunks, OC)
     const bool add = chunks == 1 && accumulate;
     if (OC % N == 0 && aligned16(dy))
         launch_column_sum<T, N>(sums, dy, BT, OC, each, add, s);
