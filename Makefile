@@ -3,6 +3,7 @@
 #   make demo     from nothing to a trained model,      make help     the other targets, and the switches
 #                 a loss curve and generated text
 SHELL      := /bin/bash
+MAKEFLAGS  += --no-builtin-rules
 first       = $(firstword $(foreach c,$(1),$(shell command -v $(c))))
 comma      := ,
 
