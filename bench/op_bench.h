@@ -5,14 +5,14 @@
 #include "bench/op_table.h"
 
 struct OpBench {
-    StepShape step;
+    TrainerOptions step;
     std::string device, attention;  // names, for the table
     std::string commit;             // of the source that this binary was built from
-    DType real = DType::f32;
-    std::string only;  // ops whose name contains this
+    std::string only;               // ops whose name contains this
     bench::Settings settings;
 };
 // Prints the table and writes settings.json, an object per line: `run`, `peak`, an `op` each and, where all ops were
 // measured, `step`.  An op that fails, or does not fit into memory, is named and the others still count; failures are
 // Error(Exit::internal) at the end.
-void run_op_bench(const Backend& k, const OpBench& o);
+// `comm` is that of a single rank.
+void run_op_bench(const Backend& k, Comm& comm, const OpBench& o);

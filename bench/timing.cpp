@@ -32,6 +32,12 @@ Buf Bench::zeros(size_t n, DType t) {
     return b;
 }
 
+Buf Bench::like(const Buf& b, double scale) {
+    if (!b) return {};
+    const bool real = b.dtype == DType::f32 || b.dtype == DType::bf16;
+    return real ? filled(b.count, b.dtype, scale) : zeros(b.count, b.dtype);
+}
+
 void Bench::forget() {
     k_.synchronize(stream());
     release(kept_);

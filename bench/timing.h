@@ -45,6 +45,8 @@ class Bench {
     Buf real(size_t n, double scale = 1) { return filled(n, real_, scale); }
     Buf stat(size_t n, double scale = 1) { return filled(n, DType::f32, scale); }
     Buf zeros(size_t n, DType t);
+    // As many numbers of that dtype; integers are zeros, and an absent buffer stays absent.
+    Buf like(const Buf& b, double scale = 1);
     template <class T>
     Buf copy_of(const std::vector<T>& v) {
         const Buf b = take(v.size(), dtype_of<T>::value);

@@ -90,25 +90,14 @@ Exit run_eval(const Context& x, const CommandLine& line) {
 
 Exit run_bench(const Context& x, const CommandLine& line) {
     if (x.comm.size() > 1) fail(Exit::usage, "bench runs on one rank; start it without mpirun -np {}", x.comm.size());
-    const TrainerOptions o = training_options(x);
-    o.model.architecture->check(o.model, o.real);
-    if (o.recompute != Recompute::none)
-        fail(Exit::usage, "bench times the ops of a step that keeps everything; use --set train.recompute=none");
-    const BatchShare share =
-        batch_share(o.global_batch_size, o.micro_batch_size, 0, 1, o.allreduce == AllReduce::ordered);
     if (!x.device.note.empty()) x.log.info("{}", x.device.note);
-    run_op_bench(x.device.k, {.step = {.model = o.model,
-                                       .B = o.micro_batch_size,
-                                       .n_micro = share.n_micro,
-                                       .n_accumulating = share.n_micro - share.n_runs,
-                                       .n_folds = share.n_runs - 1,
-                                       .optimizer = o.optimizer.kind},
-                              .device = x.device.name,
-                              .attention = x.device.attention,
-                              .commit = x.commit,
-                              .real = o.real,
-                              .only = line.only,
-                              .settings = line.bench});
+    run_op_bench(x.device.k, x.comm,
+                 {.step = training_options(x),
+                  .device = x.device.name,
+                  .attention = x.device.attention,
+                  .commit = x.commit,
+                  .only = line.only,
+                  .settings = line.bench});
     return Exit::complete;
 }
 }  // namespace
