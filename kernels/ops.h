@@ -205,9 +205,9 @@ constexpr size_t grad_norm_scratch(size_t n) { return (n + kGradNormChunk - 1) /
 
 // ---- The list of ops: the function's name in every backend, and the struct of its arguments.
 //
-// A new op is its struct above, a line here, its check in check.cpp and its function in cpu/ and in cuda/.  The list
-// declares those functions and fills both tables, so nothing else has to name the op.  A list by macro is the exception
-// to the house's rule against macros: no template can make members and functions from a name.
+// A new op is its struct above, a line here, its check (check.cpp), its cost (cost.cpp) and its function in cpu/ and in
+// cuda/.  The list declares these and fills the tables of all backends, so nothing else only registers the op.  A list
+// by macro is the exception to the house's rule against macros: no template makes members and functions from a name.
 #define KILN_OPS(OP)                      \
     OP(embedding_forward, Embedding)      \
     OP(embedding_backward, EmbeddingGrad) \

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, KeyShape<W, kDrop>::kBlocks)
     bf16* dy_tiles = q_tiles + 2 * kTile;                           // (2, kQueries, W)
     float* stats = reinterpret_cast<float*>(dy_tiles + 2 * kTile);  // (2, 2, kQueries): lse log2(e); D
 
-    const Place at = place_of(a);
+    const Head at = head_of_block(a);
     const bf16* head = t.qkv + at.qkv;  // (T, HS) in rows of at.in
     const Source<W> q(head, at.in, a), dy(t.dy + at.y, at.out, a);
     const int j0 = at.tile * kKeys, row0 = j0 + 16 * warp_id();  // first key of the block, of the warp
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, QueryShape<W, kDrop>::kBlocks)
     bf16* k_tiles = dy_tile + kQueries * W;          // (2, kKeys, W)
     bf16* v_tiles = k_tiles + 2 * kTile;             // (2, kKeys, W)
 
-    const Place at = place_of(a);
+    const Head at = head_of_block(a);
     const bf16* q = t.qkv + at.qkv;                          // (T, HS) in rows of at.in
     const Source<W> keys(q + at.out, at.in, a);              // of keys; values are at.out further
     const int q0 = (a.tiles - 1 - at.tile) * kQueries;       // the longest rows start first

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_forward_kernel(SIMT_PAR
     bf16* k_tiles = q_tile + kQueries * W;           // (2, kKeys, W)
     bf16* v_tiles = k_tiles + 2 * kTile;             // (2, kKeys, W)
 
-    const Place at = place_of(a);
+    const Head at = head_of_block(a);
     const bf16* q = t.qkv + at.qkv;                     // (T, HS) in rows of at.in
     const Source<W> keys(q + at.out, at.in, a);         // of keys; values are at.out further
     const int q0 = (a.tiles - 1 - at.tile) * kQueries;  // the longest rows start first

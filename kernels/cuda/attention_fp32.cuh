@@ -20,7 +20,7 @@ __device__ __forceinline__ float dot(const float* a, const float* b, int HS) {
     for (int c = 0; c < HS; c++) sum = fmaf(a[c], b[c], sum);
     return sum;
 }
-__device__ __forceinline__ float keep_factor(const device::DropoutStream& drop, const Place& at, int i, int j, int T) {
+__device__ __forceinline__ float keep_factor(const device::DropoutStream& drop, const Head& at, int i, int j, int T) {
     if (!drop.on()) return 1;
     const size_t element = (size_t(at.h) * T + i) * T + j;
     const Philox4 w = drop.words(at.b, uint32_t(element / 4));
@@ -38,7 +38,7 @@ __global__ void attention_fp32_forward_kernel(SIMT_PARAM Fp32Tensors t, SIMT_PAR
     SIMT_DYN_SHARED(shared);
     float* q = reinterpret_cast<float*>(shared) + warp_id() * fp32_forward_floats(a.HS);  // (HS)
     float *o = q + a.HS, *weights = o + a.HS;                                             // (HS), (32)
-    const Place at = place_of(a);
+    const Head at = head_of_block(a);
     const int lane = lane_id(), i = at.tile * (int(blockDim.x) / 32) + warp_id();
     if (i >= a.T) return;
     device::DropoutStream drop = parameter;
@@ -73,7 +73,7 @@ __global__ void attention_fp32_backward_keys_kernel(SIMT_PARAM Fp32Tensors t, SI
     float* k = reinterpret_cast<float*>(shared) + warp_id() * fp32_backward_floats(a.HS);  // (HS)
     float *v = k + a.HS, *dk = v + a.HS, *dv = dk + a.HS;                                  // (HS)
     float *weights = dv + a.HS, *ds = weights + 32;                                        // (32)
-    const Place at = place_of(a);
+    const Head at = head_of_block(a);
     const int lane = lane_id(), j = at.tile * (int(blockDim.x) / 32) + warp_id();
     if (j >= a.T) return;
     device::DropoutStream drop = parameter;
@@ -112,7 +112,7 @@ __global__ void attention_fp32_backward_queries_kernel(SIMT_PARAM Fp32Tensors t,
     SIMT_DYN_SHARED(shared);
     float* q = reinterpret_cast<float*>(shared) + warp_id() * fp32_backward_floats(a.HS);  // (HS)
     float *dy = q + a.HS, *dq = dy + a.HS, *ds = dq + a.HS;                                // (HS), (HS), (32)
-    const Place at = place_of(a);
+    const Head at = head_of_block(a);
     const int lane = lane_id(), i = at.tile * (int(blockDim.x) / 32) + warp_id();
     if (i >= a.T) return;
     device::DropoutStream drop = parameter;

@@ -120,10 +120,10 @@ struct QueryMaps {
 
 template <int HS>
 __device__ __forceinline__ void load_queries(const Queries<HS>& s, const QueryMaps& maps) {
-    Work work(s.a, true);
+    TileQueue queue(s.a, true);
     Ring<Queries<HS>::kOwn> own;
     Ring<Queries<HS>::kStages> pair;
-    for (Tile t; work.next(t); own.advance()) {
+    for (Tile t; queue.next(t); own.advance()) {
         s.expect_tiles(own);
         uint64_t* full = &s.barriers->own.full[own.at()];
         load_tile<HS, kTile>(s.tile(own.at(), 0), &maps.q, full, t.h, t.number * kTile, t.b);
@@ -165,10 +165,10 @@ __device__ __forceinline__ void query_gradients(const Queries<HS>& s, const floa
     float products[kBlock / 2];   // (64, kBlock) dy . v, then ds
     uint32_t ds[kBlock / 16][4];  // (64, kBlock) as left operands
     float dq[HS / 2];             // (64, HS)
-    Work work(a, true);
+    TileQueue queue(a, true);
     Ring<Q::kOwn> own;
     Ring<Q::kStages> before, now;  // the pair whose product with ds runs; the pair whose scores are computed
-    for (Tile t; work.next(t); own.advance()) {
+    for (Tile t; queue.next(t); own.advance()) {
         float lse[2], D[2];  // of the lane's rows; lse log2(e)
         SIMT_UNROLL
         for (int half = 0; half < 2; half++) {  // a query past the end: all its weights are 0
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::setmaxnreg_dec<Registers<40>::kProducer>();
         if (warp_in_group() == 0 && ptx::elect_one()) load_queries(s, maps);
         if (warp_in_group() == 1 && ptx::elect_one())
-            store_results(Work(a, true), s.barriers->own, s.barriers->ready, [&](const Tile& t, int at) {
+            store_results(TileQueue(a, true), s.barriers->own, s.barriers->ready, [&](const Tile& t, int at) {
                 store_tile<HS>(&maps.dq, s.tile(at, 0), t.h, t.number * kTile, t.b);
             });
     } else {
@@ -270,10 +270,10 @@ __device__ __forceinline__ int end_block(const Sizes& a) { return a.tiles * kCon
 
 template <int HS>
 __device__ __forceinline__ void load_keys(const Keys<HS>& s, const KeyMaps& maps) {
-    Work work(s.a, false);
+    TileQueue queue(s.a, false);
     Ring<Keys<HS>::kOwn> own;
     Ring<Keys<HS>::kStages> pair;
-    for (Tile t; work.next(t); own.advance()) {
+    for (Tile t; queue.next(t); own.advance()) {
         s.expect_tiles(own);
         uint64_t* full = &s.barriers->own.full[own.at()];
         load_tile<HS, kTile>(s.tile(own.at(), 0), &maps.key, full, s.a.NH + t.h, t.number * kTile, t.b);
@@ -290,9 +290,9 @@ __device__ __forceinline__ void load_keys(const Keys<HS>& s, const KeyMaps& maps
 template <int HS>
 __device__ __forceinline__ void load_stats(const Keys<HS>& s, const float* lse, const float* D) {
     const int lane = lane_id();
-    Work work(s.a, false);
+    TileQueue queue(s.a, false);
     Ring<Keys<HS>::kStages> pair;
-    for (Tile t; work.next(t);) {
+    for (Tile t; queue.next(t);) {
         const size_t head = size_t(t.head) * s.a.T;
         for (int block = first_block(t); block < end_block(s.a); block++, pair.advance()) {
             s.barriers->pair.wait_empty(pair);
@@ -326,10 +326,10 @@ __device__ __forceinline__ void key_gradients(const Keys<HS>& s) {
     uint32_t left[kWide ? 1 : 2][kBlock / 16][4];
     uint32_t(&weights)[kBlock / 16][4] = left[0], (&ds)[kBlock / 16][4] = left[kWide ? 0 : 1];
     float dk[HS / 2], dv[HS / 2];  // (64, HS)
-    Work work(a, false);
+    TileQueue queue(a, false);
     Ring<K::kOwn> own;
     Ring<K::kStages> before, now;  // the pair whose products with weights, ds run; the pair whose scores are computed
-    for (Tile t; work.next(t); own.advance()) {
+    for (Tile t; queue.next(t); own.advance()) {
         s.barriers->own.wait_full(own);
         const int rows = group * kRows * 128;  // bytes before the warpgroup's rows in a panel
         if (group == 1) s.pass(now);
@@ -406,7 +406,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::setmaxnreg_dec<R::kProducer>();
         if (warp_in_group() == 0 && ptx::elect_one()) load_keys(s, maps);
         if (warp_in_group() == 1 && ptx::elect_one())
-            store_results(Work(a, false), s.barriers->own, s.barriers->ready, [&](const Tile& t, int at) {
+            store_results(TileQueue(a, false), s.barriers->own, s.barriers->ready, [&](const Tile& t, int at) {
                 store_tile<HS>(&maps.dkv, s.tile(at, 0), a.NH + t.h, t.number * kTile, t.b);
                 store_tile<HS>(&maps.dkv, s.tile(at, 1), 2 * a.NH + t.h, t.number * kTile, t.b);
             });

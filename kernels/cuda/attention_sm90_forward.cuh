@@ -40,10 +40,10 @@ struct Forward {
     }
 
     __device__ __forceinline__ void load(const simt::TensorMap* qkv) const {
-        Work work(a, true);
+        TileQueue queue(a, true);
         Ring<kOwn> own;
         Ring<kStages> block;  // of k and of v
-        for (Tile t; work.next(t); own.advance()) {
+        for (Tile t; queue.next(t); own.advance()) {
             barriers->q.wait_empty(own);
             ptx::mbar_arrive_expect_tx(&barriers->q.full[own.at()], kTileBytes);
             load_tile<HS, kTile>(q + own.at() * kTileBytes, qkv, &barriers->q.full[own.at()], t.h, t.number * kTile,
@@ -62,7 +62,7 @@ struct Forward {
     }
 
     __device__ __forceinline__ void store(const simt::TensorMap* y) const {
-        store_results(Work(a, true), barriers->q, barriers->ready, [&](const Tile& t, int at) {
+        store_results(TileQueue(a, true), barriers->q, barriers->ready, [&](const Tile& t, int at) {
             store_tile<HS>(y, q + at * kTileBytes, t.h, t.number * kTile, t.b);
         });
     }
@@ -117,7 +117,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
     float s[F::kKeys / 2];                 // (64, kKeys) of the warpgroup: scores, then weights
     uint32_t p[F::kKeys / 16][4];          // (64, kKeys) weights as left operands
     float o[HS / 2], m[2], l[2], kept[2];  // (64, HS) sum exp(s - m) v; (64) of the lane's rows
-    Work work(a, true);
+    TileQueue queue(a, true);
     Ring<F::kOwn> own;
     Ring<F::kStages> key, value;
 
@@ -149,7 +149,7 @@ __device__ __forceinline__ void attend(const Forward<HS>& f, float* lse) {
     };
 
     if (kNumber == 1) ptx::bar_arrive(kOther, kThreadsOfTurn);  // the first warpgroup begins
-    for (Tile t; work.next(t); own.advance()) {
+    for (Tile t; queue.next(t); own.advance()) {
         uint8_t* const q = f.q + own.at() * F::kTileBytes + kNumber * kRows * 128;
         m[0] = m[1] = -INFINITY, l[0] = l[1] = 0;
         f.barriers->q.wait_full(own);

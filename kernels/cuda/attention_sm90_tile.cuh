@@ -53,10 +53,10 @@ struct Tile {
 // (t and tiles - 1 - t), the longer one first.  Under the causal mask all such pairs are equal work (the middle tile of
 // an odd number is half as much), so that blocks which take pairs in turn differ by one pair at the end.  Neighbouring
 // blocks work on one head, whose rows come from L2.
-class Work {
+class TileQueue {
   public:
     // last_is_longest: true for tiles of queries, false for tiles of keys.
-    __device__ __forceinline__ Work(const Sizes& a, bool last_is_longest)
+    __device__ __forceinline__ TileQueue(const Sizes& a, bool last_is_longest)
         : a_(a), pairs_((a.tiles + 1) / 2), item_(int(blockIdx.x)), last_is_longest_(last_is_longest) {}
     __device__ __forceinline__ bool next(Tile& t) {
         if (item_ >= a_.heads * pairs_) return false;
@@ -227,9 +227,9 @@ __device__ __forceinline__ void announce_results(uint64_t* ready) {
 }
 // For the storing thread: stores each tile's results, which lie where its operands were, then frees the buffer.
 template <int N, class Store>
-__device__ __forceinline__ void store_results(Work work, Buffers<N>& own, uint64_t (&ready)[N], Store store) {
+__device__ __forceinline__ void store_results(TileQueue queue, Buffers<N>& own, uint64_t (&ready)[N], Store store) {
     Ring<N> ring;
-    for (Tile t; work.next(t); ring.advance()) {
+    for (Tile t; queue.next(t); ring.advance()) {
         ptx::mbar_wait(&ready[ring.at()], ring.parity());
         store(t, ring.at());
         ptx::bulk_commit();

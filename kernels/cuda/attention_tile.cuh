@@ -26,15 +26,15 @@ struct Sizes {
     float scale;  // 1 / sqrt(HS)
 };
 
-// The head of a sequence that the calling block works on, with the place of its tensors.
-struct Place {
+// The head of a sequence that the calling block works on, and where its tensors lie.
+struct Head {
     int b, h, tile;
     size_t qkv;   // offset of q (T, HS) in (B, T, 3, NH, HS); k and v are `out` and 2 `out` further
     size_t y;     // offset in (B, T, NH, HS)
     size_t stat;  // offset in (B, NH, T)
     int in, out;  // distance of consecutive t in qkv, in y
 };
-__device__ __forceinline__ Place place_of(const Sizes& a) {
+__device__ __forceinline__ Head head_of_block(const Sizes& a) {
     const int tile = int(blockIdx.x % unsigned(a.tiles)), head = int(blockIdx.x / unsigned(a.tiles));
     const int b = head / a.NH, h = head % a.NH;
     const int out = a.NH * a.HS, in = 3 * out, column = h * a.HS;
@@ -222,7 +222,7 @@ __device__ __forceinline__ uint32_t exchanged(uint32_t bits, int lanes) {
 // A call of the generator gives four neighbouring keys of one query.  Where rows of the mask begin on such groups (T a
 // multiple of 4), the lanes that hold parts of a group share its call: one call per four elements.  Else one call each.
 template <bool kRowsAreKeys, int N>
-__device__ __forceinline__ uint32_t keep_bits(const device::DropoutStream& drop, const Place& at, int i0, int j0,
+__device__ __forceinline__ uint32_t keep_bits(const device::DropoutStream& drop, const Head& at, int i0, int j0,
                                               int T) {
     static_assert(N <= 64);
     const int lane = lane_id(), row = lane / 4, column = lane % 4 * 2;

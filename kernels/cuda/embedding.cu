@@ -79,7 +79,7 @@ __global__ void embedding_backward_places_kernel(float* dwpe,  // (places, C)
 
 // dwte and the inputs of both its kernels.  A run is a stretch of equal tokens in the sorted rows.
 template <class T>
-struct Words {
+struct TokenRuns {
     float* dwte;     // (Vp, C)         +=
     float* partial;  // (chunks, 2, C)  =   sum of the run that comes from the chunk before; of the run that goes on
     const T* dy;     // (BT, C)
@@ -94,7 +94,7 @@ struct Words {
 
 // One block per chunk; a thread has four columns.  A warp's lanes look up 32 sorted rows at once and tell each other.
 template <class T>
-__global__ void __launch_bounds__(256) embedding_backward_words_kernel(SIMT_PARAM Words<T> a) {
+__global__ void __launch_bounds__(256) embedding_backward_words_kernel(SIMT_PARAM TokenRuns<T> a) {
     constexpr int N = kColumns, kAhead = 8;  // rows whose loads are in flight
     const size_t first = blockIdx.x * a.chunk, end = first + a.chunk < a.BT ? first + a.chunk : a.BT, C = size_t(a.C);
     const int lane = int(threadIdx.x) % 32;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(256) embedding_backward_words_kernel(SIMT_PARA
 // Adds the run that begins in chunk blockIdx.x and goes on behind it, if there is one, to dwte.  A lane has four
 // columns.
 template <class T>
-__global__ void __launch_bounds__(32 * kJoinWarps) embedding_backward_join_kernel(SIMT_PARAM Words<T> a) {
+__global__ void __launch_bounds__(32 * kJoinWarps) embedding_backward_join_kernel(SIMT_PARAM TokenRuns<T> a) {
     using Four = device::Vec<float, 4>;
     SIMT_SHARED(Four, part, [kJoinWarps][32]);
     const size_t first = blockIdx.x * a.chunk, last = first + a.chunk - 1, C = size_t(a.C);
@@ -200,15 +200,15 @@ void embedding_backward(const EmbeddingGrad& a, Stream s) {
         float* dwpe = a.dwpe.as<float>();  // (>= T, C)
         const T* dy = a.dy.as<T>();        // (B, T, C)
         const size_t per_row = (C + N - 1) / N, places = a.dwpe.count / C;
-        Words<T> words = {
+        TokenRuns<T> runs = {
             a.dwte.as<float>(), partial, dy, a.tokens.as<int32_t>(), a.order.as<int32_t>(), BT, chunk, a.C, a.V, false};
-        words.vectors = C % kVec<T> == 0 && device::aligned16(words.dwte, dwpe, dy);
+        runs.vectors = C % kVec<T> == 0 && device::aligned16(runs.dwte, dwpe, dy);
         cuda::launch(embedding_backward_places_kernel<T>, dim3(blocks_for(places * per_row, 256)), dim3(256), 0, s,
-                     dwpe, dy, a.B, a.T, a.C, places, a.accumulate, words.vectors);
+                     dwpe, dy, a.B, a.T, a.C, places, a.accumulate, runs.vectors);
         const unsigned threads = unsigned(std::min<size_t>(256, (per_row + 31) / 32 * 32));
-        cuda::launch(embedding_backward_words_kernel<T>, dim3(unsigned(chunks)), dim3(threads), 0, s, words);
+        cuda::launch(embedding_backward_words_kernel<T>, dim3(unsigned(chunks)), dim3(threads), 0, s, runs);
         cuda::launch(embedding_backward_join_kernel<T>, dim3(unsigned(chunks), blocks_for(C, kJoinColumns)),
-                     dim3(32 * kJoinWarps), 0, s, words);
+                     dim3(32 * kJoinWarps), 0, s, runs);
     });
 }
 }  // namespace cuda
