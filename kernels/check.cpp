@@ -151,7 +151,7 @@ void check(const OptimizerUpdate& a) {
     expect_size("optimizer.param", a.param, n, "n");
     expect_size("optimizer.grad", a.grad, n, "n");
     expect_size("optimizer.m", a.m, n, "n");
-    if (a.kind != OptimizerKind::sgd) expect_size("optimizer.v", a.v, n, "n");
+    if (n_moments(a.kind) > 1) expect_size("optimizer.v", a.v, n, "n");
     expect_size("optimizer.decay", a.decay, (n + kDecayBlock - 1) / kDecayBlock, "ceil(n/64)");
     expect_size("optimizer.rate", a.rate, 3, "3");
     expect_size("optimizer.clip", a.clip, 1, "1");

@@ -175,15 +175,29 @@ struct Hash {  // y = sum of hash_word(i, x's word i) (common/hash.h), modulo 2^
 
 constexpr size_t kDecayBlock = 64;  // elements of a flat buffer that share one flag of weight decay
 
+// The moments that an optimizer keeps for every parameter: the first so many of these, which checkpoints put before the
+// parameter's name.
+constexpr const char* kMoments[] = {"m", "v"};
+constexpr size_t n_moments(OptimizerKind kind) {
+    switch (kind) {
+        case OptimizerKind::adamw:
+        case OptimizerKind::adam:
+            return 2;
+        case OptimizerKind::sgd:
+            return 1;
+    }
+    return 0;
+}
+
 // The optimizers share one struct; common/config_words.h lists them.  All moments and master parameters are f32 (f64 in
 // the double instance).
 //   g = grad * clip[0];   adamw: decoupled decay, p -= lr * weight_decay * p where decay[] says so
 //   adam:  g += weight_decay * p where decay[] says so, then as adamw without its decay
-//   sgd:   g likewise; m = momentum * m + g; p -= lr * m   (v is absent)
+//   sgd:   g likewise; m = momentum * m + g; p -= lr * m
 struct OptimizerUpdate {
     Buf param;  // (n)     out  +=  master
     Buf copy;   // (n)     out  =   bf16: param rounded, for the next forward pass; absent where param itself is used
-    Buf m, v;   // (n)     out  =   first and second moment
+    Buf m, v;   // (n)     out  =   first and second moment; v is absent where n_moments is 1
     Buf grad;   // (n)     of the whole global batch, before clipping
     Buf decay;  // (ceil(n/kDecayBlock))  u8: 1 where weight decay applies to this block of elements
     Buf rate;   // (3)     stat: learning rate, 1 - beta1^t, 1 - beta2^t

@@ -19,7 +19,7 @@
 
 namespace {
 struct Tensors {
-    float *p, *m, *v;      // (n); v null for sgd
+    float *p, *m, *v;      // (n); v null where only one moment is kept
     bf16* copy;            // (n) or null
     const float* grad;     // (n)
     const uint8_t* decay;  // (ceil(n/kDecayBlock))
@@ -32,13 +32,13 @@ struct Constants {
 
 template <OptimizerKind kind>
 __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constants f, size_t n, bool vectors) {
-    constexpr bool sgd = kind == OptimizerKind::sgd, adamw = kind == OptimizerKind::adamw;
+    constexpr bool adamw = kind == OptimizerKind::adamw, keeps_v = n_moments(kind) > 1;
     const device::Quads at = device::quads_of(n);
     if (at.warp_first >= n) return;
     float p[2][4], m[2][4], v[2][4], g[2][4], d[2];
     device::load_quads(p, a.p, at, vectors);
     device::load_quads(m, a.m, at, vectors);
-    if constexpr (!sgd) device::load_quads(v, a.v, at, vectors);
+    if constexpr (keeps_v) device::load_quads(v, a.v, at, vectors);
     device::load_quads(g, a.grad, at, vectors);
     SIMT_UNROLL
     for (int q = 0; q < 2; q++) d[q] = at.count(q) && a.decay[at.at(q) / kDecayBlock] ? f.weight_decay : 0.0f;
@@ -50,7 +50,7 @@ __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constan
         const float pull = adamw ? 0.0f : d[q];
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) g[q][i] = g[q][i] * clip + pull * p[q][i];
-        if constexpr (sgd) {
+        if constexpr (kind == OptimizerKind::sgd) {
             SIMT_UNROLL
             for (int i = 0; i < 4; i++) {
                 m[q][i] = f.momentum * m[q][i] + g[q][i];
@@ -67,7 +67,7 @@ __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constan
             }
         }
     }
-    if constexpr (!sgd) device::store_quads(a.v, v, at, vectors);
+    if constexpr (keeps_v) device::store_quads(a.v, v, at, vectors);
     device::store_quads(a.m, m, at, vectors);
     device::store_quads(a.p, p, at, vectors);
     if (a.copy) device::store_quads(a.copy, p, at, vectors);
@@ -84,11 +84,10 @@ void launch_update(const Tensors& t, const Constants& f, size_t n, Stream s) {
 namespace cuda {
 void optimizer_update(const OptimizerUpdate& a, Stream s) {
     const size_t n = a.param.count;
-    const bool sgd = a.kind == OptimizerKind::sgd;
     if (n == 0) return;
     const Tensors t = {.p = a.param.as<float>(),
                        .m = a.m.as<float>(),
-                       .v = sgd ? nullptr : a.v.as<float>(),
+                       .v = n_moments(a.kind) > 1 ? a.v.as<float>() : nullptr,
                        .copy = a.copy.as<bf16>(),
                        .grad = a.grad.as<float>(),
                        .decay = a.decay.as<uint8_t>(),
