@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "common/hash.h"
-#include "common/token_order.h"
+#include "trainer/tuning.h"
 
 std::vector<double> as_doubles(const Buf& host) {
     std::vector<double> out(host.count);
@@ -158,31 +158,7 @@ void Trainer::broadcast_state() {
                    hash_text(all[size_t(r)]), hash_text(all[0]));
 }
 
-// Gradients are left as noise, as activations are: the first micro-batch of a step overwrites both.
-std::string Trainer::tune() {
-    const Batch now = batch(0);
-    std::vector<int32_t> inputs(now.inputs.count), targets(now.targets.count), order(now.order.count);
-    for (size_t i = 0; i < inputs.size(); i++) {
-        inputs[i] = int32_t(hash_word(i, 0) % uint64_t(o_.model.V));
-        targets[i] = int32_t(hash_word(i, 1) % uint64_t(o_.model.V));
-    }
-    sort_rows_by_token(inputs.data(), order.data(), inputs.size(), o_.model.V);
-    const uint32_t where[2] = {0, 0};
-    k_.upload(now.inputs.data, inputs.data(), now.inputs.n_bytes(), stream_);
-    k_.upload(now.targets.data, targets.data(), now.targets.n_bytes(), stream_);
-    k_.upload(now.order.data, order.data(), now.order.n_bytes(), stream_);
-    k_.upload(now.where.data, where, now.where.n_bytes(), stream_);
-    const Architecture& model = *o_.model.architecture;
-    k_.tune(true);
-    for (const bool accumulate : {false, true}) {
-        const Pass train = training_pass(now, memory_.grads[0], accumulate);
-        model.forward(train);
-        model.backward(train);
-    }
-    model.forward(pass(now));
-    k_.synchronize(stream_);
-    return k_.tune(false);
-}
+std::string Trainer::tune() { return tune_on_random_tokens(training_pass(batch(0), memory_.grads[0], false)); }
 
 Batch Trainer::batch(int micro) const {
     const size_t BT = size_t(o_.micro_batch_size) * o_.model.T, i = size_t(micro);

@@ -57,9 +57,7 @@ class Trainer {
     // ranks.
     void broadcast_state();
 
-    // The work of a step and of an evaluation on random tokens, with the backend tuning: every kind of matrix product
-    // is met.  Rank-local: nothing is reduced, and nothing is updated; call it between steps.  Returns the backend's
-    // notes.
+    // tune_on_random_tokens() for a step of these shapes.  Nothing is summed over ranks, and nothing is updated.
     std::string tune();
 
     // `step` counts all global batches taken before, skipped updates included; it selects the dropout masks.  `next` is

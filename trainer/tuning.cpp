@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "common/clock.h"
+#include "common/hash.h"
+#include "common/token_order.h"
 #include "common/tuning_cache.h"
 
 namespace {
@@ -61,6 +63,39 @@ std::string decide(const Backend& k, Log& log, const std::string& saved_text,
     return to_text(used);
 }
 }  // namespace
+
+std::string tune_on_random_tokens(const Pass& training) {
+    const Backend& k = training.k;
+    const Batch& batch = training.batch;
+    const int V = training.config.V;
+    const Stream s = training.stream;
+    std::vector<int32_t> inputs(batch.inputs.count), targets(batch.targets.count), order(batch.order.count);
+    for (size_t i = 0; i < inputs.size(); i++) {
+        inputs[i] = int32_t(hash_word(i, 0) % uint64_t(V));
+        targets[i] = int32_t(hash_word(i, 1) % uint64_t(V));
+    }
+    sort_rows_by_token(inputs.data(), order.data(), inputs.size(), V);
+    const uint32_t where[2] = {0, 0};
+    k.upload(batch.inputs.data, inputs.data(), batch.inputs.n_bytes(), s);
+    k.upload(batch.targets.data, targets.data(), batch.targets.n_bytes(), s);
+    k.upload(batch.order.data, order.data(), batch.order.n_bytes(), s);
+    k.upload(batch.where.data, where, batch.where.n_bytes(), s);
+    const Architecture& model = *training.config.architecture;
+    k.tune(true);
+    for (const bool accumulate : {false, true}) {
+        Pass step = training;
+        step.accumulate = accumulate;
+        model.forward(step);
+        model.backward(step);
+    }
+    Pass evaluation = training;
+    evaluation.grads = nullptr;
+    evaluation.train = false;
+    evaluation.grad_scale = 0;
+    model.forward(evaluation);
+    k.synchronize(s);
+    return k.tune(false);
+}
 
 std::string agree_on_choices(const Backend& k, Comm& comm, Log& log, const std::string& saved,
                              const std::function<std::string()>& tune) {
