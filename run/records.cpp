@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "common/clock.h"
 #include "common/hash.h"
 #include "run/options.h"
 

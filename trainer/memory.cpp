@@ -1,5 +1,6 @@
 #include "trainer/memory.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 #include <vector>
@@ -7,10 +8,9 @@
 #include "comm/run_fold.h"
 
 namespace {
-void plan_params(Arena& arena, Tensors& p, const std::vector<ParamInfo>& list, DType t,
-                 const std::string& prefix = "") {
+void plan_params(Arena& arena, Tensors& p, const std::vector<ParamInfo>& list, DType t) {
     p.resize(list.size());
-    for (size_t i = 0; i < list.size(); i++) arena.add(p[i], prefix + list[i].name, list[i].count(), t);
+    for (size_t i = 0; i < list.size(); i++) arena.add(p[i], list[i].name, list[i].count(), t);
 }
 
 ActivationShape activation_shape(const TrainerOptions& o) {
@@ -32,7 +32,8 @@ constexpr std::array kLevels = {Recompute::none, Recompute::gelu, Recompute::blo
 // Left to what the plan does not name: libraries' growth, graphs.
 size_t usable(const MemoryState& now) { return now.n_free - std::min(now.n_free, now.n_total / 128); }
 
-// Bytes of the plan for these options, without what a reducer adds; 0 where the ranks could not share the batch so.
+// Bytes of the plan for these options, without the part that a GradientSync plans; 0 where the ranks could not share
+// the batch so.
 size_t planned_bytes(const TrainerOptions& o, int size) {
     try {
         const BatchShare share =
@@ -85,8 +86,6 @@ TrainerMemory::TrainerMemory(const TrainerOptions& options, int n_micro, int n_g
     plan_params(param_arena, params, param_list, o_.real);
     if (has_masters()) plan_params(master_arena, masters, param_list, DType::f32);
     if (!o_.inference) {
-        plan_params(moment_arena, m, param_list, stat(), "m.");
-        if (o_.optimizer.kind != OptimizerKind::sgd) plan_params(moment_arena, v, param_list, stat(), "v.");
         grads.resize(size_t(n_grads));
         grad_arenas.reserve(grads.size());
     }
@@ -99,8 +98,6 @@ TrainerMemory::TrainerMemory(const TrainerOptions& options, int n_micro, int n_g
     scalar_arena.add(hash, "hash", 2, DType::u32);
     scalar_arena.add(losses, "losses", size_t(n_micro) * size_t(o_.micro_batch_size), stat());
     if (o_.inference) return;
-    scalar_arena.add(decay, "decay", n_params() / kDecayBlock, DType::u8);
-    scalar_arena.add(rate, "rate", 3, stat());
     scalar_arena.add(clip, "clip", 1, stat());
     scalar_arena.add(norm, "norm", 1, stat());
     scalar_arena.add(norm_scratch, "norm_scratch", grad_norm_scratch(n_params()), stat());
@@ -153,8 +150,8 @@ std::string TrainerMemory::table() const {
 void TrainerMemory::require(const MemoryState& now, int size) const {
     const size_t here = usable(now);
     if (now.n_total == 0 || n_bytes() <= here) return;
-    const size_t planned = planned_bytes(o_, size), reducer = n_bytes() - std::min(n_bytes(), planned);  // has its part
-    const std::string fits = proposal(o_, size, here - std::min(here, reducer));
+    const size_t planned = planned_bytes(o_, size), sync = n_bytes() - std::min(n_bytes(), planned);  // its part
+    const std::string fits = proposal(o_, size, here - std::min(here, sync));
     const std::string advice =
         fits.empty() ? "no train.micro_batch_size fits: use a smaller model or more memory" : "what fits: " + fits;
     fail(
@@ -180,4 +177,15 @@ void TrainerMemory::allocate(const Backend& k, Stream s) {
     const std::vector<ActivationInfo> act_list = o_.model.architecture->activations(o_.model, act_shape);
     const auto act = [&](const char* name) { return acts[activation_index(act_list, name)]; };
     logits = act("logits"), loss = act("loss"), correct = act("correct");
+}
+
+std::vector<double> as_doubles(const Buf& host) {
+    std::vector<double> out(host.count);
+    const auto copy = [&]<class T>() {
+        for (size_t i = 0; i < out.size(); i++) out[i] = double(float(host.as<T>()[i]));
+    };
+    if (host.dtype == DType::f64) std::copy_n(host.as<double>(), out.size(), out.begin());
+    if (host.dtype == DType::f32) copy.template operator()<float>();
+    if (host.dtype == DType::bf16) copy.template operator()<bf16>();
+    return out;
 }

@@ -36,6 +36,10 @@ class TrainerMemory {
     std::string summary() const;  // "parameters 237 MiB, gradients 475 MiB, ..."
     Buf flat_masters() const { return has_masters() ? master_arena.flat(DType::f32) : param_arena.flat(o_.real); }
     Buf flat_moments() const { return moment_arena.flat(stat()); }
+    // What ops read where that is a rounded copy of the masters; else absent.
+    Buf flat_copy() const { return has_masters() ? param_arena.flat(o_.real) : Buf(); }
+    // The sum of all micro-batches, where the runs' sums end that were folded.
+    Buf gradient() const { return flat_gradient(0); }
     Buf flat_gradient(int buffer) const { return grad_arenas[size_t(buffer)].flat(stat()); }
     size_t n_params() const { return param_arena.n_bytes() / dtype_bytes(o_.real); }  // padding included
     bool has_masters() const { return o_.real == DType::bf16; }
@@ -46,7 +50,6 @@ class TrainerMemory {
     const std::vector<ParamInfo> param_list;
     Tensors params;              // real: what the ops read
     Tensors masters;             // f32; absent where `params` are the masters
-    Tensors m, v;                // stat
     std::vector<Tensors> grads;  // (n_grads) stat
     const ActivationShape act_shape;
     Tensors acts;              // of act_shape; among them:
@@ -54,8 +57,7 @@ class TrainerMemory {
     Buf loss, correct;         // (BT) stat, i32
     StepBatch batch, staging;  // of this step; of the next, on its way to the device
     Buf losses;                // (n_micro * B) stat: sum over each sequence
-    Buf decay;                 // (n/64) u8
-    Buf rate, clip, norm;      // (3), (1), (1) stat
+    Buf clip, norm;            // (1), (1) stat
     Buf norm_scratch;          // (grad_norm_scratch(n)) stat
     Buf hash;                  // (2) u32
 
@@ -66,3 +68,6 @@ class TrainerMemory {
     const TrainerOptions o_;
     std::optional<DeviceBuffer> memory_;
 };
+
+// Numbers in host memory - f32, f64 or bf16 - as doubles.
+std::vector<double> as_doubles(const Buf& host);

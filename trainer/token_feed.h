@@ -25,8 +25,9 @@ class TokenFeed {
     TokenFeed& operator=(const TokenFeed&) = delete;
     ~TokenFeed();
 
-    // Gives the compute stream a copy of this step's tokens into `batch`.  `next` is called for each micro-batch of this
-    // rank unless fetch_ahead() has fetched the tokens of this step.  Throws the error that fetch_ahead() met, once.
+    // Gives the compute stream a copy of this step's tokens into `batch`.  `next` is called for each micro-batch of
+    // this rank unless fetch_ahead() has fetched the tokens of this step.  Throws the error that fetch_ahead() met,
+    // once.
     void take(int64_t step, const NextMicroBatch& next, Stream compute);
     // Fetches the tokens of `step` and sends them to `staging`.  Never throws: an error belongs to the step that needs
     // the tokens, and the step that is running may still end well.

@@ -1,7 +1,6 @@
-// One rank's share of training: memory, one optimizer step, evaluation.  Knows nothing of files or of where tokens come
-// from.
+// One rank's share of training: one optimizer step after the other, evaluation.  Knows nothing of files or of where
+// tokens come from.
 #pragma once
-#include <array>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -10,10 +9,8 @@
 #include <vector>
 
 #include "comm/comm.h"
-#include "comm/gradient_all_reduce.h"
-#include "comm/run_fold.h"
-#include "common/clock.h"
 #include "kernels/owners.h"
+#include "trainer/replicated_update.h"
 #include "trainer/step_graph.h"
 #include "trainer/token_feed.h"
 
@@ -33,20 +30,15 @@ struct EvalResult {
     uint64_t tokens = 0;
 };
 
-// A tensor of the training state that a checkpoint keeps, in backend memory.
-struct StateTensor {
-    std::string name;
-    std::vector<size_t> shape;  // as saved: V rows of wte, not Vp
-    Buf data;                   // (product of shape)
-};
-
 class Trainer {
   public:
     using Tokens = TokenFeed::Tokens;
     using NextMicroBatch = TokenFeed::NextMicroBatch;
     using ReadSequence = std::function<void(uint64_t index, std::span<int32_t> inputs, std::span<int32_t> targets)>;
 
-    Trainer(const Backend& k, Comm& comm, TrainerOptions options);
+    // make_sync chooses the way from gradient to new parameters.
+    Trainer(const Backend& k, Comm& comm, TrainerOptions options,
+            const MakeGradientSync& make_sync = make_replicated_update);
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
     ~Trainer();
@@ -72,46 +64,40 @@ class Trainer {
     // The masters: f32 also where ops read bf16.  After writing to them call parameters_changed().
     std::vector<StateTensor> parameters();
     void parameters_changed();
-    std::vector<StateTensor> moments();  // "m.<name>", "v.<name>"
-    uint64_t updates() const { return updates_; }
-    void set_updates(uint64_t n) { updates_ = n; }  // Adam's bias correction, from a checkpoint
+    std::vector<StateTensor> moments() { return sync_->state(); }
+    uint64_t updates() const { return sync_ ? sync_->updates() : 0; }
+    void set_updates(uint64_t n) {  // from a checkpoint
+        if (sync_) sync_->set_updates(n);
+    }
     uint64_t weights_hash();
     // Every parameter and moment is a finite number.
     bool finite();
     const BatchShare& share() const { return share_; }
     const ModelConfig& config() const { return o_.model; }
     const char* reduction() const;  // how gradients are summed: "ordered through host memory"
-    // Of the device's memory, that the library which sums them has taken for itself.
-    size_t reduction_bytes() const { return reduction_bytes_; }
+    // Device memory that the library which sums them took for itself.
+    size_t reduction_bytes() const { return sync_ ? sync_->library_bytes() : 0; }
     const TrainerMemory& memory() const { return memory_; }
     // Whether steps are replayed from graphs, and why not where they could have been.
     bool uses_graphs() const { return graphs_ && graphs_->used(); }
     std::string graph_note() const { return graphs_ ? graphs_->note() : ""; }
-    // Test hook: sees this rank's gradient (n) just before the reduction, and may change it.
-    std::function<void(std::span<double>)> before_reduce;
 
   private:
-    // The points of a step that its phases are measured between.
+    // Points of a step, between which its phases are timed.
     struct Marks {
         std::vector<MarkOwner> start, forward, backward;  // (n_micro)
-        MarkOwner reduced, end;
         Marks(const Backend& k, int n_micro);
     };
 
-    void mark_decay();
-    void connect();
     bool has_masters() const { return memory_.has_masters(); }
     const Tensors& masters() const { return has_masters() ? memory_.masters : memory_.params; }
     void accumulate_micro_batches();
-    void show_gradient(Buf grad);
     double gather_loss(const std::vector<double>& mine);
-    void set_rates(double learning_rate);
-    void update(Buf grad);
+    void finish_step();
     void collect(StepResult& result);
     Batch batch(int micro) const;
     Pass pass(const Batch& batch) const;
     Pass training_pass(const Batch& batch, const Tensors& grads, bool accumulate) const;
-    std::vector<StateTensor> list(const Tensors& tensors, const std::string& prefix) const;
 
     const Backend& k_;
     Comm& comm_;
@@ -119,19 +105,12 @@ class Trainer {
     const BatchShare share_;
     const StreamOwner stream_owner_;
     const Stream stream_;  // all work but the tokens' way to the device
-    RunFold fold_;
-    uint64_t updates_ = 0;
-
     TrainerMemory memory_;
-    std::unique_ptr<GradientAllReduce> reducer_;
-    size_t reduction_bytes_ = 0;
     TokenFeed feed_;
-    std::optional<Marks> marks_;                     // absent when only evaluating
-    std::optional<HostBuffer> rate_host_, outcome_;  // pinned: rate on its way there, losses and norm back
-    // A step is one piece, or two around a reduction that needs the host.
-    StepGraphs::Piece whole_, until_reduction_, after_reduction_;
-    std::optional<StepGraphs> graphs_;  // absent when only evaluating
+    // Absent when only evaluating:
+    std::unique_ptr<GradientSync> sync_;
+    std::optional<Marks> marks_;
+    std::optional<HostBuffer> losses_;  // (n_micro * B) stat, pinned: on their way back
+    std::optional<StepGraphs> graphs_;
+    StepGraphs::Piece piece_;  // a whole step, or what comes before finish_step() where that needs the host
 };
-
-// Numbers in host memory - f32, f64 or bf16 - as doubles.
-std::vector<double> as_doubles(const Buf& host);

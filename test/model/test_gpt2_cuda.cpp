@@ -4,6 +4,7 @@
 
 #include "model/gpt2.h"
 #include "test/op_test.h"
+#include "test/shown_gradient.h"
 #include "trainer/trainer.h"
 
 namespace {
@@ -63,10 +64,10 @@ struct OneStep {
 };
 OneStep one_step(const Target& t, const ModelConfig& c) {
     const auto comm = make_self_comm();
-    Trainer trainer(*t.k, *comm, options(c, t.real));
-    set_parameters(*t.k, trainer, c.C);
     Doubles flat;
-    trainer.before_reduce = [&](std::span<double> g) { flat.assign(g.begin(), g.end()); };
+    Trainer trainer(*t.k, *comm, options(c, t.real),
+                    show_gradient([&](std::span<double> g) { flat.assign(g.begin(), g.end()); }));
+    set_parameters(*t.k, trainer, c.C);
     Source next(c, 7, c.V);
     OneStep out{.loss = trainer.step(3, 0, [&] { return next(); }).loss, .gradients = {}};
     Arena plan("plan", 64);  // where each tensor lies in the flat gradient: 64 elements of one byte

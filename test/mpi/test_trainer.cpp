@@ -7,10 +7,10 @@
 #include "common/rng.h"
 #include "model/gpt2.h"
 #include "test/mpi/world.h"
+#include "test/shown_gradient.h"
 #include "trainer/trainer.h"
 
 namespace {
-using Hook = std::function<void(std::span<double>)>;
 constexpr int kSteps = 3;
 
 struct Outcome {
@@ -20,14 +20,18 @@ struct Outcome {
 
 // Three steps of a tiny model; every rank draws its own tokens.  `hook` sees the gradient of step `at` on the last rank
 // only.
-Outcome train(AllReduce reduction, const Hook& hook, int at = 0) {
+Outcome train(AllReduce reduction, const GradientHook& hook, int at = 0) {
     TrainerOptions o;
     o.model = {.architecture = &gpt2, .L = 1, .NH = 2, .C = 8, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
     o.micro_batch_size = 1;
     o.global_batch_size = 2 * world().size();
     o.allreduce = reduction;
     o.seed = 5;
-    Trainer trainer(cpu_backend(), world(), o);
+    int step = 0;
+    const auto on_last_rank = [&](std::span<double> g) {
+        if (hook && step == at && world().rank() == world().size() - 1) hook(g);
+    };
+    Trainer trainer(cpu_backend(), world(), o, show_gradient(on_last_rank));
     trainer.initialize();
     trainer.broadcast_state();
     std::vector<int32_t> tokens(5);
@@ -39,10 +43,7 @@ Outcome train(AllReduce reduction, const Hook& hook, int at = 0) {
         return {std::span(tokens).first(4), std::span(tokens).last(4)};
     };
     Outcome out{};
-    for (int s = 0; s < kSteps; s++) {
-        trainer.before_reduce = s == at && world().rank() == world().size() - 1 ? hook : Hook();
-        out.updated.push_back(trainer.step(s, 1e-2, next).updated);
-    }
+    for (; step < kSteps; step++) out.updated.push_back(trainer.step(step, 1e-2, next).updated);
     out.weights = trainer.weights_hash();
     out.updates = trainer.updates();
     CHECK(same_everywhere(&out.weights, sizeof out.weights));

@@ -15,6 +15,7 @@
 #include "trainer/trainer.h"
 #include "test/mpi/device_gradient.h"
 #include "comm/group.h"
+#include "test/shown_gradient.h"
 
 namespace {
 constexpr double kTimeout = 60;  // of communicators that are not expected to fail
@@ -80,12 +81,12 @@ TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction 
     o.nccl = &nccl;
     o.real = DType::bf16;
     std::optional<Trainer> made;
-    const Calls connecting = calls_of([&] { made.emplace(*gpu(), world(), o); });
+    size_t n = 0;  // elements of the flat gradient
+    const auto count = [&](std::span<double> g) { n = g.size(); };
+    const Calls connecting = calls_of([&] { made.emplace(*gpu(), world(), o, show_gradient(count)); });
     Trainer& trainer = *made;
     trainer.initialize();
     trainer.broadcast_state();
-    size_t n = 0;  // elements of the flat gradient
-    trainer.before_reduce = [&](std::span<double> g) { n = g.size(); };
     const std::vector<int32_t> tokens = {1, 2, 3, 4, 5};
     const auto next = [&]() -> Trainer::Tokens { return {std::span(tokens).first(4), std::span(tokens).last(4)}; };
     for (int step = 0; step < 2; step++) {

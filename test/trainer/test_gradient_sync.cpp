@@ -1,0 +1,156 @@
+// The calls that a step makes on the way from gradient to new parameters, and in which order.
+#include "model/gpt2.h"
+#include "test/op_test.h"
+#include "test/shown_gradient.h"
+#include "trainer/trainer.h"
+
+namespace {
+using Events = std::vector<std::string>;
+
+// Writes down every call, and updates nothing.
+class Recorded final : public GradientSync {
+  public:
+    Recorded(const Backend& k, bool needs_host, Events& events)
+        : k_(k), needs_host_(needs_host), events_(events), summed_(k), updated_(k) {}
+    const char* name() const override { return "recorded"; }
+    void start(Stream) override { events_.push_back("start"); }
+    size_t library_bytes() const override { return 17; }
+    void begin_step(int64_t step, double learning_rate) override {
+        events_.push_back(fmt::format("begin {} {}", step, learning_rate));
+    }
+    void gradient_ready(Range part, Stream) override {
+        events_.push_back(fmt::format("ready {} + {}", part.first, part.count));
+    }
+    void finish_step(StepGraphs&, Stream s) override {
+        events_.push_back("finish");
+        k_.set_mark(summed_.get(), s);
+        k_.set_mark(updated_.get(), s);
+    }
+    bool needs_host() const override { return needs_host_; }
+    Outcome wait(Stream s) override {
+        k_.synchronize(s);
+        events_.push_back("wait");
+        return {.norm = 3, .updated = false};
+    }
+    const Mark* summed() const override { return summed_.get(); }
+    const Mark* updated() const override { return updated_.get(); }
+    std::vector<StateTensor> state() override { return {{"anchor", {7}, {}}}; }
+    uint64_t updates() const override { return updates_; }
+    void set_updates(uint64_t n) override { updates_ = n; }
+    void broadcast_state(Stream) override { events_.push_back("broadcast"); }
+
+  private:
+    const Backend& k_;
+    const bool needs_host_;
+    Events& events_;
+    const MarkOwner summed_, updated_;
+    uint64_t updates_ = 0;
+};
+
+TrainerOptions options() {
+    TrainerOptions o;
+    o.model = {.architecture = &gpt2, .L = 1, .NH = 2, .C = 16, .T = 5, .V = 11};
+    o.global_batch_size = 2;
+    o.micro_batch_size = 1;  // two of them
+    o.seed = 3;
+    return o;
+}
+
+// Steps of a Trainer, an event for each micro-batch that it asks for.
+class Steps {
+  public:
+    Steps(const Backend& k, const MakeGradientSync& make, Events& events)
+        : comm_(make_self_comm()), trainer(k, *comm_, options(), make), events_(events) {
+        trainer.initialize();
+    }
+    StepResult step(int64_t s, bool more) {
+        const std::vector<int32_t> tokens = {1, 2, 3, 4, 5};
+        const auto next = [&]() -> Trainer::Tokens {
+            events_.push_back("tokens");
+            return {tokens, tokens};
+        };
+        return trainer.step(s, 0.5, next, more);
+    }
+
+  private:
+    const std::unique_ptr<Comm> comm_;
+
+  public:
+    Trainer trainer;
+
+  private:
+    Events& events_;
+};
+
+Events taken(Events& events) { return std::exchange(events, {}); }
+}  // namespace
+
+// Seen to fail with: gradient_ready() after the fetch ahead; finish_step() with the host before it.
+TEST_CASE("gradient sync: the calls of a step, in order") {
+    for (const Backend* k : {&cpu_backend(), &cuda_backend()})
+        for (const bool needs_host : {false, true}) {
+            CAPTURE(k->name);
+            CAPTURE(needs_host);
+            Events events;
+            const auto make = [&](const Backend& b, Comm&, const TrainerOptions&, TrainerMemory&) {
+                return std::make_unique<Recorded>(b, needs_host, events);
+            };
+            Steps steps(*k, make, events);
+            CHECK(taken(events) == Events{"start"});
+            const std::string ready = fmt::format("ready 0 + {}", steps.trainer.memory().n_params());
+            const StepResult r = steps.step(0, true);
+            CHECK(r.grad_norm == 3);
+            CHECK(!r.updated);
+            if (needs_host)
+                CHECK(taken(events) ==
+                      Events{"tokens", "tokens", "begin 0 0.5", ready, "tokens", "tokens", "finish", "wait"});
+            else
+                CHECK(taken(events) ==
+                      Events{"tokens", "tokens", "begin 0 0.5", ready, "finish", "tokens", "tokens", "wait"});
+            steps.step(1, false);  // with graphs: recorded
+            CHECK(taken(events) == Events{"begin 1 0.5", ready, "finish", "wait"});
+
+            steps.step(2, false);  // with graphs: replayed, and only calls of the host are made
+            Events third = {"tokens", "tokens", "begin 2 0.5"};
+            if (!steps.trainer.uses_graphs()) third.push_back(ready);
+            if (!steps.trainer.uses_graphs() || needs_host) third.push_back("finish");
+            third.push_back("wait");
+            CHECK(taken(events) == third);
+        }
+}
+
+TEST_CASE("gradient sync: state, updates and names are the method's") {
+    Events events;
+    const auto make = [&](const Backend& b, Comm&, const TrainerOptions&, TrainerMemory&) {
+        return std::make_unique<Recorded>(b, false, events);
+    };
+    Steps steps(cpu_backend(), make, events);
+    CHECK(std::string(steps.trainer.reduction()) == "recorded");
+    CHECK(steps.trainer.reduction_bytes() == 17);
+    REQUIRE(steps.trainer.moments().size() == 1);
+    CHECK(steps.trainer.moments()[0].name == "anchor");
+    steps.trainer.set_updates(5);
+    CHECK(steps.trainer.updates() == 5);
+    taken(events);
+    steps.trainer.broadcast_state();
+    CHECK(taken(events) == Events{"broadcast"});
+}
+
+// The update is then a piece of its own, behind a wait of the host.
+TEST_CASE("gradient sync: a step that needs the host gives the bits of one that does not") {
+    for (const Backend* k : {&cpu_backend(), &cuda_backend()}) {
+        CAPTURE(k->name);
+        Events events;
+        std::vector<uint64_t> weights;
+        size_t n_shown = 0;
+        for (const MakeGradientSync& make :
+             {MakeGradientSync(make_replicated_update), show_gradient([&](std::span<double>) { n_shown++; })}) {
+            Steps steps(*k, make, events);
+            for (int s = 0; s < 4; s++) CHECK(steps.step(s, s < 3).updated);
+            CHECK(steps.trainer.updates() == 4);
+            weights.push_back(steps.trainer.weights_hash());
+        }
+        CHECK(n_shown == 4);
+        CHECK(weights[0] == weights[1]);
+    }
+}

@@ -1,0 +1,87 @@
+// From the gradient of each rank to the new parameters of all ranks: one interface, a file for each method.
+//
+// Trainer calls in every step, on every rank alike:
+//
+//     begin_step        on the host, before it gives the stream any work of the step
+//     gradient_ready    when the stream has all work that writes a part of the flat gradient.  Parts come in the order
+//                       of the backward pass, last layer first; together they are all elements, each once.  Today
+//                       there is one part: everything
+//     finish_step       sum over ranks, norm and clip, update, and gather where the parameters are scattered
+//     wait              on the host, after finish_step
+//
+// gradient_ready() and finish_step() give work to streams.  Trainer may record this work and replay it in later steps
+// (trainer/step_graph.h): then it does not call them again, so they must do nothing else.  They may use a second stream
+// between two marks.  With needs_host() Trainer calls finish_step() in every step, outside of the recording, and
+// finish_step() may wait for the device and talk to other ranks.
+//
+// How the known methods implement the three calls:
+//
+//   replicated update (trainer/replicated_update.h)
+//       gradient_ready does nothing.  finish_step sums the whole gradient by one call; every rank then updates every
+//       parameter.
+//   overlap
+//       gradient_ready joins parts to buckets of some MiB.  For a full bucket, a second stream waits for a mark in the
+//       compute stream, and sums the bucket.  In finish_step the compute stream waits for the second stream; norm and
+//       update follow as above.  The whole step is recorded.
+//   ZeRO
+//       Each rank owns a shard of the flat buffers.  Its Optimizer has the parameters cut to the shard, and plans
+//       moments for these alone.  gradient_ready reduce-scatters the part.  finish_step sums the squares of all shards
+//       for the norm, updates the shard, and all-gathers the parameters that the ops read.  Gradients stay whole (stage
+//       1); less of them, or of the parameters, needs another TrainerMemory and passes of a few layers.
+//   parameter server
+//       gradient_ready downloads the part to pinned memory, and sets a mark.  finish_step, which needs the host, waits
+//       for the marks, sends the parts to the servers, receives the new parameters and uploads them.  The servers have
+//       the optimizers; state() fetches their moments.
+//   local SGD
+//       finish_step makes norm and update from the gradient of this rank alone, scaled by the number of ranks.  In
+//       every H-th step it also averages the parameters, or takes a step of an outer optimizer (DiLoCo).  Its work
+//       differs between steps, so it needs the host; it gives `graphs` one piece for the update and one for the
+//       average. state() also has the outer momentum.
+#pragma once
+#include <functional>
+#include <memory>
+
+#include "comm/comm.h"
+#include "trainer/memory.h"
+#include "trainer/optimizer.h"
+#include "trainer/step_graph.h"
+
+class GradientSync {
+  public:
+    struct Outcome {
+        double norm = 0;      // of the gradient of the global batch, before clipping
+        bool updated = true;  // false: the norm is not finite; parameters and state are as before
+    };
+
+    virtual ~GradientSync() = default;
+    virtual const char* name() const = 0;  // for the log: "ordered through host memory"
+
+    // Once, before the first step, when memory is placed and zero: writes constants and connects the ranks.
+    virtual void start(Stream s) = 0;
+    // Device memory that a library took for the connections, beyond the plan.
+    virtual size_t library_bytes() const { return 0; }
+
+    // `step` counts all global batches before, as in Trainer::step.
+    virtual void begin_step(int64_t step, double learning_rate) = 0;
+    virtual void gradient_ready(Range part, Stream s) = 0;
+    // Gives `graphs` the pieces of its work that can be recorded, whether or not Trainer records the whole step.
+    virtual void finish_step(StepGraphs& graphs, Stream s) = 0;
+    // finish_step() waits for the device, or its work differs between steps.
+    virtual bool needs_host() const = 0;
+    // The host waits until the stream is done.  A lost rank is an Error, not a hang.
+    virtual Outcome wait(Stream s) = 0;
+    // Points in the stream, between which the phases of the last step are timed.
+    virtual const Mark* summed() const = 0;
+    virtual const Mark* updated() const = 0;
+
+    // Kept by a checkpoint beside the parameters: tensors, and the number of updates that were not skipped.
+    virtual std::vector<StateTensor> state() = 0;
+    virtual uint64_t updates() const = 0;
+    virtual void set_updates(uint64_t n) = 0;
+    // Rank 0's state, such as a checkpoint's, goes to all ranks that keep a part of it.
+    virtual void broadcast_state(Stream s) = 0;
+};
+
+// Makes a method, which plans its memory in `memory`: not placed yet, and there as long as the method.
+using MakeGradientSync = std::function<std::unique_ptr<GradientSync>(
+    const Backend& k, Comm& comm, const TrainerOptions& options, TrainerMemory& memory)>;

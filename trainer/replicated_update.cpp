@@ -1,0 +1,73 @@
+#include "trainer/replicated_update.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "trainer/broadcast.h"
+
+ReplicatedUpdate::ReplicatedUpdate(const Backend& k, Comm& comm, const TrainerOptions& options, TrainerMemory& memory)
+    : k_(k),
+      comm_(comm),
+      memory_(memory),
+      max_norm_(options.grad_clip),
+      all_reduce_(make_gradient_all_reduce(k, comm, options.allreduce, memory.n_params(), options.nccl)),
+      optimizer_(k, {{options.optimizer, flat_params(memory.param_list)}}, memory.stat()),
+      summed_(k),
+      updated_(k),
+      norm_(k, sizeof(double)) {
+    optimizer_.plan(memory.moment_arena, memory.scalar_arena);
+    all_reduce_->plan(memory.scalar_arena);
+}
+
+// NCCL connects the ranks, and takes memory for that, at the first call of a size: here, while the gradient is zero.
+void ReplicatedUpdate::start(Stream s) {
+    optimizer_.start(s);
+    if (all_reduce_->needs_host()) return;
+    const size_t before = k_.memory_state().n_free;
+    all_reduce_->sum(memory_.gradient(), s);
+    all_reduce_->wait(s);
+    library_bytes_ = before - std::min(before, k_.memory_state().n_free);
+}
+
+void ReplicatedUpdate::begin_step(int64_t, double learning_rate) { optimizer_.set_rate(learning_rate); }
+
+void ReplicatedUpdate::finish_step(StepGraphs& graphs, Stream s) {
+    all_reduce_->sum(memory_.gradient(), s);
+    graphs.run(after_sum_, s, [&] { update(s); });
+}
+
+// Norm, clip and optimizer.  A norm that is not finite makes the clip factor NaN, and nothing is updated.
+void ReplicatedUpdate::update(Stream s) {
+    const Buf grad = memory_.gradient();
+    k_.set_mark(summed_.get(), s);
+    k_.grad_norm({.norm = memory_.norm,
+                  .clip = memory_.clip,
+                  .grad = grad,
+                  .scratch = memory_.norm_scratch,
+                  .max_norm = max_norm_},
+                 s);
+    optimizer_.update(
+        {.param = memory_.flat_masters(), .copy = memory_.flat_copy(), .grad = grad, .clip = memory_.clip}, s);
+    k_.set_mark(updated_.get(), s);
+    k_.download(norm_.as<void>(), memory_.norm.data, memory_.norm.n_bytes(), s);
+}
+
+GradientSync::Outcome ReplicatedUpdate::wait(Stream s) {
+    all_reduce_->wait(s);
+    const double norm = as_doubles(Buf(norm_.as<void>(), 1, memory_.norm.dtype))[0];
+    const bool updated = std::isfinite(norm);
+    optimizer_.set_updates(optimizer_.updates() + updated);
+    return {norm, updated};
+}
+
+void ReplicatedUpdate::broadcast_state(Stream s) {
+    broadcast_from_root(k_, comm_, memory_.flat_moments(), s);
+    uint64_t n = updates();
+    comm_.broadcast(&n, sizeof n, 0);
+    set_updates(n);
+}
+
+std::unique_ptr<GradientSync> make_replicated_update(const Backend& k, Comm& comm, const TrainerOptions& options,
+                                                     TrainerMemory& memory) {
+    return std::make_unique<ReplicatedUpdate>(k, comm, options, memory);
+}

@@ -1,0 +1,41 @@
+// Every rank has the sum of the whole gradient and updates every parameter, so nothing has to be gathered.
+#pragma once
+#include "comm/gradient_all_reduce.h"
+#include "trainer/gradient_sync.h"
+
+class ReplicatedUpdate final : public GradientSync {
+  public:
+    ReplicatedUpdate(const Backend& k, Comm& comm, const TrainerOptions& options, TrainerMemory& memory);
+    const char* name() const override { return all_reduce_->name(); }
+    void start(Stream s) override;
+    size_t library_bytes() const override { return library_bytes_; }
+
+    void begin_step(int64_t step, double learning_rate) override;
+    void gradient_ready(Range, Stream) override {}  // one call sums all parts
+    void finish_step(StepGraphs& graphs, Stream s) override;
+    bool needs_host() const override { return all_reduce_->needs_host(); }
+    Outcome wait(Stream s) override;
+    const Mark* summed() const override { return summed_.get(); }
+    const Mark* updated() const override { return updated_.get(); }
+
+    std::vector<StateTensor> state() override { return optimizer_.state(); }
+    uint64_t updates() const override { return optimizer_.updates(); }
+    void set_updates(uint64_t n) override { optimizer_.set_updates(n); }
+    void broadcast_state(Stream s) override;
+
+  private:
+    void update(Stream s);
+
+    const Backend& k_;
+    Comm& comm_;
+    TrainerMemory& memory_;
+    const float max_norm_;  // 0: never clip
+    const std::unique_ptr<GradientAllReduce> all_reduce_;
+    Optimizer optimizer_;
+    size_t library_bytes_ = 0;
+    const MarkOwner summed_, updated_;
+    StepGraphs::Piece after_sum_;
+    const HostBuffer norm_;  // (1) stat, pinned: on its way back
+};
+std::unique_ptr<GradientSync> make_replicated_update(const Backend& k, Comm& comm, const TrainerOptions& options,
+                                                     TrainerMemory& memory);
