@@ -90,10 +90,16 @@ readme: all ## README.md's table of keys, which ./train --keys prints
 	awk '/^\| key \| default/ {system("cat build/keys.md"); old = 1} !/^\|/ {old = 0} !old' README.md > build/README.md
 	cp build/README.md README.md
 
-lint: ## formatting, include directions, shell scripts
+VENV := build/deps/venv/bin
+lint: ## formatting, include directions, shell scripts, Python (ruff and mypy by pyproject.toml)
+	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --lint
+	@for tool in ruff mypy; do [ -x $(VENV)/$$tool ] || \
+	    { echo "$(VENV)/$$tool is missing; scripts/install_deps.sh --lint installs it" >&2; exit 2; }; done
 	@clang-format --dry-run -Werror $(FORMATTED)
 	scripts/build/check_includes.sh
 	shellcheck $$(git ls-files '*.sh') .ci/run
+	$(VENV)/ruff check
+	$(VENV)/mypy --python-executable $(PYTHON)
 
 format: ## rewrite the sources by .clang-format
 	clang-format -i $(FORMATTED)

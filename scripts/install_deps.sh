@@ -1,19 +1,26 @@
 #!/bin/bash
 # Installs what kiln needs that is missing.  Debian 12: tested.  Ubuntu 22.04: same names, untested.
 # Without root or sudo it prints the exact command and stops.
+# Usage: scripts/install_deps.sh [--torch] [--cudnn] [--lint] [--disassembler]
 #   --torch           also PyTorch, which only `make parity` and `make bench` use
 #   --cudnn           also the headers through which attention on a GPU can be compared with cuDNN's, from PyPI into
 #                     build/deps, and cuDNN 9 itself (some 400 MB) where make finds no cudnn.h
+#   --lint            also ruff and mypy, from PyPI into build/deps/venv: `make lint` uses them
 #   --disassembler    also NVIDIA's cuobjdump and nvdisasm, from PyPI into build/deps/bin: `make sass-check` uses them
+# Exit code: 0 all is there, 1 a download or installation failed, 2 usage, or packages that only root can install.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-torch=0 cudnn=0 disassembler=0
+self=$(readlink -f "${BASH_SOURCE[0]}")
+cd "$(dirname "$self")/.."
+ruff=0.17.6 mypy=2.4.1  # versions: others find other things
+torch=0 cudnn=0 lint=0 disassembler=0
 for option in "$@"; do
     case $option in
         --torch) torch=1 ;;
         --cudnn) cudnn=1 ;;
+        --lint) lint=1 ;;
         --disassembler) disassembler=1 ;;
-        *) echo "usage: scripts/install_deps.sh [--torch] [--cudnn] [--disassembler]" >&2; exit 2 ;;
+        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$self"; exit 0 ;;
+        *) echo "usage: scripts/install_deps.sh [--torch] [--cudnn] [--lint] [--disassembler]" >&2; exit 2 ;;
     esac
 done
 
@@ -48,11 +55,14 @@ for p in "${packages[@]}"; do
 done
 [ ${#missing[@]} -eq 0 ] || install_packages "${missing[@]}"
 
+pip() {
+    [ -x build/deps/venv/bin/pip ] || /usr/bin/python3 -m venv build/deps/venv
+    build/deps/venv/bin/pip --disable-pip-version-check "$@"
+}
 unpack() {  # package==version, path in the wheel, where that path goes
     local wheels
     wheels=$(mktemp -d build/deps/.wheels.XXXXXX)
-    [ -x build/deps/venv/bin/pip ] || /usr/bin/python3 -m venv build/deps/venv
-    build/deps/venv/bin/pip --disable-pip-version-check download -q --no-deps --only-binary=:all: -d "$wheels" "$1"
+    pip download -q --no-deps --only-binary=:all: -d "$wheels" "$1"
     /usr/bin/python3 -m zipfile -e "$wheels"/*.whl "$wheels/all"
     mkdir -p "$(dirname "$3")"
     rm -rf "$3"
@@ -65,6 +75,13 @@ if [ $cudnn = 1 ]; then
     found=$(make --no-print-directory DEPS=0 cudnn-found)  # where make looks
     [[ $found != *"cudnn_frontend.h= "* ]] || unpack nvidia-cudnn-frontend==1.18.0 include build/deps/cudnn_frontend/include
     [[ $found != *"cudnn.h= "* ]] || unpack nvidia-cudnn-cu13==9.19.0.56 nvidia/cudnn build/deps/cudnn
+fi
+if [ $lint = 1 ]; then
+    installed=$(cd build/deps/venv/bin 2>/dev/null && ./ruff --version 2>/dev/null && ./mypy --version 2>/dev/null) || true
+    if [[ $installed != "ruff $ruff"*"mypy $mypy "* ]]; then
+        pip install -q "ruff==$ruff" "mypy==$mypy"
+        echo "ruff $ruff and mypy $mypy are in build/deps/venv/bin"
+    fi
 fi
 if [ $disassembler = 1 ]; then
     for tool in cuobjdump nvdisasm; do

@@ -90,16 +90,16 @@ def smoothed(x: Sequence[float], values: list[float]) -> tuple[list[float], list
 def tokens_at(run: Run, steps: Sequence[float]) -> list[float]:
     """Tokens seen after each step.  (An eval record's own `tokens` counts the text it evaluated.)"""
     from numpy import interp
-    known = [(0.0, 0.0), *((s, t) for s, t in zip(*run.series("tokens")) if math.isfinite(t))]
+    known = [(0.0, 0.0), *((s, t) for s, t in zip(*run.series("tokens"), strict=True) if math.isfinite(t))]
     if len(known) == 1:
         raise Failure(DATA, f"{run.label}: no step record counts tokens; use --x step")
-    return list(interp(steps, *zip(*known)))
+    return list(interp(steps, *zip(*known, strict=True)))
 
 
 def draw_loss(ax: Any, runs: list[Run], places: list[Callable]) -> None:
     """Train loss as lines, raw (faint) and smoothed; val loss as dots, its last value in the legend."""
     alone = len(runs) == 1
-    for run, place, colour in zip(runs, places, COLOURS * len(runs)):
+    for run, place, colour in zip(runs, places, COLOURS * len(runs), strict=False):
         at, loss = run.series("loss")
         evals = [(s, v) for s, v in sorted(run.evals.items()) if math.isfinite(v)]
         prefix, x = "" if alone else f"{run.label}: ", place(at)
@@ -107,11 +107,11 @@ def draw_loss(ax: Any, runs: list[Run], places: list[Callable]) -> None:
             ax.plot(x, loss, color=colour, alpha=0.3 if alone else 0.15, linewidth=0.7)
             ax.plot(*smoothed(x, loss), color=colour, linewidth=1.7, marker="." if len(x) < 30 else None,
                     label=prefix + "train" if alone or not evals else None)
-        if bad := [p for p, v in zip(x, loss) if not math.isfinite(v)]:
+        if bad := [p for p, v in zip(x, loss, strict=True) if not math.isfinite(v)]:
             ax.plot(bad, [1.0] * len(bad), "x", color=BAD, clip_on=False, transform=ax.get_xaxis_transform(),
                     label=f"{prefix}not a number ({len(bad)}x)")
         if evals:
-            steps, values = zip(*evals)
+            steps, values = zip(*evals, strict=True)
             ax.plot(place(steps), values, "o-" if alone else "o:", color=VAL if alone else colour, zorder=4,
                     linewidth=1.3, markersize=4.5, markeredgecolor="white", markeredgewidth=0.7,
                     label=f"{prefix}val {values[-1]:.3f} at step {steps[-1]:,.0f}")
@@ -120,7 +120,7 @@ def draw_loss(ax: Any, runs: list[Run], places: list[Callable]) -> None:
 
 
 def draw_key(ax: Any, runs: list[Run], places: list[Callable], key: str) -> None:
-    for run, place, colour in zip(runs, places, COLOURS * len(runs)):
+    for run, place, colour in zip(runs, places, COLOURS * len(runs), strict=False):
         at, values = run.series(key)
         noisy = key == "grad_norm"
         ax.plot(place(at), values, color=colour, alpha=0.3 if noisy else 1, linewidth=0.7 if noisy else 1.4)
@@ -153,7 +153,7 @@ def make_figure(runs: list[Run], x: str) -> Any:
     from matplotlib import figure, rcParams
 
     rcParams.update({"axes.edgecolor": "#b9bec5", "agg.path.chunksize": 10_000})  # it cannot draw a million at once
-    places = [functools.partial(tokens_at, run) if x == "tokens" else list for run in runs]
+    places: list[Callable] = [functools.partial(tokens_at, run) if x == "tokens" else list for run in runs]
     picture = figure.Figure(figsize=(9, 6), dpi=150, layout="constrained", facecolor="white")
     axes = picture.subplot_mosaic([["loss", "loss"], ["rate", "norm"]], gridspec_kw={"height_ratios": [2.6, 1]})
     draw_loss(axes["loss"], runs, places)
@@ -187,7 +187,8 @@ def main() -> int:
     folder = args.runs[0] if os.path.isdir(args.runs[0]) else os.path.dirname(args.runs[0])
     out = args.out or os.path.join(folder if len(args.runs) == 1 else "", "loss.png")
     try:
-        write_png(make_figure([read_run(p, name) for p, name in zip(args.runs, labels(args.runs))], args.x), out)
+        runs = [read_run(path, name) for path, name in zip(args.runs, labels(args.runs), strict=True)]
+        write_png(make_figure(runs, args.x), out)
         code, message = 0, out
     except Failure as e:
         code, message = e.args

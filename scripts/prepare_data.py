@@ -30,7 +30,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 USAGE, DATA, IO = 2, 3, 5
 BYTES = {"type": "bytes", "vocab_size": 257, "end_of_text": 256}
@@ -86,7 +86,7 @@ def parallel(task: Callable, items: list, jobs: int) -> Iterator:
 
 def walk(root: str, skip_folders: frozenset[str], out: os.stat_result, skipped: Counter) -> Iterator[Document]:
     """Every file below root.  Each folder is entered once, real ones before links to them, so loops end."""
-    folders, links = [("", root)], []
+    folders, links = [("", root)], list[tuple[str, str]]()
     seen = {(out.st_dev, out.st_ino)}  # never read what we write
     while folders or links:
         prefix, folder = folders.pop() if folders else links.pop(0)
@@ -108,8 +108,10 @@ def walk(root: str, skip_folders: frozenset[str], out: os.stat_result, skipped: 
 
 def find(args: argparse.Namespace, skipped: Counter) -> list[Document]:
     """All documents, sorted bytewise by name; a file that is reached twice counts once."""
-    stdlib = (sysconfig.get_path("stdlib"), ["*.py"], [], STDLIB_SKIP)
-    roots = [(path, args.include, args.exclude, frozenset()) for path in args.inputs] + [stdlib] * args.python_stdlib
+    roots: list[tuple[str, list[str], list[str], frozenset[str]]]  # path, globs in and out, folders to skip
+    roots = [(path, args.include, args.exclude, frozenset()) for path in args.inputs]
+    if args.python_stdlib:
+        roots.append((sysconfig.get_path("stdlib"), ["*.py"], [], STDLIB_SKIP))
     found: dict[tuple[int, int], Document] = {}
     for root, include, exclude, skip_folders in roots:
         if not os.path.lexists(root):
@@ -149,7 +151,7 @@ def scan(docs: list[Document], args: argparse.Namespace, skipped: Counter) -> li
         return size
 
     kept, advance = [], progress("reading", sum(d.size for d in docs))
-    for doc, size in zip(docs, parallel(size_of, docs, args.jobs)):
+    for doc, size in zip(docs, parallel(size_of, docs, args.jobs), strict=True):
         advance(doc.size)
         if size <= 0:
             skipped["binary" if size < 0 else "empty"] += 1
@@ -311,6 +313,7 @@ def prepare(args: argparse.Namespace, folder: int) -> str:
     parts = split(docs, args.val_fraction, args.seed)
     shards = {name: lay_out(name, part, limit, ends) for name, part in parts.items()}
     written = write_shards([s for some in shards.values() for s in some], tokenizer, args)
+    splits: dict[str, dict[str, Any]]
     splits = {name: {"documents": len(part), "tokens": sum(s.tokens for s in shards[name]),
                      "shards": [written[s.file] for s in shards[name]]} for name, part in parts.items()}
     source = {"documents": len(docs), "bytes": sum(d.size for d in docs), "skipped": dict(sorted(skipped.items())),
@@ -335,7 +338,8 @@ def count(text: str) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Turn text files into token shards for ./train (bytes, vocab_size 257; or --chars).")
+    p = argparse.ArgumentParser(
+        description="Turn text files into token shards for ./train (bytes, vocab_size 257; or --chars).")
     p.add_argument("inputs", nargs="*", metavar="PATH", help="text file, or folder that is searched to the bottom")
     p.add_argument("--python-stdlib", action="store_true", help="the Python library's sources on this machine")
     p.add_argument("--out", required=True, metavar="DIR", help="folder for shards and manifest, made if absent")

@@ -48,7 +48,7 @@ def count(code: int, output: str, is_pytest: bool) -> tuple[int, int, int]:
     else:
         matches = DOCTEST.findall(output)
         passed, failed, skipped = (int(x or 0) for x in matches[0]) if matches else (0, 0, 0)
-    if code != 0 and failed == 0 or passed + failed == 0:
+    if (code != 0 and failed == 0) or passed + failed == 0:
         failed += 1
     return passed, failed, skipped
 
@@ -84,19 +84,21 @@ def main() -> int:
     with ThreadPoolExecutor(CORES) as pool:
         done = list(pool.map(lambda suite: run([*suite, "--duration=true"]), suites))
     results = [(*result, False) for result in done]
-    times = [t for suite, (_, output) in zip(suites, done) for t in doctest_times(" ".join(suite[-3:]), output)]
+    times = [t for suite, (_, output) in zip(suites, done, strict=True)
+             for t in doctest_times(" ".join(suite[-3:]), output)]
     if not args.no_system:
         os.environ["MPIRUN"] = args.mpirun
         pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "test/system"]
         # A file's tests stay together: they may share what the first of them has made.
-        for name, options in (("parallel", ["-n", str(CORES), "--dist", "loadfile", "-m", "not alone"]), ("alone", ["-m", "alone"])):
+        parallel = ["-n", str(CORES), "--dist", "loadfile", "-m", "not alone"]
+        for name, options in (("parallel", parallel), ("alone", ["-m", "alone"])):
             report = Path("build") / f"pytest-{name}.xml"
             report.unlink(missing_ok=True)
             results.append((*run([*pytest, *options, f"--junitxml={report}"]), True))
             times += pytest_times(report)
     add_tests(times)
     print(slowest(times))
-    totals = [sum(column) for column in zip(*(count(*result) for result in results))]
+    totals = [sum(column) for column in zip(*(count(*result) for result in results), strict=True)]
     print(f"{totals[0]} passed, {totals[1]} failed" + (f", {totals[2]} skipped" if totals[2] else ""))
     return 1 if totals[1] else 0
 

@@ -2,8 +2,8 @@
 """Removes every barrier and asynchronous wait of the CUDA kernels, one at a time: do the tests notice?
 
     python3 emulator/test/mutate.py --record    all removals; writes emulator/test/removals.json
-    python3 emulator/test/mutate.py --changed --every 8 --first 7     CI: all removals in files that differ from those of
-                                                the recorded run, and each eighth of the others, from 7 mod 8
+    python3 emulator/test/mutate.py --changed --every 8 --first 7     CI: all removals in files that differ from those
+                                                of the recorded run, and each eighth of the others, from 7 mod 8
     python3 emulator/test/mutate.py --only gelu     the files whose name contains this
 
 The script copies the kernels; in the copy each removable call asks an environment variable whether to run. The copy is
@@ -79,7 +79,8 @@ def copy_with_switches(path: Path, first: int) -> list[Site]:
     """Writes the file's copy: a statement `f(...);` becomes `if (!emulator::left_out(n)) f(...);`, and a barrier's vote
     `f(x)` becomes `(emulator::left_out(n) ? int(x) : f(x))`."""
     text = path.read_text()
-    code, out, sites, done = without_comments(text), [], [], 0
+    code, out, done = without_comments(text), [], 0
+    sites: list[Site] = []
     name = str(path.relative_to(ROOT))
     for match in REMOVABLE.finditer(code):
         end = end_of_call(code, match.end() - 1)
@@ -87,8 +88,8 @@ def copy_with_switches(path: Path, first: int) -> list[Site]:
         if not vote and not code[end:].lstrip().startswith(";"):
             continue                                # its value is used, and nothing can stand for it
         number = first + len(sites)
-        sites.append(Site(number, name, len(sites) + 1, text.count("\n", 0, match.start()) + 1, text[match.start():end]))
         call, argument = text[match.start():end], text[match.end():end - 1]
+        sites.append(Site(number, name, len(sites) + 1, text.count("\n", 0, match.start()) + 1, call))
         switched = f"(emulator::left_out({number}) ? int({argument}) : {call})" if vote else \
                    f"if (!emulator::left_out({number})) {call}"
         out += [text[done:match.start()], switched]
@@ -131,8 +132,9 @@ def detected(site: Site, orders: tuple[str, ...] = ORDERS) -> str:
             env["KILN_EMULATOR_SEED"] = order
         for pattern in tests_of(site):
             try:
-                done = subprocess.run([str(BINARY), f"-tc={pattern}", "--abort-after=1"], env=env, stdout=subprocess.PIPE,
-                                      stderr=subprocess.STDOUT, text=True, errors="replace", timeout=TIMEOUT_S)
+                done = subprocess.run([str(BINARY), f"-tc={pattern}", "--abort-after=1"], env=env, text=True,
+                                      errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      timeout=TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 return "hangs"
             if done.returncode >= 0 and not re.search(r"test cases:\s*[1-9]", done.stdout):
@@ -187,11 +189,13 @@ def main() -> int:
     if args.record and (args.only or args.changed or args.every > 1):
         parser.error("--record tries all removals; leave the other options out")
     sites = make_copy()
-    subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "DEPS=0", str(BINARY.relative_to(ROOT))], check=True)
+    target = str(BINARY.relative_to(ROOT))
+    subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "DEPS=0", target], check=True)
     chosen = choose(sites, args)
     pool = ThreadPoolExecutor(os.cpu_count())                           # each test runs on one core
-    whole = [replace(s, number=NOTHING) for s in {tuple(tests_of(s)): s for s in chosen}.values()]  # one for each set of tests
-    for site, found in zip(whole, pool.map(lambda site: detected(site, ("",)), whole)):
+    one_of_each = {tuple(tests_of(s)): s for s in chosen}.values()      # of the sets of tests
+    whole = [replace(s, number=NOTHING) for s in one_of_each]
+    for site, found in zip(whole, pool.map(lambda site: detected(site, ("",)), whole), strict=True):
         if found:
             print(f"{tests_of(site)} fail with nothing left out: {found}")
             return 1
@@ -201,7 +205,7 @@ def main() -> int:
         start = time.monotonic()
         return detected(site), time.monotonic() - start
 
-    for site, (by, seconds) in zip(chosen, pool.map(timed, chosen)):
+    for site, (by, seconds) in zip(chosen, pool.map(timed, chosen), strict=True):
         reason = HARMLESS.get((site.file, site.place, site.text))
         print(f"{by or 'NOT DETECTED':14} {seconds:5.1f} s  {site}" + (f"  [{reason}]" if reason else ""), flush=True)
         if not by and not reason:
@@ -209,7 +213,8 @@ def main() -> int:
         if by and reason:
             surprising.append(site)
     counted = [s for s in chosen if (s.file, s.place, s.text) not in HARMLESS]
-    print(f"{len(counted) - len(missed)} of {len(counted)} removals detected, {len(chosen) - len(counted)} listed as harmless")
+    print(f"{len(counted) - len(missed)} of {len(counted)} removals detected, "
+          f"{len(chosen) - len(counted)} listed as harmless")
     if args.record:
         write_record(sites, missed)
     unheard = [s for s in missed if "sm90" in s.file]           # here every miss counts

@@ -7,8 +7,10 @@
 #   ARCHIVE        *.tar.zst or *.tar.xz; build/kiln-bundle.tar.zst, or .tar.xz where zstd is missing here
 # Exit code: 0 packed, 1 over LIMIT_MB or a library is missing, 2 usage, or kernels or programs that are not all there.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+self=$(readlink -f "${BASH_SOURCE[0]}")
+cd "$(dirname "$self")/../.."
 usage="usage: scripts/build/bundle.sh BUILD_FOLDER [ARCHIVE.tar.zst|ARCHIVE.tar.xz]"
+[[ ${1:-} != -h && ${1:-} != --help ]] || { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$self"; exit 0; }
 [ $# -eq 1 ] || [ $# -eq 2 ] || { echo "$usage" >&2; exit 2; }
 build=${1%/}
 archive=${2:-build/kiln-bundle.tar.$(command -v zstd >/dev/null && echo zst || echo xz)}

@@ -8,7 +8,8 @@
 The source is what `ptxas -v` says of each kernel and architecture. The build keeps it beside every object (*.o.ptxas);
 without --logs the files are compiled here, which takes minutes. A spill, a stack frame or a wgmma that ptxas has
 serialized fails always, --check or not. Another nvcc gives other numbers: with one the table is not compared, and only
-these fail. The Hopper kernels' instructions are counted where a disassembler is at hand (scripts/build/sass_check.py).
+these fail. The Hopper kernels' instructions are counted where a disassembler is at hand (sass_check.py).
+Exit code: 0 written, or as committed; 1 a fault, a difference, or a file that is missing or does not compile; 2 usage.
 """
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def parse(log: str) -> Uses:
 
 def nvcc_version(nvcc: str) -> str:
     out = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=True).stdout
-    return re.search(r"V(\d+\.\d+)", out).group(1)              # type: ignore[union-attr]
+    version: str = re.findall(r"V(\d+\.\d+)", out)[0]
+    return version
 
 
 def compile_all(nvcc: str, folder: Path) -> None:
@@ -175,7 +177,8 @@ def report(args: argparse.Namespace, logs: Path) -> int:
     bad += faults(kernels)
     committed = args.table.read_text() if args.table.exists() else ""
     text, n = table(kernels, version), sum(len(uses) for uses in kernels.values())
-    hopper = {source: logs / Path(source).with_suffix(".o") for source in kernels if kernels[source] and is_hopper(source)}
+    hopper = {source: logs / Path(source).with_suffix(".o") for source, uses in kernels.items()
+              if uses and is_hopper(source)}
     tools = sass_check.Disassembler.find(args.nvcc, args.disassembler)
     if hopper and tools:
         try:

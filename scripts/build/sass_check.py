@@ -11,8 +11,8 @@ TMA (UTMALDG, and UTMASTG or UTMAREDG); none may use mma.sync (HMMA) or local me
 puts spills and arrays that are indexed at run time. Every kernel of a file whose head says "bound: memory" must have
 loads and stores of 128 bits, but for those that NARROW names with the reason, and no local memory either.
 
-cuobjdump and nvdisasm, which it calls, are looked for in CUDA_HOME/bin, beside nvcc, in PATH, and in build/deps/bin, where
-scripts/install_deps.sh --disassembler puts them.
+cuobjdump and nvdisasm, which it calls, are looked for in CUDA_HOME/bin, beside nvcc, in PATH, and in build/deps/bin,
+where scripts/install_deps.sh --disassembler puts them.
 Exit code: 0 all rules kept, 1 a rule is broken or an object cannot be read, 2 no disassembler.
 """
 from __future__ import annotations
@@ -42,7 +42,8 @@ NARROW = {
     "layernorm_backward_wide_columns_kernel<bf16>": (("LDG",), "a thread has four columns, 8 bytes"),
     "row_sum_kernel": (("LDG", "STG"), "4 bytes per token, of kilobytes that a token takes elsewhere"),
 }
-NO_DISASSEMBLER = "cuobjdump and nvdisasm not found; scripts/install_deps.sh --disassembler puts them into build/deps/bin"
+NO_DISASSEMBLER = ("cuobjdump and nvdisasm not found; "
+                   "scripts/install_deps.sh --disassembler puts them into build/deps/bin")
 COMPILED_FOR = re.compile(r"^Fatbin elf code:\n=+\narch = (\w+)", re.MULTILINE)
 FUNCTION = re.compile(r"\s+Function : (\S+)")
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -73,7 +74,7 @@ def demangle(names: Iterable[str]) -> dict[str, str]:
     """Name and template arguments, without return type, parameters and the file's anonymous namespace."""
     mangled = sorted(names)
     lines = subprocess.run(["c++filt"], input="\n".join(mangled), text=True, capture_output=True, check=True).stdout
-    return {m: short_name(line) for m, line in zip(mangled, lines.splitlines())}
+    return {m: short_name(line) for m, line in zip(mangled, lines.splitlines(), strict=True)}
 
 
 def short_name(demangled: str) -> str:
@@ -129,10 +130,11 @@ class Disassembler:
         if not obj.exists():
             raise Unreadable(f"{obj} is missing; build first: make sass-check")
         env = os.environ | {"PATH": os.path.dirname(self.nvdisasm) + os.pathsep + os.environ.get("PATH", os.defpath)}
-        done = subprocess.run([self.cuobjdump, "-sass", *flags, obj], env=env, text=True, errors="replace", capture_output=True)
+        command = [self.cuobjdump, "-sass", *flags, str(obj)]
+        done = subprocess.run(command, env=env, text=True, errors="replace", capture_output=True)
         if done.returncode != 0:
-            raise Unreadable(f"{self.cuobjdump} -sass {obj}: exit {done.returncode}: {done.stderr.strip()}; is it of an "
-                             "older CUDA than nvcc? scripts/install_deps.sh --disassembler brings one of CUDA 13")
+            raise Unreadable(f"{self.cuobjdump} -sass {obj}: exit {done.returncode}: {done.stderr.strip()}; is it of "
+                             "an older CUDA than nvcc? scripts/install_deps.sh --disassembler brings one of CUDA 13")
         return done.stdout
 
 
@@ -206,7 +208,7 @@ def check_widths(tools: Disassembler, objects: dict[str, Path]) -> tuple[int, li
             name, opcodes = names[mangled], found[mangled].opcodes
             narrow = NARROW.get(name, ((), ""))[0]
             wide = {i for i in ("LDG", "STG") if any(o.startswith(i) and ".128" in o for o in opcodes)}  # also LDGSTS
-            bad += [f"{where}: {name} has no {i} of 128 bits" for i in ("LDG", "STG") if i not in wide and i not in narrow]
+            bad += [f"{where}: {name} has no {i} of 128 bits" for i in ("LDG", "STG") if i not in wide | set(narrow)]
             bad += [f"{where}: {name} has {i} of 128 bits, which NARROW says it has not" for i in narrow if i in wide]
             bad += [f"{where}: {name} has {k} {i}: {FORBIDDEN[i]}" for i in LOCAL if (k := found[mangled].count(i))]
         n += len(found)
@@ -218,7 +220,7 @@ def main() -> int:
     parser.add_argument("objects", nargs="*", type=Path, metavar="OBJECT", help="instead of those of *_sm90.cu")
     parser.add_argument("--objects", dest="folder", type=Path, default=ROOT / "build/release/obj/cuda",
                         help="folder where the build left them")
-    parser.add_argument("--nvcc", default=os.environ.get("NVCC") or "nvcc", help="beside it a disassembler is looked for")
+    parser.add_argument("--nvcc", default=os.environ.get("NVCC") or "nvcc", help="the disassembler may lie beside it")
     parser.add_argument("--disassembler", type=Path, help="folder of cuobjdump and nvdisasm")
     args = parser.parse_args()
     objects = {str(obj): obj for obj in args.objects} or {
@@ -235,7 +237,7 @@ def main() -> int:
         return 1
     for name, code in kernels.items():
         words = (*COUNTED, "setmaxnreg", "instructions", "highest register")
-        print(f"{name}: " + ", ".join(f"{word} {cell}" for word, cell in zip(words, cells(code))))
+        print(f"{name}: " + ", ".join(f"{word} {cell}" for word, cell in zip(words, cells(code), strict=True)))
     bad += narrow
     print("\n".join(bad), end="\n" if bad else "")
     print(f"{len(kernels)} kernels{f' for Hopper, {n_wide} memory-bound' if wide else ''}, {len(bad)} broken rules")

@@ -1,18 +1,18 @@
 """The goals for one H200, as data: what is to be reached, and how it is read from the results of gpu_check.py.
 
-A goal whose stage has not run, has run on another GPU or another build than the last, or has left its figure out is "not
-measured", never met. So is one of two sides in turn of which fewer than ROUNDS rounds are there, and one of several ops
-of which one is missing. What a stage has measured until it failed can miss a goal and not meet it.
+A goal whose stage has not run, has run on another GPU or another build than the last, or has left its figure out is
+"not measured", never met. So is one of two sides in turn of which fewer than ROUNDS rounds are there, and one of
+several ops of which one is missing. What a stage has measured until it failed can miss a goal and not meet it.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 ROUNDS = 5
 Stages = dict[str, Any]                                         # of a result file: name -> {"result", "data", ...}
-Read = Callable[[Stages], Optional[float]]
+Read = Callable[[Stages], float | None]
 
 
 class Goal(NamedTuple):
@@ -36,21 +36,23 @@ def number(x: float) -> str:
 # ---- how figures are read -------------------------------------------------------------------------------------------
 
 def at(stage: str, *keys: Any) -> Read:
-    def read(stages: Stages) -> Optional[float]:
+    def read(stages: Stages) -> float | None:
         value = stages[stage]["data"]
         for key in keys:
             value = value[key]
-        return value
+        found: float | None = value
+        return found
     return read
 
 
 def end_to_end(size: str, batches: tuple[int, ...], key: str) -> Read:
     """At the batch that the goal is for; one that was halved for want of memory is another measurement."""
-    def read(stages: Stages) -> Optional[float]:
+    def read(stages: Stages) -> float | None:
         data = stages[f"pytorch-{size}-cudnn"]["data"]
         sides = ("kiln", "pytorch") if key == "ratio" else ("kiln",)
         enough = all(len(data[side]) >= ROUNDS for side in sides)
-        return data[key] if data["B"] in batches and enough else None
+        value: float | None = data[key] if data["B"] in batches and enough else None
+        return value
     return read
 
 
@@ -71,7 +73,7 @@ def rate(size: str, key: str, names: Sequence[str], scale: float) -> Read:
     """Work over time of several ops, each as often as a step calls it."""
     def read(stages: Stages) -> float:
         found = rows(stages, size, names)
-        return scale * sum(r["calls"] * r[key] for r in found) / sum(r["calls"] * r["us"] for r in found)
+        return float(scale * sum(r["calls"] * r[key] for r in found) / sum(r["calls"] * r["us"] for r in found))
     return read
 
 
@@ -87,15 +89,15 @@ def slowest_weight_gradient(size: str) -> Read:
 def outside(size: str) -> Read:
     def read(stages: Stages) -> float:
         share = stages[f"ops-{size}"]["data"]["step"][0]["share"]
-        return 100 * (1 - sum(share[part] for part in ("layer products", "head", "attention")))
+        return float(100 * (1 - sum(share[part] for part in ("layer products", "head", "attention"))))
     return read
 
 
 def idle(batch: int) -> Read:
     """As training runs by default: as a graph where that works."""
-    def read(stages: Stages) -> Optional[float]:
+    def read(stages: Stages) -> float:
         runs = [r for r in stages["gaps"]["data"]["runs"] if r["B"] == batch and r["idle"] is not None]
-        return 100 * (next((r for r in runs if r["graph"] == "on"), None) or runs[0])["idle"]
+        return float(100 * (next((r for r in runs if r["graph"] == "on"), None) or runs[0])["idle"])
     return read
 
 
@@ -112,10 +114,10 @@ def behind_pytorch(stages: Stages) -> float:
 
 def bf16_beside_fp32(stages: Stages) -> float:
     bf16, fp32 = (stages[f"quality-{name}"]["data"]["kiln"]["best_val_loss"] for name in (SEEDS[0], "fp32"))
-    return 100 * abs(bf16 / fp32 - 1)
+    return float(100 * abs(bf16 / fp32 - 1))
 
 
-def cost_of_determinism(stages: Stages) -> Optional[float]:
+def cost_of_determinism(stages: Stages) -> float | None:
     data = stages["modes"]["data"]
     return 100 * data["cost"] if min(len(data["auto"]), len(data["fastest"])) >= ROUNDS else None
 
@@ -153,7 +155,7 @@ GOALS = [
 
 class Verdict(NamedTuple):
     goal: Goal
-    value: Optional[float]
+    value: float | None
     result: str                                                 # "met", "not met", "not measured"
 
 
@@ -163,7 +165,7 @@ def of_one_build(results: dict[str, Any]) -> Stages:
             if not {"gpu", "commit", "code"} & set(r.get("environment_differs", {}))}
 
 
-def figure(goal: Goal, stages: Stages) -> Optional[float]:
+def figure(goal: Goal, stages: Stages) -> float | None:
     try:
         return goal.read(stages)
     except (KeyError, IndexError, TypeError, ValueError):

@@ -31,8 +31,8 @@ bundle). Writes one JSON file for benchmarks/results/ and prints a short table l
   DEMO_STEPS=1500       of train              STAGE_SECONDS=470          limit of one stage
   RESULTS=DIR      where --publish writes <gpu>-<date>.json, with versions and commit
 
-Each stage has a time limit of its own under 8 minutes. It leaves OUT/<stage>.json and OUT/<stage>.log behind at once, so
-a machine that is taken away costs the running stage alone; after every stage all results in OUT are merged into
+Each stage has a time limit of its own under 8 minutes. It leaves OUT/<stage>.json and OUT/<stage>.log behind at once:
+a machine that is taken away costs the running stage alone. After every stage all results in OUT are merged into
 OUT/<gpu>-<date>.json. The last lines say which goals are met, not met or not measured (goals.py). gpu_stages.py and
 gpu_speed.py have the stages themselves.
 Exit code: 0 all passed (or skipped, in words), 1 something did not, 2 usage.
@@ -53,17 +53,32 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
-if sys.version_info < (3, 10):                                  # before the imports that would fail
+if sys.version_info < (3, 10):  # noqa: UP036  other machines' Python may be older; before the imports that would fail
     print(f"gpu_check.py needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
     sys.exit(2)
 import goals
 import gpu_speed
 import gpu_stages
 from gpu_speed import SDPA, pytorch_stage
-from gpu_stages import (BUNDLE, ROOT, SIZES, STAGE_SECONDS, TOOLS, Data, Failed, Gpu, Skipped, Stage, TimedOut,
-                        cuda_libraries, kiln_env, option, quietly, torch_python)
+from gpu_stages import (
+    BUNDLE,
+    ROOT,
+    SIZES,
+    STAGE_SECONDS,
+    TOOLS,
+    Data,
+    Failed,
+    Gpu,
+    Skipped,
+    Stage,
+    TimedOut,
+    cuda_libraries,
+    kiln_env,
+    option,
+    quietly,
+    torch_python,
+)
 
 OUT = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results-in-progress").resolve()
 RESULTS = Path(os.environ.get("RESULTS") or ROOT / "benchmarks" / "results")
@@ -110,10 +125,10 @@ def find_gpu() -> Gpu:
 def clocks() -> Data:
     keys = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "temperature.gpu")
     text = quietly("nvidia-smi", "-i", "0", "--query-gpu=" + ",".join(keys), "--format=csv,noheader,nounits")
-    return dict(zip(keys, (v.strip() for v in text.split(",")))) if text else {}
+    return dict(zip(keys, (v.strip() for v in text.split(",")), strict=False)) if text else {}
 
 
-def library_version(name: str, function: str) -> Optional[int]:
+def library_version(name: str, function: str) -> int | None:
     """A library's own answer, asked in a process of its own: it takes half a gigabyte."""
     for folder in filter(None, cuda_libraries().split(":")):
         code = (f"import ctypes; l = ctypes.CDLL('{folder}/{name}'); v = ctypes.c_int(); "
@@ -150,7 +165,7 @@ def write_json(path: Path, value: Data) -> None:
     temporary.replace(path)
 
 
-def read_result(name: str) -> Optional[Data]:
+def read_result(name: str) -> Data | None:
     try:
         result = json.loads((OUT / f"{name}.json").read_text())
         return result if isinstance(result, dict) and result.get("stage") == name else None
@@ -178,7 +193,7 @@ def options(stage: str) -> Data:
     return {name: option(name) for name in names}
 
 
-def keep(result: Optional[Data], here: Data) -> bool:
+def keep(result: Data | None, here: Data) -> bool:
     """A result that need not be made again: it passed, made by this code under these options on this machine. What a
     dirty tree stands for nobody can say later."""
     if FORCE or not result or result["result"] != "passed" or str(here["commit"]).endswith("-dirty"):
@@ -214,7 +229,7 @@ def merge() -> Path:
     results = [r for r in map(read_result, stages()) if r]
     environments = [r.pop("environment") for r in results]
     common = environments[-1] if environments else {}
-    for r, e in zip(results, environments):
+    for r, e in zip(results, environments, strict=True):
         differs = {k: v for k, v in e.items() if common.get(k) != v and k != "clocks"}
         if differs:
             r["environment_differs"] = differs
@@ -312,7 +327,7 @@ def check(default: Sequence[str]) -> int:
 
 
 
-def main(words: Optional[Sequence[str]] = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--gpu", action="store_true", help="only name the GPU")

@@ -15,12 +15,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Optional
 
-from gpu_stages import (BATCHES, OUT_OF_MEMORY, ROOT, SCRIPTS, SIZES, Data, Failed, Skipped, Stage, flat, option,
-                        read_config, reason, torch_python, write_tokens)
+from gpu_stages import (
+    BATCHES,
+    OUT_OF_MEMORY,
+    ROOT,
+    SCRIPTS,
+    SIZES,
+    Data,
+    Failed,
+    Skipped,
+    Stage,
+    flat,
+    option,
+    read_config,
+    reason,
+    torch_python,
+    write_tokens,
+)
 
 SDPA = ("default", "cudnn", "flash")
 OPS = ("124m", "1558m")                                         # sizes whose ops are timed
@@ -130,8 +145,8 @@ def speed_config(s: Stage, size: str, batch: int, steps: int) -> Data:
                  "train": {"max_steps": steps, "global_batch_size": batch, "micro_batch_size": batch}})
 
 
-def kiln_speed(s: Stage, size: str, batch: int, settings: Optional[Data] = None, steps: int = 0,
-               env: Optional[dict[str, str]] = None) -> Data:
+def kiln_speed(s: Stage, size: str, batch: int, settings: Data | None = None, steps: int = 0,
+               env: dict[str, str] | None = None) -> Data:
     """One run of kiln: median step, phases, the weights it ends with."""
     n = steps or STEPS[size]
     records = s.train("speed", speed_config(s, size, batch, n) | (settings or {}), limit_s=time_left(s), env=env)
@@ -255,7 +270,7 @@ def busy_ms(report: Path, n_steps: int, step_ms: float) -> float:
     for begin, end in spans:
         busy += max(0, end - max(begin, last))
         last = max(last, end)
-    return busy / (last - first) * step_ms
+    return float(busy / (last - first) * step_ms)
 
 
 def gaps(s: Stage) -> tuple[str, Data]:
@@ -292,7 +307,7 @@ def gaps(s: Stage) -> tuple[str, Data]:
     return "; ".join(shown) + ("" if nsys else "; idle time: no nsys"), data
 
 
-def seconds_to_first_step(s: Stage, config: Data) -> Optional[float]:
+def seconds_to_first_step(s: Stage, config: Data) -> float | None:
     """From the command to the first step's record; a run whose record nobody saw in time has none."""
     metrics = s.work / "runs" / "speed" / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
@@ -375,12 +390,12 @@ def stages() -> dict[str, Callable[[Stage], tuple[str, Data]]]:
     all_of: dict[str, Callable[[Stage], tuple[str, Data]]] = {
         "attention": attention, "modes": modes, "gaps": gaps, "start": start}
     for size in OPS:
-        all_of[f"ops-{size}"] = lambda s, size=size: ops(s, size)
+        all_of[f"ops-{size}"] = partial(ops, size=size)
     for size in SIZES:
         for sdpa in SDPA:
-            all_of[pytorch_stage(size, sdpa)] = lambda s, size=size, sdpa=sdpa: pytorch(s, size, sdpa)
+            all_of[pytorch_stage(size, sdpa)] = partial(pytorch, size=size, sdpa=sdpa)
     for seed in SEEDS:
-        all_of[f"quality-{seed}"] = lambda s, seed=seed: quality(s, seed)
+        all_of[f"quality-{seed}"] = partial(quality, seed=seed)
     return all_of | {"quality-fp32": quality_fp32}
 
 

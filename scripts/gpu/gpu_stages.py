@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -48,7 +48,8 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZERS = ("/usr/local/cuda/bin/compute-sanitizer",)         # where it is when neither PATH nor CUDA_HOME has it
 # What the sanitizers run: the tests of ops on a device, which are small; whole models are not.
 OP_TESTS = ("attention*", "backend*", "add*", "cast*", "row_sum*", "elementwise*", "cross_entropy*", "dropout*",
-            "embedding*", "gelu*", "grad_norm*", "hash*", "largest*", "layernorm*", "linear*", "optimizer*", "tree_sum*")
+            "embedding*", "gelu*", "grad_norm*", "hash*", "largest*", "layernorm*", "linear*", "optimizer*",
+            "recorder*", "tree_sum*")
 # Left out: two that ask for memory that no machine has, an error on purpose; two that run hundreds of times what others
 # run once.
 NOT_SANITIZED = ("backend: no memory is an error*", "backend: no pinned memory is an error*",
@@ -107,8 +108,8 @@ class Stage:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def run(self, command: Sequence[str | Path], limit_s: float,
-            env: Optional[dict[str, str]] = None) -> tuple[int, str]:
+    def run(self, command: Sequence[object], limit_s: float,
+            env: dict[str, str] | None = None) -> tuple[int, str]:
         """Exit code and output of a command; 124 where it ran past limit_s or the stage's end. It dies with all that
         it has started."""
         words = [str(w) for w in command]
@@ -145,14 +146,14 @@ class Stage:
                                              or shutil.which("mpirun") or "mpirun")
         return [found, "-np", str(n)]
 
-    def checked(self, what: str, command: Sequence[str | Path], limit_s: float) -> str:
+    def checked(self, what: str, command: Sequence[object], limit_s: float) -> str:
         code, text = self.run(command, limit_s)
         if code != 0:
             raise Failed(f"{what}: {reason(code, text)}")
         return text
 
-    def train(self, name: str, settings: Data, ranks: int = 1, config: Optional[Path] = None,
-              limit_s: float = 300, env: Optional[dict[str, str]] = None) -> list[Data]:
+    def train(self, name: str, settings: Data, ranks: int = 1, config: Path | None = None,
+              limit_s: float = 300, env: dict[str, str] | None = None) -> list[Data]:
         """The records of a training run."""
         if config is None:
             config = self.work / f"{name}.yaml"
@@ -197,7 +198,7 @@ def reason(code: int, text: str) -> str:
     return f"exit {code}: {(errors[-1:] or last or ['no output'])[0][:300]}"
 
 
-def quietly(*command: str, env: Optional[dict[str, str]] = None) -> str:
+def quietly(*command: str, env: dict[str, str] | None = None) -> str:
     """Standard output, or nothing where the command fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
@@ -249,7 +250,7 @@ def tiny(s: Stage) -> Data:
 def two_ranks(s: Stage) -> Data:
     """The promise of the ordered reduction: the loss does not depend on the number of ranks, not in one bit."""
     config = flat(tiny(s))
-    losses = {}
+    losses: dict[int, list[float]] = {}
     for ranks in (1, 2, 2):
         records = s.train(f"ranks{ranks}", config, ranks, limit_s=90)
         now = [r["loss"] for r in records if r["type"] == "step"]
@@ -361,7 +362,7 @@ def train(s: Stage) -> tuple[str, Data]:
                       "val": evals, "median_step_ms": median(r["step_ms"] for r in of[len(of) // 2:])}
     bad = []
     for name, early in (("gpu fp32", 1e-3), ("gpu bf16", 2e-2)):
-        far = max(abs(a - b) for a, b in zip(loss[name][:20], loss["cpu fp32"][:20]))
+        far = max(abs(a - b) for a, b in zip(loss[name][:20], loss["cpu fp32"][:20], strict=True))
         gap = abs(val[name] - val["cpu fp32"])
         data[name] |= {"first_20_differ_by": far, "val_differs_by": gap}
         if not far <= early:
@@ -377,5 +378,5 @@ def train(s: Stage) -> tuple[str, Data]:
 
 def stages() -> dict[str, Callable[[Stage], tuple[str, Data]]]:
     """By the name of the result's file."""
-    return {"tests": tests, "train": train} | {f"sanitize-{tool}": lambda s, tool=tool: sanitize(s, tool)
-                                               for tool in TOOLS}
+    all_of: dict[str, Callable[[Stage], tuple[str, Data]]] = {"tests": tests, "train": train}
+    return all_of | {f"sanitize-{tool}": functools.partial(sanitize, tool=tool) for tool in TOOLS}

@@ -6,7 +6,7 @@
 
 The files of gpu_check.py --bench give the page's GPUs, the newest of each, the newest GPU first; the files of
 scripts/pytorch/bench_cpu.py give its CPUs. The page says "not measured" where no file has a figure; bounds are computed
-from the device's peaks (roofline.py) and are called so.
+from the device's peaks (roofline.py) and are called so. Exit code: 0 done, 1 --check has found a difference, 2 usage.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import goals
 from gpu_speed import OPS, SDPA
@@ -25,7 +25,7 @@ from roofline import H200, Device, Op, Shape, bound_ms, step_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = "not measured"
-BUSY = 1.0                                                      # a machine's load before its bench, above which nothing counts
+BUSY = 1.0                                                      # load before a bench, above which nothing counts
 MFU = ("MFU: PaLM's FLOP of a token, 6 N + 12 L C T, over the vendor's peak where the run knows it, else over the one "
        "that it measured.\n")
 Result = dict[str, Any]
@@ -49,7 +49,7 @@ class Gpu(NamedTuple):
         return Device(name, peak["tflop_per_s"], peak["gb_per_s"], "measured in the same run")
 
 
-def number(x: Optional[float], form: str = ",.0f") -> str:
+def number(x: float | None, form: str = ",.0f") -> str:
     return MISSING if x is None else format(x, form)
 
 
@@ -85,7 +85,7 @@ def end_to_end(gpu: Gpu) -> str:
                   "PyTorch with flash SDPA", "kiln / it", "rounds"], rows)
 
 
-def rate(o: Op, us: Optional[float], d: Device) -> str:
+def rate(o: Op, us: float | None, d: Device) -> str:
     if us is None:
         return MISSING
     return f"{o.flop / us / 1e6:.0f} TFLOP/s" if o.by_flop(d) else f"{o.n_bytes / us / 1e3:,.0f} GB/s"
@@ -156,8 +156,8 @@ def cpu_section(name: str, r: Result) -> str:
     busy = load > BUSY
     rows = [[g["goal"], f"{g['value']:.3g}", "not judged" if busy else "met" if g["met"] else "not met"]
             for g in r["goals"]]
-    return (f"`{name}`: commit {r['commit'][:12]}, {m['cores']} cores of {m['cpu']}, {r['threads']} threads, medians of "
-            f"{r['rounds']}." + (f" Not judged: other programs were running (load {load})." if busy else "") + "\n\n"
+    return (f"`{name}`: commit {r['commit'][:12]}, {m['cores']} cores of {m['cpu']}, {r['threads']} threads, medians "
+            f"of {r['rounds']}." + (f" Not judged: other programs were running (load {load})." if busy else "") + "\n\n"
             + table(["goal", "value", "result"], rows))
 
 
@@ -201,7 +201,7 @@ def written(file: tuple[str, Result]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     a = parser.parse_args()

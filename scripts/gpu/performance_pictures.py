@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from roofline import Device
 
@@ -22,7 +22,7 @@ class Point(NamedTuple):
     part: str
     intensity: float                                            # FLOP per byte
     bound: float                                                # TFLOP/s
-    measured: Optional[float]
+    measured: float | None
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", size: int = 12) -> str:
@@ -67,7 +67,7 @@ class Pass(NamedTuple):
     """An op without counted FLOP: its bound is the bandwidth."""
     op: str
     part: str
-    measured: Optional[float]                                   # GB/s
+    measured: float | None                                      # GB/s
 
 
 def passes_rows(passes: Sequence[Pass], d: Device, y: int) -> list[str]:
@@ -119,5 +119,6 @@ def roofline_svg(points: Sequence[Point], passes: Sequence[Pass], d: Device, tit
             _, y = at(p.intensity, p.measured)
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
     known = any(p.measured is not None for p in points)
-    parts.append(text(x0 + 10, y1 + 14, "circles: bounds; dots: measured" if known else "circles: bounds, not measured"))
+    key = "circles: bounds; dots: measured" if known else "circles: bounds, not measured"
+    parts.append(text(x0 + 10, y1 + 14, key))
     return svg(800, 470 + 22 * len(passes), parts + passes_rows(passes, d, 450))

@@ -1,8 +1,8 @@
 """What a training step of GPT-2 has to do at least: FLOP and bytes of each op, counted by hand as ./train bench counts
 them (a test compares the two), and the least time in which a device with given peaks can do it.
 
-An op counts its tensors once, read or written, as if caches held nothing from the op before; small vectors are left out.
-One micro-batch, one optimizer step, bf16, biases, no dropout.
+An op counts its tensors once, read or written, as if caches held nothing from the op before; small vectors are left
+out. One micro-batch, one optimizer step, bf16, biases, no dropout.
 
     BT tokens   C width   A = BT*C   W weights of a product   Vp padded vocabulary   N parameters, padded
 """
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     T: int = 1024
     V: int = 50257
     B: int = 1
-    item: int = 2                                               # bytes of an activation; statistics and gradients have 4
+    item: int = 2                                               # bytes of an activation; statistics, gradients: 4
 
     @property
     def Vp(self) -> int:

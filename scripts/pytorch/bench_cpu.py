@@ -13,6 +13,8 @@ OpenBLAS. So PyTorch is measured with the BLAS that the machine gives it and, wh
 is judged against each. OpenBLAS need not be installed to be found:
     apt-get download libopenblas0-openmp && dpkg -x libopenblas0-openmp_*.deb /tmp/openblas
     python3 scripts/pytorch/bench_cpu.py --openblas /tmp/openblas/usr/lib/x86_64-linux-gnu/openblas-openmp
+
+Exit code: 0 measured, whether goals are met or not; 1 a program is missing or has failed; 2 usage.
 """
 from __future__ import annotations
 
@@ -29,10 +31,11 @@ import sys
 import tempfile
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = Path(os.environ.get("KILN_TRAIN", ROOT / "train"))
@@ -115,7 +118,7 @@ def run_kiln(m: Model, shard: str, tmp: Path) -> dict:
             "run": next(r for r in records if r["type"] == "run")}
 
 
-def run_torch(m: Model, shard: str, threads: int, blas_dir: Optional[str]) -> dict:
+def run_torch(m: Model, shard: str, threads: int, blas_dir: str | None) -> dict:
     env = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     if blas_dir:
         env["LD_LIBRARY_PATH"] = blas_dir
@@ -128,12 +131,14 @@ def run_gemm(m: Model) -> dict:
     sizes = {"--batch": m.batch, "--context": m.context_length, "--layers": m.n_layer, "--embd": m.n_embd,
              "--vocab": m.vocab_size}
     command = [str(BENCH_GEMM), *(str(word) for option in sizes.items() for word in option)]
-    return json.loads(run_child(command, {"OMP_NUM_THREADS": str(THREADS)})[0])
+    times: dict = json.loads(run_child(command, {"OMP_NUM_THREADS": str(THREADS)})[0])
+    return times
 
 
 def torch_side(m: Model, threads: int, shard: str) -> None:
     """The child process that trains the PyTorch twin, eager, and prints its step times as JSON."""
     import torch
+
     import gpt2_torch
     torch.set_num_threads(threads)
     torch.manual_seed(1)
@@ -146,7 +151,8 @@ def torch_side(m: Model, threads: int, shard: str) -> None:
         start = time.perf_counter()
         gpt2_torch.train_step(model, optimizer, [data.batch(len(step_ms) * m.batch, m.batch)], 1e-3)
         step_ms.append(1e3 * (time.perf_counter() - start))
-    mapped = {os.path.realpath(line.split()[-1]) for line in open("/proc/self/maps") if "/" in line}
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {os.path.realpath(line.split()[-1]) for line in maps if "/" in line}
     blas = sorted(p for p in mapped if any(word in os.path.basename(p) for word in ("blas", "blis", "mkl_")))
     json.dump({"step_ms": step_ms, "blas": blas, "torch": torch.__version__}, sys.stdout)
 
@@ -157,15 +163,15 @@ def report_run(m: Model, round_of: str, side: str, ms: float) -> None:
     print(f"  {m.name} round {round_of}  {side:30} {ms:10.2f} ms/step", flush=True)
 
 
-def measure(m: Model, rounds: int, blas_dirs: dict[str, Optional[str]], tmp: Path) -> dict:
+def measure(m: Model, rounds: int, blas_dirs: dict[str, str | None], tmp: Path) -> dict:
     shard = write_synthetic_shard(tmp, m)
     sides: dict[str, list[dict]] = {}
     gemms: list[dict] = []
     for n in range(rounds):
-        runs = {"kiln": lambda: run_kiln(m, shard, tmp)}
+        runs: dict[str, Callable[[], dict]] = {"kiln": partial(run_kiln, m, shard, tmp)}
         for blas, directory in blas_dirs.items():
             for t in m.torch_threads:
-                runs[f"torch {blas}, {t} thread{'s'[:t - 1]}"] = lambda t=t, d=directory: run_torch(m, shard, t, d)
+                runs[f"torch {blas}, {t} thread{'s'[:t - 1]}"] = partial(run_torch, m, shard, t, directory)
         for name, run in runs.items():
             sides.setdefault(name, []).append(run())
             report_run(m, f"{n + 1}/{rounds}", name, sides[name][-1]["median_step_ms"])
@@ -265,7 +271,7 @@ def main() -> None:
     installed = [args.openblas] if args.openblas else sorted(glob.glob("/usr/lib/*/openblas-*/"))
     if args.openblas and not (Path(args.openblas) / "libblas.so.3").exists():
         sys.exit(f"{args.openblas} holds no libblas.so.3")
-    blas_dirs: dict[str, Optional[str]] = {"as installed": None}
+    blas_dirs: dict[str, str | None] = {"as installed": None}
     if installed:
         blas_dirs["OpenBLAS"] = installed[0]
     else:

@@ -34,18 +34,20 @@ except ImportError as e:
 import gpt2_torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
-from gpu_stages import SIZES  # noqa: E402
-from torch_ops import Clock, Shape, op_times  # noqa: E402
+from gpu_stages import SIZES
+from torch_ops import Clock, Shape, op_times
 
 VOCABULARY = 50304
 
 
-def sdpa_choice(name: str):
+def sdpa_choice(name: str) -> contextlib.AbstractContextManager:
     """A context in which scaled_dot_product_attention has one implementation."""
     if name == "default":
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    return sdpa_kernel({"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name])
+    kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    chosen: contextlib.AbstractContextManager = sdpa_kernel(kinds[name])
+    return chosen
 
 
 def wait(device: str) -> None:
@@ -116,8 +118,8 @@ def ops(a: argparse.Namespace, c: gpt2_torch.GPT2Config) -> dict:
             print(f"attention by {choice}: {e}", file=sys.stderr)
     for way in ("forward", "backward"):
         times = {choice: t[f"{way}_us"] for choice, t in found.items()}
-        fastest = min(times, key=times.__getitem__, default=None)
-        rows.append({"op": f"attention {way}", "us": times.get(fastest), "by": fastest, **times})
+        fastest = min(times, key=times.__getitem__, default="")
+        rows.append({"op": f"attention {way}", "us": times.get(fastest), "by": fastest or None, **times})
     return {"size": a.size, "B": a.batch, "compile": a.compile, "samples": a.samples, "ops": rows}
 
 
@@ -127,18 +129,18 @@ def attention(shape: str, a: argparse.Namespace) -> dict:
     B, NH, T, HS = (int(x) for x in shape.split("x"))
     dtype = torch.bfloat16 if a.device == "cuda" else torch.float32
     packed = torch.randn(B, T, 3, NH, HS, device=a.device, dtype=dtype)
-    qkv = [x.requires_grad_() for x in packed.permute(2, 0, 3, 1, 4)]  # (B, NH, T, HS) each
+    q, k, v = (x.requires_grad_() for x in packed.permute(2, 0, 3, 1, 4))  # (B, NH, T, HS) each
     hidden = gpt2_torch.future(T).to(a.device)
     dy = torch.randn(B, NH, T, HS, device=a.device, dtype=dtype)
     clock = Clock(a.device, a.samples)
 
     def forward() -> torch.Tensor:
-        return gpt2_torch.causal_attention(*qkv, hidden)
+        return gpt2_torch.causal_attention(q, k, v, hidden)
 
     with sdpa_choice(a.sdpa):
         forward_us = clock.us(forward)
         y = forward()
-        backward_us = clock.us(lambda: torch.autograd.grad(y, qkv, dy, retain_graph=True))
+        backward_us = clock.us(lambda: torch.autograd.grad(y, (q, k, v), dy, retain_graph=True))
     flop = 2.0 * B * T * T * NH * HS                            # the causal half of two products
     return {"shape": shape, "sdpa": a.sdpa, "forward_us": forward_us, "forward_tflop_per_s": flop / forward_us / 1e6,
             "backward_us": backward_us, "backward_tflop_per_s": 2.5 * flop / backward_us / 1e6}

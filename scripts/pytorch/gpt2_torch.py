@@ -8,19 +8,21 @@ Face's GPT-2, same data order, schedule, clipping and AdamW as kiln. Written to 
     /usr/bin/python3 scripts/pytorch/gpt2_torch.py      checks itself: start loss, finite differences, file round trip
 
 Needs PyTorch 1.13 or later (Debian: apt-get install python3-torch), nothing else.
+Exit code: 0 all checks hold, 1 not so, 2 usage.
 
     B batch   T time   C width   NH heads   HS head size   V vocabulary   L layers
 """
 from __future__ import annotations
 
+import argparse
 import glob
 import json
 import math
 import struct
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Optional
 
 import torch
 import torch.nn as nn
@@ -190,7 +192,8 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
         if not ignorable and (not name.endswith(".bias") or model.config.bias or bool(tensors[name].any())):
             raise ValueError(f"{directory}: unexpected tensor {name}")
     model.load_state_dict({name: tensors[name] for name in wanted})
-    return model.to(dtype)
+    model.to(dtype)
+    return model
 
 
 class Shards:
@@ -227,7 +230,7 @@ def write_shard(path: Path, tokens: Iterable[int]) -> None:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 def learning_rate(step: int, lr: float, schedule: str, warmup: int, max_steps: int, min_lr: float = 0.0,
-                  decay_steps: Optional[int] = None) -> float:
+                  decay_steps: int | None = None) -> float:
     """Rate of step `step` (the first is 0). The cosine reaches min_lr at step decay_steps; None: at the last step."""
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -239,7 +242,8 @@ def learning_rate(step: int, lr: float, schedule: str, warmup: int, max_steps: i
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
 
 
-def make_optimizer(model: GPT2, weight_decay: float = 0.1, beta2: float = 0.95, **options) -> torch.optim.AdamW:
+def make_optimizer(model: GPT2, weight_decay: float = 0.1, beta2: float = 0.95,
+                   **options: bool) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]  # biases and LayerNorm weights are not decayed
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -279,11 +283,11 @@ def self_check() -> None:
                 p += 0.1 * torch.randn_like(p)
         model(tokens, targets).backward()
         direction = [torch.randn_like(p) for p in model.parameters()]
-        analytic = sum((p.grad * d).sum().item() for p, d in zip(model.parameters(), direction))
+        analytic = sum((p.grad * d).sum().item() for p, d in zip(model.parameters(), direction, strict=True))
         values, h = [], 1e-6
         with torch.no_grad():
             for shift in (h, -2 * h):                           # to +h, then to -h
-                for p, d in zip(model.parameters(), direction):
+                for p, d in zip(model.parameters(), direction, strict=True):
                     p += shift * d
                 values.append(model(tokens, targets).item())
         numeric = (values[0] - values[1]) / (2 * h)
@@ -307,4 +311,5 @@ def self_check() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     self_check()

@@ -6,7 +6,8 @@
     /usr/bin/python3 scripts/pytorch/parity.py --update     writes test/golden/parity_*.json; say why in the commit
 
 PyTorch runs in float32, which is the reference, and in float64, which says how far float32 itself is from the truth.
-Every loss must agree within 1e-4, every gradient norm within 1e-3 (BOUNDS in parity_case.py). Exit code 1: not so.
+Every loss must agree within 1e-4, every gradient norm within 1e-3 (BOUNDS in parity_case.py).
+Exit code: 0 all agree, or written; 1 not so, or no PyTorch; 2 usage.
 """
 from __future__ import annotations
 

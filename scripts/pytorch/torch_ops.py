@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ class Clock:
                 start = time.perf_counter()
                 run()
                 times.append(1e6 * (time.perf_counter() - start))
-        return median(times)
+        return float(median(times))
 
 
 class Shape(NamedTuple):
@@ -66,7 +67,7 @@ class Shape(NamedTuple):
 
 class Op(NamedTuple):
     """Forward is f of inputs; each backward the gradient of f by some of the inputs."""
-    forward: Optional[str]                                      # names of rows; None: not a row
+    forward: str | None                                         # names of rows; None: not a row
     backwards: dict[str, tuple[int, ...]]                       # name -> which inputs
     f: Callable[..., Tensor]
     inputs: Callable[[], list[Tensor]]
@@ -85,7 +86,7 @@ def ops_of(z: Shape, device: str) -> list[Op]:
 
     def linear(name: str, n_in: int, n_out: int, before: Callable, after: Callable, residual: bool = False) -> list[Op]:
         """after(x w + b) + residual; kiln's forward has `before` done already, and its backward goes through it."""
-        def forward(x: Tensor, w: Tensor, b: Tensor, r: Optional[Tensor] = None) -> Tensor:
+        def forward(x: Tensor, w: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
             y = after(torch.addmm(b, x, w))
             return y if r is None else y + r
 
@@ -117,26 +118,32 @@ def ops_of(z: Shape, device: str) -> list[Op]:
     ]
 
 
-def time_op(op: Op, f: Callable, inputs: Sequence[Tensor], clock: Clock) -> Iterator[tuple[str, float]]:
+def time_op(op: Op, clock: Clock, with_compile: bool) -> Iterator[tuple[str, float]]:
+    f = compiled(op.f) if with_compile else op.f
+    inputs = op.inputs()
     if op.forward:
-        yield op.forward, clock.us(lambda: f(*inputs))
+        yield op.forward, clock.us(partial(f, *inputs))
     for name, which in op.backwards.items():
         wanted = [inputs[i] for i in which]
         y = f(*inputs)
         if y.dim() == 0:                                        # a loss: its forward is part of the row
-            yield name, clock.us(lambda: torch.autograd.grad(f(*inputs), wanted))
+            yield name, clock.us(partial(loss_and_gradient, f, inputs, wanted))
         else:
-            dy = torch.randn_like(y)
-            yield name, clock.us(lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True))
+            yield name, clock.us(partial(torch.autograd.grad, y, wanted, torch.randn_like(y), retain_graph=True))
+
+
+def loss_and_gradient(f: Callable[..., Tensor], inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    torch.autograd.grad(f(*inputs), wanted)
 
 
 def compiled(f: Callable) -> Callable:
     """For these shapes alone, with a backward that can be run again on what its forward has kept."""
-    import torch._functorch.config as aot                       # of PyTorch 2
+    import torch._functorch.config as aot  # of PyTorch 2
     torch._dynamo.reset()
     if hasattr(aot, "donated_buffer"):
         aot.donated_buffer = False
-    return torch.compile(f, dynamic=False)
+    of: Callable = torch.compile(f, dynamic=False)
+    return of
 
 
 def optimizer_times(z: Shape, clock: Clock) -> Iterator[tuple[str, float]]:
@@ -169,8 +176,8 @@ def op_times(z: Shape, clock: Clock, with_compile: bool) -> list[dict]:
 
     for op in ops_of(z, clock.device):
         names = [name for name in (op.forward, *op.backwards) if name]
-        add(lambda: time_op(op, op.f, op.inputs(), clock), "eager_us", names)
+        add(partial(time_op, op, clock, False), "eager_us", names)
         if with_compile and op.compiled:
-            add(lambda: time_op(op, compiled(op.f), op.inputs(), clock), "compiled_us", names)
+            add(partial(time_op, op, clock, True), "compiled_us", names)
     add(lambda: optimizer_times(z, clock), "eager_us", ("gradient norm", "adamw"))
     return list(rows.values())

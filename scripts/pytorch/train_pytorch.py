@@ -18,7 +18,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ except ImportError as e:
 import gpt2_torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
-from gpu_stages import read_config  # noqa: E402
-
+from gpu_stages import read_config
 
 ONLY = {"optimizer.name": "adamw", "optimizer.beta1": 0.9, "schedule.decay_steps": 0, "eval.tokens": 0}
 
@@ -44,7 +44,7 @@ class Text:
         batches = [p.batch(0, len(p.index)) for p in parts if p.index]
         if not batches:
             raise FileNotFoundError(f"{', '.join(patterns)}: no sequence of {T} tokens")
-        self.tokens, self.targets = (torch.cat(side).to(device) for side in zip(*batches))      # (n, T)
+        self.tokens, self.targets = (torch.cat(side).to(device) for side in zip(*batches, strict=True))      # (n, T)
 
     def batches(self, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Without end; an epoch's last batch is filled from the next epoch."""
@@ -57,7 +57,7 @@ class Text:
             yield self.tokens[chosen], self.targets[chosen]
 
 
-def val_loss(model, val: Text, size: int, amp) -> float:
+def val_loss(model: Callable, val: Text, size: int, amp: AbstractContextManager) -> float:
     total = 0.0
     with torch.no_grad(), amp:
         for first in range(0, len(val.tokens), size):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+
 from pretended_gpu import check  # noqa: F401  a fixture
 
 REPO = Path(__file__).resolve().parents[2]
@@ -91,12 +92,12 @@ class Result:
 
     def error(self) -> str:
         """The one error message of a job, whatever the number of ranks."""
-        found = re.findall(r"error: (.*)", self.err)
+        found: list[str] = re.findall(r"error: (.*)", self.err)
         assert len(found) == 1, f"expected one error message:\n{self.err}"
         return found[0]
 
 
-def run(command: Sequence[str | Path], env: Settings | None = None, cwd: Path | None = None) -> Result:
+def run(command: Sequence[object], env: Settings | None = None, cwd: Path | None = None) -> Result:
     start = time.monotonic()
     p = subprocess.run(
         [str(c) for c in command],
@@ -182,7 +183,8 @@ class Run:
         return sha256(at / "model.safetensors"), sha256(at / "optimizer.safetensors")
 
     def status(self) -> dict:
-        return json.loads((self.path / "status.json").read_text())
+        status: dict = json.loads((self.path / "status.json").read_text())
+        return status
 
     def snapshot(self) -> dict[str, str]:
         """Every file of the run below checkpoints/ with its content."""

@@ -3,10 +3,10 @@
 Shards are read back here by code of their own, from the description of the format, not by the script's.
 """
 import array
-import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
@@ -14,10 +14,13 @@ END = 256
 DATA, IO = 3, 5
 
 
-def run(*args: object, code: int = 0, **options) -> str:
+def run(
+    *args: object, code: int = 0, cwd: Path | None = None, preexec_fn: Callable[[], object] | None = None
+) -> str:
     """Runs the script (without site-packages), checks its exit code and returns stderr, all it ever prints."""
     command = [sys.executable, "-I", "-S", str(SCRIPT), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=120, **options)
+    done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=120, cwd=cwd,
+                          preexec_fn=preexec_fn)
     assert done.returncode == code, done.stderr
     assert done.stdout == "" and "Traceback" not in done.stderr
     return done.stderr
@@ -47,7 +50,8 @@ def documents(out: Path, split: str) -> list[bytes]:
 
 
 def manifest_of(out: Path) -> dict:
-    return json.loads((out / "manifest.json").read_text())
+    manifest: dict = json.loads((out / "manifest.json").read_text())
+    return manifest
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -66,9 +70,3 @@ def numbered(n: int) -> dict[str, bytes]:
     return {f"part{i % 7}/doc{i:03d}.txt": b"document %d, " % i * (i % 5 + 1) for i in range(n)}
 
 
-def module():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_data"] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded

@@ -34,7 +34,8 @@ run.mkdir(parents=True, exist_ok=True)
 weights = os.environ.get("WEIGHTS", "").split()
 (run / "train.log").write_text("complete, weights " + (weights[n % len(weights)] if weights else 16 * "a"))
 step = {{"type": "step", "loss": 1.0, "step_ms": 48.0 if fastest else 50.0, "phase_ms": {{"forward": 20.0}}}}
-first = {{"type": "run", "flops_per_token": 8e8, "peak": {{"used": "vendor", "vendor_flops": 1e16}}, "memory": {{}}, "graph": True}}
+peak = {{"used": "vendor", "vendor_flops": 1e16}}
+first = {{"type": "run", "flops_per_token": 8e8, "peak": peak, "memory": {{}}, "graph": True}}
 events = [{{"type": "event", "event": "memory", "taken": 102, "named": 100}}]
 if os.environ.get("NO_GRAPH"):
     events.append({{"type": "event", "event": "graph", "message": "which failed"}})
@@ -78,13 +79,16 @@ class Check:
 
     def run(self, stage: str) -> int:
         os.environ["STAGE"] = stage
-        return self.module.main([])
+        code: int = self.module.main([])
+        return code
 
     def result(self, stage: str) -> dict:
-        return json.loads((self.out / f"{stage}.json").read_text())
+        result: dict = json.loads((self.out / f"{stage}.json").read_text())
+        return result
 
     def merged(self) -> dict:
-        return json.loads(next(self.out.glob("nvidia-pretended-*.json")).read_text())
+        merged: dict = json.loads(next(self.out.glob("nvidia-pretended-*.json")).read_text())
+        return merged
 
     def shell(self, program: str, text: str) -> None:
         executable(self.programs / program, f"#!/bin/bash\n{text}\n")
@@ -102,7 +106,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     monkeypatch.setattr(module, "cuda_libraries", lambda: "/nowhere")
     monkeypatch.setattr(module, "find_gpu", lambda: module.Gpu("NVIDIA Pretended", "9.0", 1 << 37, "13.0", ""))
     monkeypatch.setattr(module, "environment", lambda gpu: dict(HERE))
-    monkeypatch.setattr(module, "clocks", lambda: {})
+    monkeypatch.setattr(module, "clocks", dict)
     return Check(module, stages, tmp_path, monkeypatch)
 
 

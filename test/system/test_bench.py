@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from conftest import EMULATED, MPIRUN, REPO, TRAIN, run
 
 OPS = re.findall(r"^    OP\((\w+), \w+\)", (REPO / "kernels" / "ops.h").read_text(), re.M)
@@ -25,8 +26,8 @@ NAMES = ["embedding forward", "embedding backward", "layernorm forward", "layern
 
 
 def config(tmp_path: Path, kind: str, dtype: str, **changes: object) -> Path:
-    model = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16, "vocab_size": 257}
-    train = {"max_steps": 1, "global_batch_size": 2, "micro_batch_size": 2}
+    model: dict[str, object] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16, "vocab_size": 257}
+    train: dict[str, object] = {"max_steps": 1, "global_batch_size": 2, "micro_batch_size": 2}
     for key, value in changes.items():
         (model if key in ("dropout", "bias") else train)[key] = value
     sections = {"run": {"name": "x"}, "device": {"kind": kind, "dtype": dtype, "threads": 1}, "model": model,
@@ -117,7 +118,7 @@ def test_what_is_computed_again_is_counted(kind: str, dtype: str, tmp_path: Path
 
 
 def test_products_are_timed_as_training_chooses_them(tmp_path: Path) -> None:
-    """Whichever of the library's algorithms is the fastest, on the emulator's own clock; its first guess is number 0."""
+    """By the fastest of the library's algorithms, on the emulator's own clock; its first guess is number 0."""
     path = config(tmp_path, "cuda", "bf16")
     us = []
     for fastest in (0, 3):

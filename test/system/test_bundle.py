@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import REPO, TRAIN, run
+
+from conftest import REPO, TRAIN, Result, run
 
 BUILD = TRAIN.resolve().parent
-STANDS_IN = {name: TRAIN.resolve().name for name in ("train", "bench_attention")} | {
-    name: "test_mpi" for name in ("test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native")
-}
+STANDS_IN = dict.fromkeys(("train", "bench_attention"), TRAIN.resolve().name) | dict.fromkeys(
+    ("test_native", "test_mpi_native", "test_isa_native", "test_isa_sm90_native"), "test_mpi"
+)
 FROM_THE_MACHINE = re.compile(r"(lib(c|m|dl|rt|pthread|resolv|util|mvec)|ld-linux-x86-64|lib(cuda|cublasLt|nccl))\.so")
 ARCHITECTURES = ("80", "86", "89", "90a", "100")
 FEW = "-tc=*broadcast*,*gather*"
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def pack(build: Path, archive: Path, **env: object):
+def pack(build: Path, archive: Path, **env: object) -> Result:
     return run([REPO / "scripts" / "build" / "bundle.sh", build, archive], {"LEVEL": 1} | env)
 
 

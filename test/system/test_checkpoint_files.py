@@ -144,7 +144,12 @@ def test_newer_format_is_left_alone(base: Lab, flags: list[str]) -> None:
 def test_newer_format_with_other_contents_is_left_alone(base: Lab) -> None:
     """All that a later format must keep is the rule of the checksum."""
     run = base.run("base")
-    seal(run.checkpoints / "step_20", lambda m: (m.clear(), m.update(format_version=7, xxh3="", files=["é", 1.5])))
+
+    def replace(manifest: dict) -> None:
+        manifest.clear()
+        manifest.update(format_version=7, xxh3="", files=["é", 1.5])
+
+    seal(run.checkpoints / "step_20", replace)
     before = run.everything()
     assert "format version 7" in resume(base, expect=4).error() and run.everything() == before
 

@@ -1,4 +1,4 @@
-"""Choices made by timing - how an emulated GPU computes its matrix products - from the first step to the last resume."""
+"""Choices by timing (how an emulated GPU computes its matrix products) from the first step to the last resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from test_emulated import SMALL
 STEPS = 4
 TWO: dict[str, object] = {"train.max_steps": 2, "checkpoint.interval": 2}
 FOUR: dict[str, object] = {"train.max_steps": STEPS, "checkpoint.interval": 2}
-KEPT = r"matrix products: (\d+) kinds, (\d+) computed as the checkpoint has it, (\d+) as (.*) has it, (\d+) chosen by timing;"
+KEPT = (
+    r"matrix products: (\d+) kinds, (\d+) computed as the checkpoint has it, (\d+) as (.*) has it, "
+    r"(\d+) chosen by timing;"
+)
 
 
 @pytest.fixture
@@ -47,7 +50,8 @@ def hashes(r: Run) -> list[str]:
 
 
 def state(r: Run, step: int) -> dict:
-    return json.loads((r.checkpoints / f"step_{step}" / "state.json").read_text())
+    read: dict = json.loads((r.checkpoints / f"step_{step}" / "state.json").read_text())
+    return read
 
 
 def cache_file(cache: Path) -> Path:
@@ -59,7 +63,8 @@ def test_the_fastest_are_chosen_and_the_next_run_takes_them_from_the_cache(gpus:
     cache = tmp_path / "cache"
     first = counts(gpus.train("first", env=fastest(2, cache)).out)
     assert first["timed"] == first["kinds"] >= 12 and first["cached"] == first["saved"] == 0
-    assert cache_file(cache).name == "emulated-GPU-compute-capability-9.0-4-multiprocessors-cuBLASLt-130000-with-32-MiB.txt"
+    name = "emulated-GPU-compute-capability-9.0-4-multiprocessors-cuBLASLt-130000-with-32-MiB.txt"
+    assert cache_file(cache).name == name
     written = cache_file(cache).read_bytes()
     # Another machine would choose otherwise, but these are chosen.
     second = counts(gpus.train("second", env=fastest(1, cache)).out)
@@ -78,8 +83,8 @@ def test_the_fastest_are_chosen_and_the_next_run_takes_them_from_the_cache(gpus:
 
 
 def test_tuning_leaves_no_trace_in_the_training(gpus: Lab, tmp_path: Path) -> None:
-    """Two runs whose warm-ups differ in what they try and choose, bias gradients fused or apart: the training differs by
-    rounding alone. (Bit for bit it is the one that found all in the cache: see above.)"""
+    """Two runs whose warm-ups differ in what they try and choose, bias gradients fused or apart: the training differs
+    by rounding alone. (Bit for bit it is the one that found all in the cache: see above.)"""
     gpus.train("tuned", env=fastest(0, tmp_path / "cache", KILN_EMULATOR_EPILOGUE_US=5))
     text = state(gpus.run("tuned"), 2)["choices"]
     assert "BGRADA" in text and " = apart" not in text
@@ -107,7 +112,8 @@ def test_ranks_on_unlike_gpus_say_that_they_cannot(gpus: Lab, tmp_path: Path) ->
     ranks = [["-np", "1", "-env", "KILN_EMULATOR_CAPABILITY", capability, *program] for capability in ("90", "80")]
     done = run([MPIRUN, *ranks[0], ":", *ranks[1]], {"XDG_CACHE_HOME": tmp_path})
     assert done.code == 0, done.err
-    assert re.search("rank 1 cannot use rank 0's choices for matrix products, made for .*capability 9.0.*this is .*8.0", done.err)
+    refusal = "rank 1 cannot use rank 0's choices for matrix products, made for .*capability 9.0.*this is .*8.0"
+    assert re.search(refusal, done.err)
 
 
 def test_a_resumed_run_keeps_the_checkpoints_choices(gpus: Lab, tmp_path: Path) -> None:
@@ -125,11 +131,14 @@ def test_a_resumed_run_keeps_the_checkpoints_choices(gpus: Lab, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("change", [{"KILN_EMULATOR_CUBLASLT": 130100}, {"KILN_EMULATOR_MULTIPROCESSORS": 3}])
-def test_another_gpu_or_library_chooses_anew_and_says_so(gpus: Lab, tmp_path: Path, change: Mapping[str, object]) -> None:
+def test_another_gpu_or_library_chooses_anew_and_says_so(
+    gpus: Lab, tmp_path: Path, change: Mapping[str, object]
+) -> None:
     cache = tmp_path / "cache"
     gpus.train("moved", TWO, env=fastest(2, cache))
     done = gpus.train("moved", env=fastest(1, cache) | dict(change), flags=["--resume"])
-    assert re.search("the checkpoint's choices for matrix products were made for .*; this is .*not bit for bit", done.err)
+    other = "the checkpoint's choices for matrix products were made for .*; this is .*not bit for bit"
+    assert re.search(other, done.err)
     now = counts(done.out)
     assert now["timed"] == now["kinds"] and now["saved"] == now["cached"] == 0
     assert len(set(hashes(gpus.run("moved")))) == 2
@@ -148,7 +157,8 @@ def test_a_checkpoint_from_before_there_were_choices(gpus: Lab, tmp_path: Path) 
 
 def test_an_algorithm_that_does_not_repeat_itself_is_rejected_and_logged(gpus: Lab, tmp_path: Path) -> None:
     out = gpus.train("restless", env=fastest(6, tmp_path / "restless")).out
-    assert re.search("matrix product .*: an algorithm of .* us is not used, it gave other bits when it was repeated", out)
+    dropped = "matrix product .*: an algorithm of .* us is not used, it gave other bits when it was repeated"
+    assert re.search(dropped, out)
     gpus.train("first", env=fastest(0, tmp_path / "first"))
     assert bits(gpus.run("restless")) == bits(gpus.run("first"))
 
@@ -168,7 +178,8 @@ def test_a_damaged_cache_is_said_once_and_written_anew(gpus: Lab, tmp_path: Path
     whole = file.read_bytes()
     file.write_bytes(spoiled(whole, how))
     done = gpus.train("second", TWO, env=fastest(2, tmp_path))
-    assert done.err.count("warning") == 1 and re.search(f"{file.name}: not kiln's choices: .*; it is not used", done.err)
+    assert done.err.count("warning") == 1
+    assert re.search(f"{file.name}: not kiln's choices: .*; it is not used", done.err)
     assert counts(done.out)["timed"] == counts(done.out)["kinds"]
     assert file.read_bytes() == whole and list(file.parent.iterdir()) == [file]
 
@@ -192,7 +203,9 @@ def no_cache(tmp_path: Path, how: str) -> dict[str, object]:
     return {"XDG_CACHE_HOME": tmp_path / "file"}
 
 
-@pytest.mark.parametrize("how, said", [("nowhere", "neither XDG_CACHE_HOME nor HOME is set"), ("file", "cannot create")])
+@pytest.mark.parametrize(
+    "how, said", [("nowhere", "neither XDG_CACHE_HOME nor HOME is set"), ("file", "cannot create")]
+)
 def test_a_cache_that_cannot_be_written_is_no_error(gpus: Lab, tmp_path: Path, how: str, said: str) -> None:
     done: Result = gpus.train("run", TWO, env=no_cache(tmp_path, how))
     assert done.out.count("choices are not kept for later runs") == 1 and said in done.out and "warning" not in done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def recorded(prefix: Path, np: int, n_micro: int) -> list[list[list[int]]]:
         lines = [[int(i) for i in line.split()] for line in Path(f"{prefix}.{rank}").read_text().splitlines()]
         assert len(lines) == STEPS * n_micro // np, "a micro-batch too many or too few"
         per_step = n_micro // np
-        ranks.append([sum(lines[s * per_step : (s + 1) * per_step], []) for s in range(STEPS)])
+        ranks.append([list(chain(*lines[s * per_step : (s + 1) * per_step])) for s in range(STEPS)])
     return [[rank[step] for rank in ranks] for step in range(STEPS)]
 
 
@@ -123,8 +124,8 @@ def test_ranks_read_disjoint_shares_of_the_same_batch(
         lab.train(name, settings(m, reduction), np, env={"KILN_RECORD_SEQUENCES": tmp_path / name})
         for step, shares in enumerate(recorded(tmp_path / name, np, m)):
             assert [len(share) for share in shares] == [batch // np] * np
-            assert len(set(sum(shares, []))) == batch, "ranks read the same sequence twice"
-            assert sum(shares, []) == want[step]
+            assert len(set(chain(*shares))) == batch, "ranks read the same sequence twice"
+            assert list(chain(*shares)) == want[step]
 
 
 @pytest.mark.parametrize("tokens", ["all", 100])

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import EMULATED, MPIRUN, Lab, Result, Run, run
-
 import parity_case
+from conftest import EMULATED, MPIRUN, Lab, Result, Run, run
 from parity_case import BOUNDS, CASES, Case
 
 STEPS = 5
@@ -45,8 +44,8 @@ def val_loss(out: str) -> str:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_ordered_gives_the_same_bits_on_any_ranks_and_schedules(gpus: Lab, dtype: str) -> None:
-    """Shards moved by NCCL (a GPU each), through host memory (two ranks on one GPU), and not at all (one rank); on each,
-    warps and streams in the plainest order, and in twenty random ones."""
+    """Shards moved by NCCL (a GPU each), through host memory (two ranks on one GPU), and not at all (one rank); on
+    each, warps and streams in the plainest order, and in twenty random ones."""
     seen: dict[tuple[object, ...], str] = {}
     places = ((1, 1), (2, 2), (4, 4), (2, 1))
     runs = [(place, None) for place in places] + [(places[seed % 4], seed) for seed in range(1, 21)]
@@ -228,7 +227,8 @@ def test_training_by_the_hopper_kernels(gpus: Lab) -> None:
     """Two ranks give the bits of one, and the portable kernels nearly the same losses."""
     settings = HEADS_OF_64 | {"device.attention": "auto", "model.dropout": 0, "train.max_steps": 4,
                                "parallel.allreduce": "ordered"}
-    for name, more, ranks in (("hopper", {}, 1), ("hopper-2", {}, 2), ("portable", {"device.attention": "portable"}, 1)):
+    portable = {"device.attention": "portable"}
+    for name, more, ranks in (("hopper", {}, 1), ("hopper-2", {}, 2), ("portable", portable, 1)):
         gpus.train(name, settings | more, np=ranks)
     assert [attention_of(gpus.run(n)) for n in ("hopper", "hopper-2", "portable")] == [["sm90"], ["sm90"], ["portable"]]
     assert gpus.run("hopper").losses() == gpus.run("hopper-2").losses() != gpus.run("portable").losses()
@@ -252,8 +252,10 @@ def test_attention_kernels_that_the_device_cannot_run_are_refused_when_asked_for
         on_cpu = asked | {"device.attention": attention, "device.dtype": "fp32"}
         error = gpus.train("refused", on_cpu | {"device.kind": "cpu"}, expect=2).error()
         assert error == f"device.attention: {attention} needs a GPU; use device.attention: auto"
-        error = gpus.train("refused", on_cpu | {"device.kind": "auto"}, expect=2, env={"KILN_EMULATOR_DEVICES": 0}).error()
-        assert error.startswith(f"device.attention: {attention} needs a GPU; no GPU") and error.endswith("attention: auto")
+        none = {"KILN_EMULATOR_DEVICES": 0}
+        error = gpus.train("refused", on_cpu | {"device.kind": "auto"}, expect=2, env=none).error()
+        assert error.startswith(f"device.attention: {attention} needs a GPU; no GPU")
+        assert error.endswith("attention: auto")
 
 
 def test_ranks_on_unlike_gpus_take_the_same_attention_kernels(gpus: Lab) -> None:

@@ -1,5 +1,5 @@
-"""How a step is carried out on a GPU changes nothing in the run: graphs, recomputation; and memory that does not suffice
-is refused before anything is computed."""
+"""How a step is carried out on a GPU changes nothing in the run: graphs, recomputation; and memory that does not
+suffice is refused before anything is computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def gpus(lab: Lab) -> Lab:
     return lab
 
 
-@pytest.mark.parametrize("np, devices, allreduce", [(1, 1, "auto"), (2, 2, "nccl"), (2, 2, "ordered"), (2, 1, "ordered")])
+@pytest.mark.parametrize(
+    "np, devices, allreduce", [(1, 1, "auto"), (2, 2, "nccl"), (2, 2, "ordered"), (2, 1, "ordered")]
+)
 def test_graphs_do_not_change_a_run(gpus: Lab, np: int, devices: int, allreduce: str) -> None:
     """One graph for a step; the reduction inside it, by NCCL alone or by our kernel; two graphs around MPI's."""
     settings: dict[str, object] = {"parallel.allreduce": allreduce, "eval.interval": 2, "train.micro_batch_size": 2}
@@ -47,12 +49,14 @@ def test_a_step_that_is_not_replayed_is_an_event(gpus: Lab) -> None:
                                "train.micro_batch_size": 1, "train.max_steps": 1, "checkpoint.interval": 0}
     out = gpus.train("many", many).out
     gpus.train("few", many | {"train.global_batch_size": 2, "train.max_steps": 5})
-    told = [[e["message"] for e in gpus.run(name).records("event") if e["event"] == "graph"] for name in ("many", "few")]
+    events = [gpus.run(name).records("event") for name in ("many", "few")]
+    told = [[e["message"] for e in of if e["event"] == "graph"] for of in events]
     assert len(told[0]) == 1 and "are not recorded as a graph" in told[0][0] and told[0][0] in out and not told[1]
 
 
 def test_a_network_error_in_a_replayed_step_ends_the_run(gpus: Lab) -> None:
-    """The graph holds NCCL's calls then, and holds up its abort: exit 75, no hang.  Runs: connecting, then one a step."""
+    """The graph holds NCCL's calls then, and holds up its abort: exit 75, no hang.  Runs: connecting, then one a
+    step."""
     env = {"KILN_EMULATOR_DEVICES": 2, "KILN_EMULATOR_NCCL_FAIL_RUN": 5}
     message = gpus.train("run", {"parallel.allreduce": "nccl", "train.max_steps": 8}, 2, env=env, expect=75).error()
     assert "NCCL: remote process exited" in message and "fault injected at run 5" in message
@@ -103,10 +107,10 @@ def test_memory_that_does_not_suffice_is_refused_with_a_change_that_does(gpus: L
 def test_the_plan_is_what_the_device_lacks(gpus: Lab) -> None:
     """What is printed before step 0 against what the device says after it: 2 %, as promised."""
     out = gpus.train("run", {"parallel.allreduce": "ordered"}, 2).out
-    totals = re.search(r"memory of one rank: .* \(parameters .* KiB, .*gradients .* KiB, .*; train.log has the tensors\)", out)
-    assert totals and "wte" not in out and "wte" in (gpus.run("run").path / "train.log").read_text()
+    totals = r"memory of one rank: .* \(parameters .* KiB, .*gradients .* KiB, .*; train.log has the tensors\)"
+    assert re.search(totals, out) and "wte" not in out and "wte" in (gpus.run("run").path / "train.log").read_text()
     memory = gpus.run("run").records("run")[0]["memory"]
-    event = [e for e in gpus.run("run").records("event") if e["event"] == "memory"][0]
+    event = next(e for e in gpus.run("run").records("event") if e["event"] == "memory")
     assert memory["libraries"] == memory["nccl"] == 1 << 20  # at its first call; the other emulated libraries take none
     assert event["named"] == memory["planned"] + memory["workspace"] + memory["libraries"]
     assert event["taken"] == pytest.approx(event["named"], rel=0.02)

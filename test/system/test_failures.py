@@ -163,7 +163,9 @@ def test_ranks_with_different_data(lab: Lab, data: Path, tmp_path: Path) -> None
         shutil.copytree(data, folders[1] / "data")
 
 
-@pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "MV2_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    "variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "MV2_COMM_WORLD_SIZE"]
+)
 def test_world_of_one_under_a_launch_of_several_is_refused(lab: Lab, variable: str) -> None:
     message = lab.train("run", env={variable: 2}, expect=2).error()
     assert f"{variable}=2" in message and "world of 1" in message and "mpirun.mpich" in message
@@ -302,7 +304,8 @@ def test_bad_steps_are_skipped_until_ten_in_a_row(lab: Lab) -> None:
 
 
 def test_a_run_does_not_end_well_on_a_bad_step(lab: Lab) -> None:
-    first = lab.train("probe", EXPLODE, expect=6) and lab.run("probe").records("event")[0]["step"]
+    lab.train("probe", EXPLODE, expect=6)
+    first = lab.run("probe").records("event")[0]["step"]
     result = lab.train("run", EXPLODE | {"train.max_steps": first + 2}, expect=6)
     assert "the run ends on 3 bad step(s) in a row" in result.error()
     assert lab.run("run").status()["state"] == "failed" and lab.run("run").steps_saved() == [first - 1]

@@ -1,18 +1,19 @@
 """scripts/gpu/goals.py, and gpu_check.py --publish: what is judged and what is published. Seen to fail: a limit turned
-around, a figure of another batch or GPU taken, an op's name that kiln does not use, a file of the same day replaced by one
-with less in it.
+around, a figure of another batch or GPU taken, an op's name that kiln does not use, a file of the same day replaced by
+one with less in it.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import test_bench
-from pretended_gpu import Check
 
 import goals
+import test_bench
+from pretended_gpu import Check
 
 H200 = "NVIDIA H200"
 
@@ -32,9 +33,11 @@ def met() -> dict:
              for way in ("forward", "backward", "backward, dw alone"))]
     share = {"layer products": 0.6, "head": 0.2, "attention": 0.15, "layernorm": 0.05}
     data: dict = {f"ops-{size}": {"ops": ops, "step": [{"share": share}]} for size in ("124m", "1558m")}
-    data |= {f"pytorch-{size}-cudnn": {"B": B, "kiln_tokens_per_s": rate, "ratio": 1.2, "kiln": 5 * [0], "pytorch": 5 * [0]}
+    data |= {f"pytorch-{size}-cudnn": {"B": B, "kiln_tokens_per_s": rate, "ratio": 1.2, "kiln": 5 * [0],
+                                       "pytorch": 5 * [0]}
              for size, B, rate in (("124m", 64, 710e3), ("1558m", 16, 63e3))}
-    data |= {"modes": {"cost": 0.02, "same_weights": True, "auto": 5 * [0], "fastest": 5 * [0]}, "start": {"warm_s": 4.0},
+    data |= {"modes": {"cost": 0.02, "same_weights": True, "auto": 5 * [0], "fastest": 5 * [0]},
+             "start": {"warm_s": 4.0},
              "gaps": {"runs": [{"B": 64, "graph": "on", "idle": 0.005}, {"B": 4, "graph": "on", "idle": 0.04}]}}
     side = {"best_val_loss": 1.47, "seconds": 80.0}
     data |= {f"quality-{name}": {"kiln": dict(side), "pytorch": dict(side)} for name in (1, 2, 3, "fp32")}
@@ -43,7 +46,7 @@ def met() -> dict:
 
 
 # Goal -> what crosses its limit, as (stage, path to the figure, value). Every goal has one.
-CROSSED = {
+CROSSED: dict[str, tuple[str, list[Any], float | bool]] = {
     "124M, B64 T1024 >= 600,000": ("pytorch-124m-cudnn", ["kiln_tokens_per_s"], 599e3),
     "124M, B64 T1024 >= 700,000": ("pytorch-124m-cudnn", ["kiln_tokens_per_s"], 699e3),
     "124M beside PyTorch": ("pytorch-124m-cudnn", ["ratio"], 1.14),
@@ -86,7 +89,7 @@ def test_every_goal_is_crossed_by_a_case() -> None:
 def test_a_goal_turns_where_its_figure_crosses_the_limit(name: str) -> None:
     stage, path, value = CROSSED[name]
     results = met()
-    figure = results["stages"][stage]["data"]
+    figure: Any = results["stages"][stage]["data"]
     for key in path[:-1]:
         figure = figure[key]
     assert path[-1] in (figure if isinstance(figure, dict) else range(len(figure)))
@@ -118,7 +121,8 @@ def test_a_stage_that_failed_can_miss_a_goal_and_not_meet_it() -> None:
 
 def test_fewer_than_five_rounds_are_no_median() -> None:
     for stage, side, goal in (("pytorch-124m-cudnn", "kiln", "124M, B64 T1024 >= 600"),
-                              ("pytorch-1558m-cudnn", "pytorch", "1558M beside"), ("modes", "fastest", "deterministic")):
+                              ("pytorch-1558m-cudnn", "pytorch", "1558M beside"),
+                              ("modes", "fastest", "deterministic")):
         results = met()
         results["stages"][stage]["data"][side].pop()
         assert results_of(results)[of(goal)] == "not measured"

@@ -40,7 +40,7 @@ def samples(run: Run) -> list[dict]:
 
 
 def test_the_newest_sample_is_in_each_step(gpus: Lab, tmp_path: Path) -> None:
-    """About one a second, in a run of three; the first is there long before the last step, and no step waits for one."""
+    """About one a second, in a run of three; the first is there long before the last step, and no step waits."""
     gpus.train("run", {"train.max_steps": 100000, "run.max_minutes": 0.05}, env=library(tmp_path / "nvml"), expect=85)
     run = gpus.run("run")
     steps, seen = run.records("step"), samples(run)
@@ -111,6 +111,7 @@ def test_a_driver_that_hangs_holds_up_neither_the_steps_nor_the_end(gpus: Lab, t
 
 
 def test_a_run_on_the_cpu_does_not_look(gpus: Lab, tmp_path: Path) -> None:
-    result = gpus.train("run", {"device.kind": "cpu"}, env=library(tmp_path / "nvml") | {"KILN_NVML_FAIL": "nvmlInit_v2"})
+    env = library(tmp_path / "nvml") | {"KILN_NVML_FAIL": "nvmlInit_v2"}
+    result = gpus.train("run", {"device.kind": "cpu"}, env=env)
     assert NOTHING not in result.out
     assert not samples(gpus.run("run"))

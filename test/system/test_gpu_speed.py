@@ -1,7 +1,7 @@
 """scripts/gpu/gpu_speed.py: the stages that measure, with programs that stand in; and the programs that the stages
-start, bench_attention and bench_pytorch.py, at tiny sizes. Seen to fail: a round begun that is cut off, a batch halved on
-one side alone, a repeated run with other weights that passes, the first run's record taken for the second's, fp32's loss
-taken for bf16's.
+start, bench_attention and bench_pytorch.py, at tiny sizes. Seen to fail: a round begun that is cut off, a batch halved
+on one side alone, a repeated run with other weights that passes, the first run's record taken for the second's, fp32's
+loss taken for bf16's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+
 import test_bench
 from conftest import REPO, TRAIN, Lab, run
 from pretended_gpu import Check, beside, executable
@@ -110,8 +111,8 @@ def test_the_start_ends_with_the_first_step_of_each_run(check: Check, tmp_path: 
 
 
 def test_the_gpus_work_is_that_of_the_steps_alone(check: Check, tmp_path: Path) -> None:
-    """Seconds of a start with long gaps, then 300 steps of 8 ms: kernels of 3.9 ms, the second of a pair overlapped by a copy,
-    and 0.1 ms of nothing before each; then a hash."""
+    """Seconds of a start with long gaps, then 300 steps of 8 ms: kernels of 3.9 ms, the second of a pair overlapped by
+    a copy, and 0.1 ms of nothing before each; then a hash."""
     ms = 1_000_000
     kernels = [(i * 500 * ms, i * 500 * ms + ms) for i in range(8)]
     copies, at = [], 4000 * ms
@@ -150,7 +151,8 @@ def test_without_the_text_quality_is_skipped_in_words(check: Check, tmp_path: Pa
     check.patch.setattr(check.speed, "TEXT", tmp_path / "none")
     assert check.run("quality") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[1].startswith("quality will be skipped: ") and said[2].startswith("== quality-1")  # before time is spent
+    assert said[1].startswith("quality will be skipped: ")  # before time is spent
+    assert said[2].startswith("== quality-1")
     assert {check.result(f"quality-{name}")["result"] for name in (1, 2, 3, "fp32")} == {"skipped"}
     assert "TEXT=FILE names tiny Shakespeare" in check.result("quality-1")["headline"]
 
@@ -158,7 +160,8 @@ def test_without_the_text_quality_is_skipped_in_words(check: Check, tmp_path: Pa
 def attention_rows(*rows: tuple[str, str, str, float], goals: str = "") -> str:
     """The lines of bench_attention's file: shape, way, kernel, us; a letter for each goal, upper case for a stretch."""
     results = {"m": "met", "n": "not met", "x": "not measured"}
-    lines = [{"type": "run", "device": "NVIDIA Pretended"}, {"type": "kernel", "kernel": "sm90", "refusal": ""}]
+    lines: list[dict] = [{"type": "run", "device": "NVIDIA Pretended"},
+                         {"type": "kernel", "kernel": "sm90", "refusal": ""}]
     lines += [{"type": "attention", "shape": shape, "way": way, "kernel": kernel, "us": us, "tflop_per_s": 1e5 / us}
               for shape, way, kernel, us in rows]
     lines += [{"type": "goal", "stretch": g.isupper(), "result": results[g.lower()]} for g in goals]
@@ -304,19 +307,18 @@ def test_the_twin_trains_by_a_config_of_kiln(lab: Lab) -> None:
     config = lab.config("twin", {"train.max_steps": 30, "eval.interval": 10, "model.dropout": 0.1, "model.bias": False})
 
     def evals(*flags: object) -> list:
-        done = run([TORCH, TWIN, "--config", config, "--device", "cpu", "--no-compile",
-                    *flags], cwd=lab.root)
+        done = run([TORCH, TWIN, "--config", config, "--device", "cpu", "--no-compile", *flags], cwd=lab.root)
         assert done.code == 0, done.err
         result = json.loads(done.out.splitlines()[-1])
         assert result["best_val_loss"] == min(v for _, v in result["evals"])
-        return result["evals"]
+        found: list = result["evals"]
+        return found
 
     first = evals()
     assert [step for step, _ in first] == [10, 20, 30] and first[-1][1] < first[0][1] < 6
     assert evals() == first and evals("--seed", 2) != first
     assert evals("--set", "train.max_steps=10") == first[:1]
-    done = run([TORCH, TWIN, "--config", config, "--set", "optimizer.beta1=0.8", "--device",
-                "cpu"], cwd=lab.root)
+    done = run([TORCH, TWIN, "--config", config, "--set", "optimizer.beta1=0.8", "--device", "cpu"], cwd=lab.root)
     assert done.code == 2 and "optimizer.beta1 is 0.8, and the twin knows only 0.9" in done.err
 
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from conftest import REPO, Result, program, run
 
 
@@ -41,18 +42,19 @@ def test_hopper_kernels_are_compiled_for_hopper_alone(tmp_path: Path) -> None:
     "says, code",
     [
         (
-            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to wgmma "
-            "pipeline crossing function boundary at a function call in the function 'add_kernel'",
+            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+            "wgmma pipeline crossing function boundary at a function call in the function 'add_kernel'",
             0,
         ),
         (
-            "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma "
-            "instructions reading accumulator registers of  a wgmma between start and end of the pipeline stage",
+            "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+            "non wgmma instructions reading accumulator registers of  a wgmma between start and end of the "
+            "pipeline stage",
             0,
         ),
         (
-            "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register count at "
-            "entry.",
+            "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register "
+            "count at entry.",
             0,
         ),
         ("ptxas info    : setmaxnreg ignored to maintain minimum register requirements.", 0),

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, program
-from test_sass_check import LISTING
 
 import kernel_table
 import sass_check
+from conftest import REPO, program
+from test_sass_check import LISTING
 
 SCRIPT = REPO / "scripts" / "build" / "kernel_table.py"
 KERNEL = "_ZN39_GLOBAL__N__e8aef991_7_gelu_cu_16c3817a19gelu_forward_kernelI4bf16EEvPT_PKS2_mb"
@@ -155,7 +155,8 @@ def test_hopper_kernels_have_a_column_and_their_instructions(hopper: Tool, capsy
     assert "| kernel | sm_90a | shared | stack | spilled |\n|---|--:|--:|--:|--:|\n" in text
     assert "| `gelu_forward_kernel<bf16>` | 168 | 0 | 0 | 0 |" in text
     assert "setmaxnreg moves them" in text and text.endswith(f"{ROW}\n")
-    assert in_process(hopper, capsys, "--check") == (0, f"{hopper.table}: 2 kernels, as committed; no spill, no stack frame\n")
+    said = f"{hopper.table}: 2 kernels, as committed; no spill, no stack frame\n"
+    assert in_process(hopper, capsys, "--check") == (0, said)
     hopper.disassembler(LISTING.replace("MUFU.RCP", "MUFU.EX2"))
     code, out = in_process(hopper, capsys, "--check")
     assert code == 1 and f"-{ROW}" in out and f"+{ROW.replace('| 0 | 1 |', '| 0 | 2 |')}" in out
@@ -182,7 +183,9 @@ def test_a_broken_rule_fails_with_any_nvcc(hopper: Tool, capsys: pytest.CaptureF
     assert in_process(hopper, capsys, "--check")[0] == 0  # other counts of another nvcc
 
 
-def test_hopper_kernels_must_be_compiled_for_hopper_without_losses(hopper: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hopper_kernels_must_be_compiled_for_hopper_without_losses(
+    hopper: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
     hopper.log("attention_sm90", entry("100"))
     code, out = in_process(hopper, capsys, "--check")
     assert code == 1 and f"{HOPPER}: not compiled for sm_90a" in out
@@ -193,7 +196,9 @@ def test_hopper_kernels_must_be_compiled_for_hopper_without_losses(hopper: Tool,
     assert f"{HOPPER}: gelu_forward_kernel<bf16> on sm_90a: 8 bytes of stack" in out
 
 
-def test_without_logs_each_source_is_compiled_for_its_architectures(hopper: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_logs_each_source_is_compiled_for_its_architectures(
+    hopper: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
     in_process(hopper, capsys)
     text = hopper.table.read_text()
     logs = "".join(f"{source.stem})\ncat <<'END'\n{Path(f'{source}.o.ptxas').read_text()}END\n;;\n"
@@ -209,7 +214,7 @@ case $(basename "$2" .o) in
     flags = [flag for flag in hopper.flags("--check") if not flag.startswith("--logs")]
     assert kernel_table.main(flags) == 0, capsys.readouterr().out
     assert hopper.table.read_text() == text
-    assert [line.split("code=")[1:] for line in calls.read_text().splitlines()][0] == ["sm_90a"]
+    assert calls.read_text().splitlines()[0].split("code=")[1:] == ["sm_90a"]
     assert calls.read_text().splitlines()[1].count("code=sm_") == 5
 
 

@@ -19,7 +19,7 @@ def check_arithmetic(run: Run) -> dict:
     steps = run.records("step")
     assert len(steps) == 3
     for step in steps:
-        if step["mfu"] is None:                                 # other programs had the processors as the peak was measured
+        if step["mfu"] is None:  # other programs had the processors as the peak was measured
             assert record["flops_per_token"] * step["tokens_per_s"] > used
             continue
         # Three roundings to double on either side.
@@ -27,7 +27,7 @@ def check_arithmetic(run: Run) -> dict:
         tokens = step["tokens"] / step["step"]
         assert step["tokens_per_s"] == pytest.approx(tokens / step["step_ms"] * 1e3, rel=1e-15)
     assert peak["formula"] == "PaLM: 6 N + 12 L C T"
-    return peak
+    return dict(peak)
 
 
 @pytest.mark.parametrize("np", [1, 2])
@@ -62,8 +62,8 @@ def test_a_gpu_that_ranks_share_counts_once(lab: Lab, devices: int, dtype: str) 
 
 
 def test_a_run_without_memory_for_the_measurement_goes_on(lab: Lab) -> None:
-    """The smallest product and its numbers take just over 1024 KiB in fp32. The run takes 224, beside its workspace, and
-    has to leave 1/128 of the GPU to libraries."""
+    """The smallest product and its numbers take just over 1024 KiB in fp32. The run takes 224, beside its workspace,
+    and has to leave 1/128 of the GPU to libraries."""
     lab.program = EMULATED
     lab.defaults |= SHORT | {"device.kind": "cuda", "model.n_layer": 1, "model.n_embd": 16}
     lab.train("roomy")

@@ -110,9 +110,11 @@ def edit_header(directory: Path, change: Callable[[dict], object]) -> None:
 
 @pytest.mark.parametrize("how", USES)
 @pytest.mark.parametrize("change, said", [
-    (lambda h: h["wte.weight"].update(shape=[32, 257]), "wte.weight has shape [32, 257], the config's model needs [257, 32]"),
+    (lambda h: h["wte.weight"].update(shape=[32, 257]),
+     "wte.weight has shape [32, 257], the config's model needs [257, 32]"),
     (lambda h: h.update({"h.7.ln_1.weight": h.pop("h.1.ln_1.weight")}), "has no tensor h.1.ln_1.weight"),
-    (lambda h: h.update({"h.7.ln_1.bias": h.pop("h.1.ln_1.bias")}), "has no tensor h.1.ln_1.bias; use model.bias: false"),
+    (lambda h: h.update({"h.7.ln_1.bias": h.pop("h.1.ln_1.bias")}),
+     "has no tensor h.1.ln_1.bias; use model.bias: false"),
 ])
 def test_tensors_that_are_not_the_configs(base: Lab, foreign: Path, how: str, change: Callable[[dict], object],
                                           said: str) -> None:

@@ -16,7 +16,8 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
 def golden(case: Case) -> dict:
-    return json.loads(parity_case.golden_path(case).read_text())
+    read: dict = json.loads(parity_case.golden_path(case).read_text())
+    return read
 
 
 @each_case

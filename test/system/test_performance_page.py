@@ -1,20 +1,23 @@
-"""docs/performance.md and its pictures: what the committed results say, and nothing that no file says. Seen to fail: a bound
-with an op left out or counted once too often, a measured figure shown for another size, an old page taken for the new one.
+"""docs/performance.md and its pictures: what the committed results say, and nothing that no file says. Seen to fail: a
+bound with an op left out or counted once too often, a measured figure shown for another size, an old page taken for the
+new one.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_bench
-from conftest import REPO, run
 
 import performance_page
 import roofline
+import test_bench
+from conftest import REPO, run
 
+Place = Callable[..., tuple[int, str]]  # writes results, runs the script: its exit code, the page
 SCRIPT = [sys.executable, REPO / "scripts" / "gpu" / "performance_page.py"]
 PAGE = ["performance.md", "step.svg", "roofline.svg"]
 
@@ -74,7 +77,7 @@ def results(size: str, share_of_bound: float, tokens_per_s: float) -> dict:
 
 
 @pytest.fixture
-def place(tmp_path: Path):
+def place(tmp_path: Path) -> Place:
     (tmp_path / "results").mkdir()
     (tmp_path / "docs").mkdir()
 
@@ -91,7 +94,7 @@ def section(page: str, title: str) -> str:
     return page.split(f"### {title}")[1].split("\n### ")[0].split("\n## ")[0]
 
 
-def test_what_was_measured_is_shown_and_the_rest_is_not(place) -> None:
+def test_what_was_measured_is_shown_and_the_rest_is_not(place: Place) -> None:
     code, page = place({"nvidia-h200-2026-01-02.json": results("124m", 0.5, 612345.0)})
     assert code == 0
     training = section(page, "Training").splitlines()
@@ -107,7 +110,7 @@ def test_what_was_measured_is_shown_and_the_rest_is_not(place) -> None:
 
 
 @pytest.mark.parametrize("differs", [{"gpu": "NVIDIA A100"}, {"commit": "another"}, {"code": "another"}])
-def test_what_another_gpu_or_build_has_left_is_not_shown(place, differs: dict) -> None:
+def test_what_another_gpu_or_build_has_left_is_not_shown(place: Place, differs: dict) -> None:
     content = results("124m", 0.5, 612345.0)
     content["stages"]["ops-124m"]["environment_differs"] = differs
     content["stages"]["gaps"]["environment_differs"] = {"time": "another"}
@@ -117,7 +120,7 @@ def test_what_another_gpu_or_build_has_left_is_not_shown(place, differs: dict) -
     assert "gaps (failed). Left out, of another GPU or build: ops-124m." in page
 
 
-def test_the_pictures_show_what_was_measured_and_only_that(place, tmp_path: Path) -> None:
+def test_the_pictures_show_what_was_measured_and_only_that(place: Place, tmp_path: Path) -> None:
     place({})
     roof = (tmp_path / "docs" / "roofline.svg").read_text()
     assert "filled" not in roof and 'r="4"' not in roof and roof.count("not measured") == 2
@@ -130,7 +133,7 @@ def test_the_pictures_show_what_was_measured_and_only_that(place, tmp_path: Path
     assert f"124M B64: measured, ops in a row: {total:.1f} ms" in step and "1558M B16: measured" not in step
 
 
-def test_another_figure_makes_the_page_old(place) -> None:
+def test_another_figure_makes_the_page_old(place: Place) -> None:
     name = "nvidia-h200-2026-01-02.json"
     assert place({name: results("124m", 0.5, 6e5)})[0] == 0
     assert place({}, "--check")[0] == 0
@@ -144,7 +147,7 @@ def at(time: str, gpu: str, content: dict) -> dict:
     return content
 
 
-def test_the_newest_file_of_a_gpu_counts_and_the_newest_gpu_comes_first(place) -> None:
+def test_the_newest_file_of_a_gpu_counts_and_the_newest_gpu_comes_first(place: Place) -> None:
     h200 = "NVIDIA H200"
     _, page = place({"nvidia-h200-2026-01-02.json": at("2026-01-02T10", h200, results("124m", 0.5, 6e5)),
                      "nvidia-h200-2026-01-02-2.json": at("2026-01-02T11", h200, results("1558m", 0.5, 59e3)),

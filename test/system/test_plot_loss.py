@@ -1,20 +1,19 @@
 """scripts/plot_loss.py: the picture shows the numbers that the run wrote; what is no number is seen to be none."""
-import importlib.util
 import json
 import math
 import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import plot_loss
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_loss.py"
-spec = importlib.util.spec_from_file_location("plot_loss", SCRIPT)
-plot_loss = importlib.util.module_from_spec(spec)
-sys.modules["plot_loss"] = plot_loss  # dataclasses look their module up
-spec.loader.exec_module(plot_loss)
 
 
 def step(n: int, loss: object, **more: object) -> str:
@@ -32,7 +31,7 @@ def curve(n: int, floor: float = 1.5) -> list[str]:
         lines.append(step(i, floor + 4 / i))
         if i % 10 == 0:
             lines.append(evaluation(i, floor + 4 / i + 0.125))
-    return lines + ['{"type": "event", "step": 3, "what": "checkpoint"}', '{"type": "sample", "step": 3, "text": "x"}']
+    return [*lines, '{"type": "event", "step": 3, "what": "checkpoint"}', '{"type": "sample", "step": 3, "text": "x"}']
 
 
 def write(folder: Path, lines: list[str], tail: str = "") -> Path:
@@ -42,17 +41,18 @@ def write(folder: Path, lines: list[str], tail: str = "") -> Path:
 
 
 def axes_of(folders: list[Path], x: str = "step") -> dict:
-    runs = [plot_loss.read_run(str(f), label) for f, label in zip(folders, plot_loss.labels(list(map(str, folders))))]
-    return dict(zip(("loss", "rate", "norm"), plot_loss.make_figure(runs, x).axes))
+    names = plot_loss.labels(list(map(str, folders)))
+    runs = [plot_loss.read_run(str(f), label) for f, label in zip(folders, names, strict=True)]
+    return dict(zip(("loss", "rate", "norm"), plot_loss.make_figure(runs, x).axes, strict=True))
 
 
-def legend(ax) -> list[str]:
+def legend(ax: Any) -> list[str]:
     return [t.get_text() for t in ax.get_legend().get_texts()]
 
 
-def run(*args: object, code: int = 0, python: tuple = (), **options) -> str:
+def run(*args: object, code: int = 0, python: Sequence[str] = (), cwd: Path | None = None) -> str:
     command = [sys.executable, *python, str(SCRIPT), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and (code or not done.stderr)  # no warning of matplotlib's either
     return done.stderr if code else done.stdout
@@ -76,7 +76,7 @@ def pixels(path: Path) -> tuple[int, int, bytes]:
 # ---- the picture ----
 
 
-def test_one_run_shows_its_numbers(tmp_path):
+def test_one_run_shows_its_numbers(tmp_path: Path) -> None:
     axes = axes_of([write(tmp_path / "demo", curve(40))])
     raw, smooth, val = axes["loss"].lines
     assert list(raw.get_xdata()) == list(range(1, 41))
@@ -91,7 +91,7 @@ def test_one_run_shows_its_numbers(tmp_path):
     assert list(axes["norm"].lines[0].get_ydata()) == [1 / i for i in range(1, 41)]
 
 
-def test_several_runs_are_told_apart(tmp_path):
+def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     folders = [write(tmp_path / name, curve(30, floor)) for name, floor in (("a", 1.0), ("b", 2.0), ("_c$x$", 3.0))]
     axes = axes_of(folders)["loss"]
     assert len(axes.lines) == 9
@@ -102,7 +102,7 @@ def test_several_runs_are_told_apart(tmp_path):
     assert plot_loss.labels(twins) == twins
 
 
-def test_tokens_axis_places_evaluations_by_what_was_trained(tmp_path):
+def test_tokens_axis_places_evaluations_by_what_was_trained(tmp_path: Path) -> None:
     """An eval record's own token count is that of the validation text; steps between logged ones are interpolated."""
     lines = [step(5, 4.0), step(11, 3.0), evaluation(1, 4.5), evaluation(6, 3.5), evaluation(11, 3.25)]
     raw, _, val = axes_of([write(tmp_path / "a", lines)], "tokens")["loss"].lines
@@ -110,7 +110,7 @@ def test_tokens_axis_places_evaluations_by_what_was_trained(tmp_path):
     assert list(val.get_xdata()) == [512, 512 * 6, 512 * 11]
 
 
-def test_smoothing_follows_the_curve_and_calms_the_noise():
+def test_smoothing_follows_the_curve_and_calms_the_noise() -> None:
     x = list(range(3000))
     noisy = [2 + (-1) ** i * 0.5 for i in x]
     at, means = plot_loss.smoothed(x, noisy)
@@ -118,31 +118,31 @@ def test_smoothing_follows_the_curve_and_calms_the_noise():
     assert max(abs(m - 2) for m in means[100:]) < 0.02
     falling = [6 - i / 1000 for i in x]
     at, means = plot_loss.smoothed(x, falling)
-    assert max(abs(m - falling[i]) for i, m in zip(at, means) if i < 2900) < 1e-9  # it does not lag behind
+    assert max(abs(m - falling[int(i)]) for i, m in zip(at, means, strict=True) if i < 2900) < 1e-9  # it does not lag
     spiked = [1e30 if i == 100 else 2.0 for i in x]
     at, means = plot_loss.smoothed(x, spiked)
-    assert all(m == 2.0 for i, m in zip(at, means) if i > 200)  # a spike does not spoil what comes after it
+    assert all(m == 2.0 for i, m in zip(at, means, strict=True) if i > 200)  # a spike spoils nothing after it
     assert plot_loss.smoothed([5], [1.25]) == ([5], [1.25])
 
 
 @pytest.mark.parametrize("bad", ["NaN", "Infinity", "-Infinity", "null", '"NaN"', '"-inf"', "true", "[1]", '"x"'])
-def test_a_loss_that_is_no_number_is_a_gap_and_a_mark(tmp_path, bad):
+def test_a_loss_that_is_no_number_is_a_gap_and_a_mark(tmp_path: Path, bad: str) -> None:
     lines = curve(20)
     lines[5] = step(5, "LOSS").replace('"LOSS"', bad)
-    axes = axes_of([write(tmp_path / "a", lines + [evaluation(21, math.nan)])])["loss"]
+    axes = axes_of([write(tmp_path / "a", [*lines, evaluation(21, math.nan)])])["loss"]
     raw, _, mark, val = axes.lines
-    assert [i for i, v in zip(raw.get_xdata(), raw.get_ydata()) if not math.isfinite(v)] == [5]
+    assert [i for i, v in zip(raw.get_xdata(), raw.get_ydata(), strict=True) if not math.isfinite(v)] == [5]
     assert list(mark.get_xdata()) == [5]
     assert "not a number (1x)" in legend(axes)
     assert list(val.get_xdata()) == [10, 20]
 
 
-def test_the_last_record_of_a_step_counts_and_order_does_not_matter(tmp_path):
+def test_the_last_record_of_a_step_counts_and_order_does_not_matter(tmp_path: Path) -> None:
     raw = axes_of([write(tmp_path / "a", [step(2, 9.0), step(3, 3.0), step(1, 5.0), step(2, 4.0)])])["loss"].lines[0]
     assert list(raw.get_xdata()) == [1, 2, 3] and list(raw.get_ydata()) == [5.0, 4.0, 3.0]
 
 
-def test_torn_and_foreign_lines_are_passed_over(tmp_path):
+def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
     junk = ["", "not json", "[1, 2]", "3", '"text"', '{"type": "step"}', '{"type": "step", "step": "NaN", "loss": 1}',
             '{"type": "novelty", "step": 5}', "\x00\x00", "[" * 100_000, '{"type": "step", "step": 1' + "0" * 400 + "}"]
     folder = write(tmp_path / "a", junk + curve(10) + junk, tail=step(11, 1.0)[:40])
@@ -159,7 +159,7 @@ LITTLE = {"step": step(1, 5.5), "evaluation": evaluation(1, 5.5), "zero": step(1
 
 
 @pytest.mark.parametrize("lines", [*([line] for line in LITTLE.values()), curve(300)], ids=[*LITTLE, "300 steps"])
-def test_writes_a_valid_png_beside_the_metrics(tmp_path, lines):
+def test_writes_a_valid_png_beside_the_metrics(tmp_path: Path, lines: list[str]) -> None:
     folder = write(tmp_path / "a", lines)
     assert run(folder).strip() == str(folder / "loss.png")
     assert sorted(p.name for p in folder.iterdir()) == ["loss.png", "metrics.jsonl"]
@@ -167,7 +167,7 @@ def test_writes_a_valid_png_beside_the_metrics(tmp_path, lines):
     assert width > 1200 and height > 800 and len(set(rows)) > 20
 
 
-def test_where_the_picture_goes(tmp_path):
+def test_where_the_picture_goes(tmp_path: Path) -> None:
     a, b = (write(tmp_path / name, curve(12)) for name in "ab")
     assert run(a, b, cwd=tmp_path).strip() == "loss.png"
     pixels(tmp_path / "loss.png")
@@ -196,7 +196,7 @@ def test_where_the_picture_goes(tmp_path):
         (["a", "--out", "nowhere/loss.png"], 5, ["nowhere/loss.png", "--out"]),
     ],
 )
-def test_errors_name_the_thing_and_the_remedy(tmp_path, args, code, words):
+def test_errors_name_the_thing_and_the_remedy(tmp_path: Path, args: list[str], code: int, words: list[str]) -> None:
     write(tmp_path / "a", curve(5))
     write(tmp_path / "empty", [])
     write(tmp_path / "start", ['{"type": "run", "step": 0}'], tail='{"type":"step","st')
@@ -208,6 +208,6 @@ def test_errors_name_the_thing_and_the_remedy(tmp_path, args, code, words):
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.tmp"))
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path):
+def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     said = run(write(tmp_path / "a", curve(5)), code=2, python=("-I", "-S"))
     assert "matplotlib" in said and "python3-matplotlib" in said

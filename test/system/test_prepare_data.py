@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from prepared import END, documents, files, make, manifest_of, module, numbered, run, shard, tokens_of
-
+import prepare_data
+from prepared import END, documents, files, make, manifest_of, numbered, run, shard, tokens_of
 
 # ---- content ----
 
 
-def test_every_byte_value_comes_back_in_bytewise_order_of_names(tmp_path):
+def test_every_byte_value_comes_back_in_bytewise_order_of_names(tmp_path: Path) -> None:
     every = bytes(range(1, 256))
     texts = {"b/2.txt": every, "b.txt": "naïve café ☕\r\n".encode(), "B.txt": b"\n\n", "a": every[::-1], "é": b"x"}
     make(tmp_path / "in", texts)
@@ -23,7 +23,7 @@ def test_every_byte_value_comes_back_in_bytewise_order_of_names(tmp_path):
 
 
 @pytest.mark.parametrize("token_format, magic, version, width", [("v1", 20240520, 1, 2), ("u32", 20240801, 7, 4)])
-def test_headers_counts_and_checksums(tmp_path, token_format, magic, version, width):
+def test_headers_counts_and_checksums(tmp_path: Path, token_format: str, magic: int, version: int, width: int) -> None:
     texts = numbered(40)
     out = tmp_path / "new" / "out"  # made, parents too
     run(make(tmp_path / "in", texts), "--out", out, "--shard-tokens", 300, "--format", token_format)
@@ -52,7 +52,7 @@ def test_headers_counts_and_checksums(tmp_path, token_format, magic, version, wi
     assert set(files(out)) == named
 
 
-def test_characters_are_their_places_in_the_sorted_list(tmp_path):
+def test_characters_are_their_places_in_the_sorted_list(tmp_path: Path) -> None:
     """Over several documents, shards and jobs: nothing between documents, and the end of one file is the val text."""
     texts = {"a": b"Zoo!\n" * 50, "b": b"a zoo?\n" * 30}
     run(make(tmp_path / "in", texts), "--chars", "--out", tmp_path / "two", "--val-fraction", 0, "--shard-tokens", 99)
@@ -70,7 +70,7 @@ def test_characters_are_their_places_in_the_sorted_list(tmp_path):
     assert "in/c: byte 195 is no ASCII character; --chars needs ASCII text" in said
 
 
-def test_both_formats_hold_the_same_tokens(tmp_path):
+def test_both_formats_hold_the_same_tokens(tmp_path: Path) -> None:
     make(tmp_path / "in", numbered(12))
     for token_format in ("v1", "u32"):
         run(tmp_path / "in", "--out", tmp_path / token_format, "--format", token_format)
@@ -78,7 +78,7 @@ def test_both_formats_hold_the_same_tokens(tmp_path):
         assert tokens_of(tmp_path / "v1", split) == tokens_of(tmp_path / "u32", split) != []
 
 
-def test_same_bytes_for_any_jobs_and_any_order_on_disk(tmp_path):
+def test_same_bytes_for_any_jobs_and_any_order_on_disk(tmp_path: Path) -> None:
     texts = numbered(60)
     make(tmp_path / "one" / "in", texts)
     make(tmp_path / "two" / "in", dict(reversed(texts.items())))
@@ -89,7 +89,7 @@ def test_same_bytes_for_any_jobs_and_any_order_on_disk(tmp_path):
     assert len(got) > 6
 
 
-def test_order_of_inputs_does_not_matter(tmp_path):
+def test_order_of_inputs_does_not_matter(tmp_path: Path) -> None:
     make(tmp_path / "a", {"2.txt": b"two", "4.txt": b"four"})
     make(tmp_path / "b", {"1.txt": b"one", "3.txt": b"three"})
     for out, inputs in (("ab", ("a", "b")), ("ba", ("b", "a"))):
@@ -97,7 +97,7 @@ def test_order_of_inputs_does_not_matter(tmp_path):
         assert documents(tmp_path / out, "train") == [b"one", b"two", b"three", b"four"]
 
 
-def test_documents_longer_than_a_shard_are_cut_and_none_is_lost(tmp_path):
+def test_documents_longer_than_a_shard_are_cut_and_none_is_lost(tmp_path: Path) -> None:
     """Tiny shards put the cut everywhere, also just before an end-of-text."""
     texts = {"a": b"abcdefgh", "b": b"i", "c": b"jk", "d": b"lmnopqrstuvwxyz"}
     make(tmp_path / "in", texts)
@@ -110,7 +110,7 @@ def test_documents_longer_than_a_shard_are_cut_and_none_is_lost(tmp_path):
         assert len(sizes) == -(-len(whole) // size) and max(sizes) <= size and max(sizes) - min(sizes) <= 1
 
 
-def test_document_longer_than_the_read_buffer(tmp_path):
+def test_document_longer_than_the_read_buffer(tmp_path: Path) -> None:
     text = bytes(1 + i % 255 for i in range(1 << 16)) * 150  # 9.8 MB
     make(tmp_path, {"long.txt": text})
     run(tmp_path / "long.txt", "--out", tmp_path / "out", "--val-fraction", 0.5, "--shard-tokens", "3M")
@@ -121,7 +121,7 @@ def test_document_longer_than_the_read_buffer(tmp_path):
 # ---- validation split ----
 
 
-def test_split_follows_names_so_new_files_leave_old_ones_in_place(tmp_path):
+def test_split_follows_names_so_new_files_leave_old_ones_in_place(tmp_path: Path) -> None:
     texts = numbered(200)
     run(make(tmp_path / "in", texts), "--out", tmp_path / "before", "--val-fraction", 0.25)
     new = {f"new/{i}.txt": b"new %d" % i for i in range(50)}
@@ -137,7 +137,7 @@ def test_split_follows_names_so_new_files_leave_old_ones_in_place(tmp_path):
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.999999999])
 @pytest.mark.parametrize("n", [2, 3, 9])
-def test_neither_split_is_empty(tmp_path, fraction, n):
+def test_neither_split_is_empty(tmp_path: Path, fraction: float, n: int) -> None:
     run(make(tmp_path / "in", numbered(n)), "--out", tmp_path / "out", "--val-fraction", fraction)
     train, val = (documents(tmp_path / "out", s) for s in ("train", "val"))
     assert len(train) >= 1 and len(val) >= 1 and len(train) + len(val) == n
@@ -147,7 +147,7 @@ SIZES = [(1000, 0.1, 100), (999, 0.05, 50), (3, 0.1, 1), (2, 0.9, 1), (1, 0.1, 0
 
 
 @pytest.mark.parametrize("size, fraction, n_val", SIZES)
-def test_a_single_file_gives_its_end_to_val(tmp_path, size, fraction, n_val):
+def test_a_single_file_gives_its_end_to_val(tmp_path: Path, size: int, fraction: float, n_val: int) -> None:
     text = bytes(97 + i % 26 for i in range(size))
     run(make(tmp_path, {"a.txt": text}) / "a.txt", "--out", tmp_path / "out", "--val-fraction", fraction)
     assert documents(tmp_path / "out", "train") == [text[: size - n_val]]
@@ -157,7 +157,7 @@ def test_a_single_file_gives_its_end_to_val(tmp_path, size, fraction, n_val):
 # ---- what is read ----
 
 
-def test_binary_files_are_skipped_and_counted_unless_wanted(tmp_path):
+def test_binary_files_are_skipped_and_counted_unless_wanted(tmp_path: Path) -> None:
     late = b"x" * (5 << 20) + b"\0"  # the NUL lies beyond the first chunk
     make(tmp_path / "in", {"a.txt": b"text", "late": late, "n.bin": b"\0"})
     said = run(tmp_path / "in", "--out", tmp_path / "out", "--val-fraction", 0)
@@ -168,7 +168,7 @@ def test_binary_files_are_skipped_and_counted_unless_wanted(tmp_path):
     assert documents(tmp_path / "all", "train") == [b"text", late, b"\0"]
 
 
-def test_links_loops_duplicates_and_things_that_are_no_files(tmp_path):
+def test_links_loops_duplicates_and_things_that_are_no_files(tmp_path: Path) -> None:
     folder = make(tmp_path / "in", {"a.txt": b"A", "sub/b.txt": b"B", "empty.txt": b"", ".git/config": b"hidden"})
     make(tmp_path / "elsewhere", {"c.txt": b"C"})
     (folder / "sub" / "up").symlink_to(folder)  # a loop through the parent
@@ -184,28 +184,28 @@ def test_links_loops_duplicates_and_things_that_are_no_files(tmp_path):
     assert "skipped 4 broken link, 7 duplicate, 1 empty, 2 hidden, 2 special" in said
 
 
-def test_the_output_folder_is_not_an_input(tmp_path):
+def test_the_output_folder_is_not_an_input(tmp_path: Path) -> None:
     make(tmp_path, {"a.txt": b"A", "b.txt": b"B"})
     for _ in range(2):
         run(tmp_path, "--out", tmp_path / "out", "--overwrite", "--binary")
         assert manifest_of(tmp_path / "out")["source"]["documents"] == 2
 
 
-def test_include_and_exclude_choose_within_folders(tmp_path):
+def test_include_and_exclude_choose_within_folders(tmp_path: Path) -> None:
     make(tmp_path / "in", {"a.txt": b"A", "sub/b.txt": b"B", "sub/c.md": b"C", "skip/d.txt": b"D", "e.rst": b"E"})
     options = ("--include", "*.txt", "--include", "*.md", "--exclude", "skip/*", "--val-fraction", 0)
     run(tmp_path / "in", tmp_path / "in" / "e.rst", *options, "--out", tmp_path / "out")
     assert documents(tmp_path / "out", "train") == [b"A", b"E", b"B", b"C"]  # e.rst was named
 
 
-def test_max_bytes_cuts_the_last_document(tmp_path):
+def test_max_bytes_cuts_the_last_document(tmp_path: Path) -> None:
     make(tmp_path / "in", {"a": b"aaaa", "b": b"bbbb", "c": b"cccc"})
     for limit, expected in ((3, [b"aaa"]), (4, [b"aaaa"]), (6, [b"aaaa", b"bb"]), (99, [b"aaaa", b"bbbb", b"cccc"])):
         run(tmp_path / "in", "--out", tmp_path / "out", "--overwrite", "--val-fraction", 0, "--max-bytes", limit)
         assert documents(tmp_path / "out", "train") == expected
 
 
-def test_names_that_are_not_utf8(tmp_path):
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     """They sort as bytes: 0xff after the emoji's 0xf0, though as characters it would be before."""
     folder, out = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/in\xff", b"/out\xff"))
     make(folder, {os.fsdecode(b"\xff.txt"): b"second", "\U0001f600.txt": b"first"})
@@ -213,14 +213,13 @@ def test_names_that_are_not_utf8(tmp_path):
     assert documents(out, "train") == [b"first", b"second"]
 
 
-def test_the_python_library(tmp_path):
-    script = module()
+def test_the_python_library(tmp_path: Path) -> None:
     sys_argv, sys.argv = sys.argv, ["prepare_data", "--python-stdlib", "--out", str(tmp_path)]
     try:
-        args = script.arguments()
+        args = prepare_data.arguments()
     finally:
         sys.argv = sys_argv
-    names = [d.name for d in script.find(args, script.Counter())]
+    names = [d.name for d in prepare_data.find(args, prepare_data.Counter())]
     assert {"argparse.py", "json/decoder.py"} <= set(names) and len(names) > 300
     assert names == sorted(names, key=os.fsencode) and all(n.endswith(".py") for n in names)
     assert not [n for n in names if {"test", "tests", "site-packages", "dist-packages", "idlelib"} & set(n.split("/"))]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from prepared import DATA, IO, SCRIPT, files, make, manifest_of, module, numbered, run, shard
-
+import prepare_data
+from prepared import DATA, IO, SCRIPT, files, make, manifest_of, numbered, run, shard
 
 # ---- errors ----
 
@@ -39,7 +39,7 @@ from prepared import DATA, IO, SCRIPT, files, make, manifest_of, module, numbere
         (["/proc/self/mem"], IO, ["/proc/self/mem", "Input/output error", "--exclude"]),
     ],
 )
-def test_errors_name_the_thing_and_the_remedy(tmp_path, args, code, words):
+def test_errors_name_the_thing_and_the_remedy(tmp_path: Path, args: list[str], code: int, words: list[str]) -> None:
     make(tmp_path / "in", {"a.txt": b"A", "zero": b"\0", "none": b""})
     (tmp_path / "hollow").mkdir()
     said = run(*args, "--out", "out", code=code, cwd=tmp_path)
@@ -48,27 +48,26 @@ def test_errors_name_the_thing_and_the_remedy(tmp_path, args, code, words):
     assert not (tmp_path / "out").exists() or files(tmp_path / "out") == {}
 
 
-def test_out_is_required_and_must_be_a_folder(tmp_path):
+def test_out_is_required_and_must_be_a_folder(tmp_path: Path) -> None:
     make(tmp_path, {"a.txt": b"A", "out": b"a file"})
     assert "--out" in run("a.txt", code=2, cwd=tmp_path)
     assert "give --out a folder" in run("a.txt", "--out", "out", code=IO, cwd=tmp_path)
     assert (tmp_path / "out").read_bytes() == b"a file"
 
 
-def test_a_file_that_shrinks_is_an_error_that_names_it(tmp_path):
-    script = module()
+def test_a_file_that_shrinks_is_an_error_that_names_it(tmp_path: Path) -> None:
     make(tmp_path, {"a.txt": b"12345"})
     path = str(tmp_path / "a.txt")
-    with pytest.raises(script.Failure) as e:
-        shard = script.Shard("train_000000.bin", 9, [(path, 0, 8, True)])
-        list(script.encode(shard, "v1", script.BYTES, lambda n: None))
+    with pytest.raises(prepare_data.Failure) as e:
+        shard = prepare_data.Shard("train_000000.bin", 9, [(path, 0, 8, True)])
+        list(prepare_data.encode(shard, "v1", prepare_data.BYTES, lambda n: None))
     assert e.value.args[0] == IO and f"{path}: shrank" in e.value.args[1] and "3 bytes" in e.value.args[1]
 
 
 # ---- the set on disk ----
 
 
-def test_an_existing_set_is_kept_unless_overwritten(tmp_path):
+def test_an_existing_set_is_kept_unless_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(tmp_path / "in", numbered(30))
     run(tmp_path / "in", "--out", out, "--shard-tokens", 100)
@@ -82,19 +81,22 @@ def test_an_existing_set_is_kept_unless_overwritten(tmp_path):
     assert set(files(out)) == mine | {"manifest.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"}
 
 
-def test_a_failed_overwrite_leaves_the_old_set(tmp_path):
+def test_a_failed_overwrite_leaves_the_old_set(tmp_path: Path) -> None:
     """A limit on file size stands in for a full disk: write() fails in the middle of a shard."""
     out = tmp_path / "out"
     make(tmp_path / "in", numbered(30))
     run(tmp_path / "in", "--out", out)
     before = files(out)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
     said = run(tmp_path / "in", "--out", out, "--overwrite", "--shard-tokens", 2000, code=IO, preexec_fn=limit)
     assert ".bin.tmp: File too large; free some space" in said
     assert files(out) == before
 
 
-def test_two_writers_do_not_share_a_folder(tmp_path):
+def test_two_writers_do_not_share_a_folder(tmp_path: Path) -> None:
     make(tmp_path, {"a.txt": b"A", "out/keep": b""})
     folder = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
@@ -133,7 +135,7 @@ def is_whole(out: Path) -> bool:
 
 
 @pytest.mark.parametrize("old_set", [False, True], ids=["fresh", "overwrite"])
-def test_killed_at_any_instant_no_half_set_passes_for_a_whole_one(tmp_path, old_set):
+def test_killed_at_any_instant_no_half_set_passes_for_a_whole_one(tmp_path: Path, old_set: bool) -> None:
     """Killed before its n-th fsync, rename or unlink, for every n; then run again, to the same end."""
     out, new = tmp_path / "out", make(tmp_path / "new", numbered(6))
     options = ["--out", out, "--jobs", 1, *(["--overwrite"] if old_set else [])]
@@ -166,7 +168,7 @@ def test_killed_at_any_instant_no_half_set_passes_for_a_whole_one(tmp_path, old_
 # ---- what the user sees ----
 
 
-def test_one_plain_line_without_a_terminal(tmp_path):
+def test_one_plain_line_without_a_terminal(tmp_path: Path) -> None:
     said = run(make(tmp_path / "in", numbered(20)), "--out", tmp_path / "out")
     assert said.count("\n") == 1 and "\r" not in said and "\033" not in said
     manifest = manifest_of(tmp_path / "out")
@@ -175,7 +177,7 @@ def test_one_plain_line_without_a_terminal(tmp_path):
     assert said == f"{tmp_path / 'out'}: 20 documents, {counts}\n"
 
 
-def test_a_bar_on_a_terminal(tmp_path):
+def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     make(tmp_path / "in", {f"{i}.txt": b"x" * 1000 for i in range(50)})
     ours, theirs = pty.openpty()
     command = [sys.executable, str(SCRIPT), str(tmp_path / "in"), "--out", str(tmp_path / "out")]

@@ -1,7 +1,7 @@
 """scripts/build/sass_check.py: counts what a disassembler shows, and fails on each broken rule.
 
-The listing is in cuobjdump's format and its lines are from real ones.  Seen to fail: an accumulator's registers counted by
-the first alone, instructions under a predicate left out, each rule left out, an object for other GPUs taken.
+The listing is in cuobjdump's format and its lines are from real ones.  Seen to fail: an accumulator's registers counted
+by the first alone, instructions under a predicate left out, each rule left out, an object for other GPUs taken.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, Result, program, run
 
 import sass_check
+from conftest import REPO, Result, program, run
 
 SCRIPT = REPO / "scripts" / "build" / "sass_check.py"
 OBJECTS = REPO / "build" / "release" / "obj" / "cuda"
@@ -82,8 +82,8 @@ def test_what_is_counted(tmp_path: Path) -> None:
     done = check(tmp_path, LISTING)
     assert done.code == 0, done
     assert done.out == (
-        "attention_sm90_forward_kernel<64>: HGMMA 2, UTMALDG 2, UTMASTG 1, UTMAREDG 0, MUFU.EX2 1, WARPGROUP.DEPBAR 1, R2UR 1, "
-        "SHFL 1, setmaxnreg 24/240, instructions 17, highest register R103\n1 kernels, 0 broken rules\n"
+        "attention_sm90_forward_kernel<64>: HGMMA 2, UTMALDG 2, UTMASTG 1, UTMAREDG 0, MUFU.EX2 1, WARPGROUP.DEPBAR 1, "
+        "R2UR 1, SHFL 1, setmaxnreg 24/240, instructions 17, highest register R103\n1 kernels, 0 broken rules\n"
     )
     assert "highest register R87" in check(tmp_path, without("LDSM").replace("R24, R100,", "R24, R56,")).out
 
@@ -158,6 +158,7 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(tmp_path: Path, before: st
     program(tmp_path / "cuobjdump", f"[ \"$2 $3\" = '-arch sm_90a' ] && cat '{tmp_path}/listing'")
     program(tmp_path / "nvdisasm", "exit 1")
     found = sass_check.Disassembler.find(None, tmp_path)
+    assert found
     assert sass_check.check_widths(found, {"x": tmp_path / "x.o"}) == (2, broken)
 
 

@@ -69,7 +69,7 @@ class Bench:
             assert result.code == 0, result.err
             assert "not used" not in result.err, "a checkpoint under a good name was damaged"
             # Between the rename and the fsync after it either answer is right.
-            renaming = [c[0] for c in self.calls if c[1] == "rename" and c[2].endswith(f"/step_{INTERVAL}")][0]
+            renaming = next(c[0] for c in self.calls if c[1] == "rename" and c[2].endswith(f"/step_{INTERVAL}"))
             assert ("resuming from" in result.out) == done or n <= renaming + 2, result.out
             run_ = self.dir(name)
             assert run_.losses() == self.losses, "metrics.jsonl has other records"
