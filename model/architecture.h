@@ -106,6 +106,11 @@ struct Pass {
     int end() const { return last_layer < 0 ? config.L : last_layer; }
     bool is_first() const { return first_layer == 0; }
     bool is_last() const { return end() == config.L; }
+    // The same pass over another backend.
+    Pass on(const Backend& other) const {
+        return {other, config,     params,     acts,        grads,      batch, recompute,
+                train, grad_scale, accumulate, first_layer, last_layer, stream};
+    }
 };
 
 // How Hugging Face's library stores a model.

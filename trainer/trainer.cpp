@@ -7,6 +7,7 @@
 #include "comm/run_fold.h"
 #include "common/clock.h"
 #include "common/hash.h"
+#include "kernels/cost.h"
 #include "trainer/broadcast.h"
 #include "trainer/tuning.h"
 
@@ -16,10 +17,15 @@ TrainerOptions checked(TrainerOptions o) {
     return o;
 }
 
-// Launches of a rank's part of a step on a GPU, about.
-int64_t launches_of_step(const ModelConfig& c, int n_micro) {
-    constexpr int64_t kPerBlock = 26, kElse = 30;  // of a micro-batch
-    return n_micro * (c.L * kPerBlock + kElse);
+// Launches of a forward and a backward pass on a GPU, about.
+int64_t launches_of(const Pass& x) {
+    const Recording recording;
+    const Pass recorded = x.on(recorder_backend());
+    x.config.architecture->forward(recorded);
+    x.config.architecture->backward(recorded);
+    int64_t n = 0;
+    for (const AnyOp& op : recording.ops()) n += cost(op).launches;
+    return n;
 }
 }  // namespace
 
@@ -47,7 +53,8 @@ Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options, const Mak
     if (!o_.inference) {
         marks_.emplace(k_, share_.n_micro);
         losses_.emplace(k_, memory_.losses.n_bytes());
-        graphs_.emplace(k_, o_.graph, launches_of_step(o_.model, share_.n_micro), o_.nccl != nullptr);
+        const int64_t n_launches = share_.n_micro * launches_of(training_pass(batch(0), memory_.grads[0], false));
+        graphs_.emplace(k_, o_.graph, n_launches, o_.nccl != nullptr);
     }
     k_.synchronize(stream_);
     if (sync_) sync_->start(stream_);

@@ -43,9 +43,9 @@ def test_graphs_do_not_change_a_run(gpus: Lab, np: int, devices: int, allreduce:
 
 
 def test_a_step_that_is_not_replayed_is_an_event(gpus: Lab) -> None:
-    """1200 micro-batches are more launches than a graph holds.  The run record is written before a step is recorded, so
+    """1800 micro-batches are more launches than a graph holds.  The run record is written before a step is recorded, so
     what came of it is told by an event alone."""
-    many: dict[str, object] = {"model.n_layer": 1, "model.context_length": 1, "train.global_batch_size": 1200,
+    many: dict[str, object] = {"model.n_layer": 1, "model.context_length": 1, "train.global_batch_size": 1800,
                                "train.micro_batch_size": 1, "train.max_steps": 1, "checkpoint.interval": 0}
     out = gpus.train("many", many).out
     gpus.train("few", many | {"train.global_batch_size": 2, "train.max_steps": 5})
