@@ -11,7 +11,7 @@ CPU        ?= native## instruction set for -march=; x86-64-v3 for a binary that 
 SANITIZE   ?=## 1: address and undefined-behaviour sanitizers (C++ tests only)
 DEBUG      ?=## 1: -O1, assertions on
 CUDA       ?= $(if $(NVCC),1,0)## 0: a ./train for the CPU alone, without nvcc
-ARCH       ?= 80 86 89 90a 100## compute capabilities to compile for; the last also as PTX, for later ones
+ARCH       ?= 80 86 89 90a 100## compute capabilities to compile for; the last also as PTX, for later GPUs
 NVCC       ?= $(call first,$(CUDA_HOME:%=%/bin/nvcc) nvcc /usr/local/cuda/bin/nvcc)
 DEPS       ?= 1## 0: never look for or install packages
 PYTHON     ?= $(call first,/usr/bin/python3 python3)
@@ -20,7 +20,7 @@ MPIRUN     ?= $(call first,mpirun.mpich mpirun)
 CCACHE     ?= $(call first,ccache)## compiler cache; empty: none
 
 export MPIRUN PYTHON
-# Clones share the cache: paths below this folder count as relative, and debug information names them so.
+# Clones share the compiler cache: paths below this folder are relative, in debug information too.
 export CCACHE_BASEDIR ?= $(CURDIR)
 
 VARIANT    := $(if $(SANITIZE),sanitize,$(if $(DEBUG),debug,release))
@@ -29,14 +29,14 @@ O          := $(B)/obj
 # GCC's documentation: a sanitizer may cause false warnings of -Wmaybe-uninitialized (GCC 12 does so in its own <regex>).
 SAN        := $(if $(SANITIZE),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined \
                                -fno-omit-frame-pointer -Wno-maybe-uninitialized)
-# Files that compute are optimised for it; those that hardly compute are not, and compile in half the time.  Contracted
-# products (FMA) begin at -O2: below it the same source gives other bits.
+# Files that compute are optimised; the other files compile at a lower level in half the time.  Contracted products
+# (FMA) begin at -O2: below -O2 the same source gives other bits.
 LEVEL       = $(if $(DEBUG)$(SANITIZE),-O1,-O2)
 OPT         = $(LEVEL) $(if $(DEBUG),-g,-g1) $(if $(DEBUG)$(SANITIZE),,-DNDEBUG)
 CXXFLAGS   += -std=c++20 -I. -Wall -Wextra -Werror -Wno-missing-field-initializers -Wno-restrict -fopenmp -march=$(CPU) \
               -fno-math-errno -fno-trapping-math -ffile-prefix-map=$(CURDIR)=. $(OPT) $(SAN)
 LIBS       := -ldnnl -lyaml-cpp -lfmt -lxxhash
-# The library that programs and tests share; then what only ./train has, of which MAIN depends on the device (KILN_CUDA).
+# The library that programs and tests share, then the files of ./train alone; MAIN's depend on the device (KILN_CUDA).
 LIB_SRC    := $(filter-out comm/nccl.cpp bench/bench_%,$(wildcard $(addsuffix /*.cpp,common kernels kernels/cpu model trainer \
                 checkpoint data comm bench))) run/attention_kernels.cpp
 LIB_OBJ    := $(LIB_SRC:%.cpp=$(O)/%.o)
@@ -65,15 +65,15 @@ test: deps ## all tests; the last line is "N passed, N failed"
 	@$(MAKE) --no-print-directory -j$$(nproc) $(TESTS)
 	$(PYTHON) test/run.py --build $(B) --mpirun $(MPIRUN) $(if $(SANITIZE),--no-system,--race $(RACE))
 
-quick: ## lint, and the tests of what differs from HEAD: under a minute after touching one kernel
+quick: ## lint, and the tests of files that differ from HEAD: under a minute after touching one kernel
 	@$(PYTHON) test/quick.py --build $(B)
 
-test-full: ## test, then the sanitizers' suites and all barriers left out: what CI runs in a shorter form
+test-full: ## test, the sanitizers' suites and removals, all in full; CI runs a shorter form
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test SANITIZE=1
 	@$(MAKE) --no-print-directory removals
 
-parity: all ## losses and gradient norms against PyTorch, made afresh
+parity: all ## compare losses and gradient norms with PyTorch, both computed anew
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
 	$(PYTHON) scripts/pytorch/parity.py
 

@@ -10,8 +10,8 @@ TOOLKIT    := $(if $(NVCC),$(abspath $(dir $(realpath $(NVCC)))..))
 CUDA_FLAGS := -I$(TOOLKIT)/include -DKILN_CUDA=1
 CUDA_LIBS   = -L$(TOOLKIT)/lib64 -Wl,-rpath,$(TOOLKIT)/lib64 $(CUDNN_RPATH) -lcublasLt -lnccl -lcudart_static -ldl -lrt -lpthread
 
-# cuDNN, for comparison: only its headers and cudnn-frontend's are needed here, and the library is loaded when it is asked for.
-# Looked for beside nvcc, in /usr, in python's packages, and where scripts/install_deps.sh --cudnn puts it.
+# cuDNN, for comparison: a build needs the headers of cuDNN and cudnn-frontend; a program loads the library when asked.
+# The headers may be beside nvcc, in /usr, in python's packages, and where scripts/install_deps.sh --cudnn puts them.
 PACKAGES   := $(VIRTUAL_ENV:%=%/lib/python3*/site-packages) $(HOME)/.local/lib/python3*/site-packages /usr/local/lib/python3*/*-packages
 has_header  = $(patsubst %/include/$(1),%,$(firstword $(wildcard $(2:%=%/include/$(1)))))
 CUDNN      ?= $(call has_header,cudnn.h,$(TOOLKIT) /usr $(PACKAGES:%=%/nvidia/cudnn) build/deps/cudnn)## folder with cuDNN 9's include/cudnn.h; 0: without cuDNN
@@ -21,7 +21,7 @@ CUDNN_MISSING := $(if $(filter 0,$(CUDNN)),make was told CUDNN=0,$(if $(call has
 CUDNN_FLAGS := $(if $(CUDNN_MISSING),-DKILN_CUDNN_MISSING='"$(subst ','\'',$(CUDNN_MISSING))"',-DKILN_CUDNN=1 \
                $(patsubst %,-I%/include,$(filter-out /usr $(TOOLKIT),$(CUDNN))) $(patsubst %,-isystem %/include,$(filter-out /usr,$(CUDNN_FRONTEND))))
 CUDNN_RPATH := $(if $(CUDNN_MISSING),,$(patsubst %,-Wl$(comma)-rpath$(comma)%/lib,$(abspath $(filter-out /usr $(TOOLKIT),$(CUDNN)))))
-# FMT_USE_CONSTEXPR: fmt 9 takes nvcc for a compiler without constexpr.
+# FMT_USE_CONSTEXPR: fmt 9 wrongly assumes that nvcc has no constexpr.
 NVCC_FLAGS  = -std=c++20 -O3 -lineinfo -I. -DKILN_CUDA=1 -DFMT_USE_CONSTEXPR=1 -Werror all-warnings -Xcompiler -Wall,-fopenmp \
               -Xptxas --warn-on-spills,--warning-as-error,-v $(if $(DEBUG),,-DNDEBUG) \
               $(foreach a,$(ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
@@ -45,11 +45,11 @@ bundle: ## build/kiln-bundle.tar.zst: all that another machine with a GPU needs
 
 native: $(NATIVE)
 
-kernel-table: $(KERNEL_OBJ) ## registers, memory and spills of each kernel into docs/kernels.md
+kernel-table: $(KERNEL_OBJ) ## write registers, memory and spills of each kernel into docs/kernels.md
 	$(PYTHON) scripts/build/kernel_table.py --logs $(N)
 kernel-table-check: $(KERNEL_OBJ)
 	$(PYTHON) scripts/build/kernel_table.py --logs $(N) --check
-sass-check: $(KERNEL_OBJ) ## rules that the machine code of Hopper's and the memory-bound kernels keeps; needs a disassembler
+sass-check: $(KERNEL_OBJ) ## check the machine code of the Hopper and the memory-bound kernels; needs a disassembler
 	$(PYTHON) scripts/build/sass_check.py --objects $(N)
 
 $(B)/train: $(MAIN:%=$(O)/cuda/%.o) $(RUN_OBJ) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
@@ -60,19 +60,19 @@ $(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/emulator/test/test_isa.o $
 $(B)/bench_attention: $(O)/cuda/bench/bench_attention.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 KERNEL = @[ -n "$(NVCC)" ] || { echo "nvcc not found: kernels need the CUDA toolkit (CUDA_HOME); without it: make CUDA=0, make emulated"; exit 2; }; \
          echo "nvcc $<"; scripts/build/nvcc.sh $@ $(CCACHE) $(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@
-# Another compiler, ARCH or flag compiles the kernels anew.
+# A change of compiler, ARCH or flags recompiles the kernels.
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
-# A kernel file that became a .cpp still stands in a .d of an older build: whatever takes its place is compiled.
+# A .d file of an older build may name a .cu file that has become a .cpp: this empty rule stands in for the old file.
 kernels/cuda/%.cu: ;
 $(O)/cuda/%.o: %.cpp; $(COMPILE) $(CUDA_FLAGS) -c $< -o $@
 $(N)/%.o: %.cu $(N)/flags; $(KERNEL)
-$(N)/%_sm90.o $(N)/sm90/%.o: override ARCH := 90a# instructions of that one architecture
+$(N)/%_sm90.o $(N)/sm90/%.o: override ARCH := 90a# uses instructions of this architecture alone
 $(N)/sm90/%.o: NVCC_FLAGS += -DKILN_SM90=1
 $(N)/sm90/%.o: %.cu; $(KERNEL)
 $(O)/cuda/train.o: train.cu build/commit; $(COMPILE) $(CUDA_FLAGS) $(COMMIT) -x c++ -c $< -o $@
 
-# cudnn-frontend's headers are 30,000 lines: neither debug information nor much optimisation for the calls into them.
+# cudnn-frontend's headers are 30,000 lines: no debug information and little optimisation for the file that calls them.
 CUDNN_OBJ  := $(O)/cuda/kernels/cuda/attention_cudnn.o
 $(shell mkdir -p $(O)/cuda)$(file >$(O)/cuda/cudnn.flags.new,$(CUDNN_FLAGS))
 $(shell cmp -s $(O)/cuda/cudnn.flags.new $(O)/cuda/cudnn.flags || cp $(O)/cuda/cudnn.flags.new $(O)/cuda/cudnn.flags)
@@ -83,7 +83,7 @@ $(CUDNN_OBJ): CUDA_FLAGS := $(CUDNN_FLAGS) $(CUDA_FLAGS) -O1 -g0
 EMU_SRC    := $(CUDA_SRC) $(wildcard emulator/*.cpp)
 EMU_OBJ    := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_SRC)))
 EMU_FLAGS  := -Iemulator/include -DKILN_CUDA=1
-# The emulator's core is fast in every variant and never instrumented: in a sanitizer build it poisons by hand.
+# The emulator's core is optimised and uninstrumented in every variant; sanitizer builds poison memory by hand.
 EMU_CORE   := $(patsubst %,$(O)/emulated/emulator/%.o,async counters fiber hooks launch memory mma race report scheduler sync tma wgmma)
 EMU_KERNEL_TESTS := $(wildcard emulator/test/*.cu)
 EMU_HOST_TESTS   := $(patsubst %.cpp,$(O)/emulated/%.o,$(wildcard emulator/test/*.cpp))
@@ -104,8 +104,8 @@ $(O)/emulated/%.o: %.cu; $(COMPILE) $(EMU_FLAGS) $(if $(SANITIZE),,-O2) -x c++ -
 $(O)/emulated/train.o: train.cu build/commit; $(COMPILE) $(EMU_FLAGS) $(COMMIT) -x c++ -c $< -o $@
 
 # ---- with the race check: kernels call the emulator's hooks at every access ----
-# They are compiled with -fsanitize=thread and linked without it; they come last in a link, or std:: templates would be
-# taken from them for the whole program.
+# Kernels are compiled with -fsanitize=thread and linked without it.  Their objects come last in a link; otherwise the
+# whole program would take its std:: templates from these objects.
 RACE       := $(B:build/$(VARIANT)%=build/race%)
 RACE_FLAGS := $(EMU_FLAGS) -O1 -fsanitize=thread
 TO_HOOKS   := $(foreach f,memcpy memmove memset,--redefine-sym $(f)=__tsan_$(f))
@@ -117,14 +117,14 @@ $(RACE)/test_emulator: $(O)/test/main.o $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA) $(E
 $(RACE)/test_race: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA); $(LINK)
 $(RACE)/obj/emulated/%.o: %.cu; $(COMPILE) $(RACE_FLAGS) -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
 $(RACE)/obj/%.o: %.cpp; $(COMPILE) $(EMU_FLAGS) -O1 -DKILN_RACE=1 -c $< -o $@
-# emulator/test/mutate.py writes a copy of the kernels whose barriers can be left out one by one.
+# emulator/test/mutate.py writes a copy of the kernels in which barriers can be left out one by one.
 build/mutants/test_mutants: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(patsubst %.cu,build/mutants/obj/%.o,$(filter %.cu,$(CUDA_SRC))); $(LINK)
 build/mutants/obj/%.o: build/mutants/src/%.cu
 	$(COMPILE) -iquote build/mutants/src $(RACE_FLAGS) -include left_out.h -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
 
-removals: ## all barriers and waits left out of the kernels, each once; records the run
+removals: ## leave out every barrier and wait of the kernels, one at a time; records the run
 	$(PYTHON) emulator/test/mutate.py --record
-# Those in files that changed since the recorded run, and each eighth of the others; the commit says which.
+# Removals in files that changed since the recorded run, and an eighth of the others, chosen by the commit.
 removals-changed:
 	$(PYTHON) emulator/test/mutate.py --changed --every 8 --first $$((16#$$(git rev-parse --short=6 HEAD)))
 

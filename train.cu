@@ -4,7 +4,7 @@
 //   ./train generate --config F     sample text from a trained model
 //   ./train eval --config F         loss on the val shards
 //   ./train bench --config F        time of each op of this model's step; needs no data
-//   ./train --keys                  the config's keys, as README.md has them
+//   ./train --keys                  the table of config keys that README.md shows
 #include <CLI/CLI.hpp>
 
 #include <chrono>
@@ -18,7 +18,7 @@
 #include "run/run_dir.h"
 
 namespace {
-// Adds what every command takes.
+// Adds the options that every command takes.
 void add_config_options(CLI::App& app, CommandLine& line) {
     app.add_option("--config", line.config, "YAML file; README.md lists its keys")->required();
     app.add_option("--set", line.set, "override a key: --set train.max_steps=100 (repeatable)")
@@ -32,7 +32,7 @@ void describe(CLI::App& app, CommandLine& line) {
     CLI::Option* resume = app.add_flag("--resume", line.resume, "continue from the newest valid checkpoint of the run");
     app.add_flag("--overwrite", line.overwrite, "start afresh: removes the files of an earlier run")->excludes(resume);
     app.fallthrough();
-    // CLI11's only flag that prints a text of ours and ends the program.
+    // Only CLI11's version flag prints a text of ours and ends the program.
     app.set_version_flag("--keys", config_table, "print the table of the config's keys, as README.md has it, and exit");
 
     CLI::App* generate = app.add_subcommand("generate", "sample text from a trained model");
@@ -61,18 +61,18 @@ void describe(CLI::App& app, CommandLine& line) {
             [later] { fail(Exit::usage, "./train {}: not available in this build", later); });
 }
 
-// Says what went wrong once and ends every rank with the code.
+// Prints the error, once where all ranks fail alike, and returns the exit code.
 int report(const Comm& comm, const Progress& progress, Exit code, const char* message) {
-    // Ranks mostly fail alike: rank 0 speaks for all, and its abort ends the others while they wait here.
+    // Ranks mostly fail alike: rank 0 speaks for all, and its abort ends the other ranks while they wait here.
     if (comm.rank() != 0) std::this_thread::sleep_for(std::chrono::milliseconds(400));
-    // A rank that lost a peer gives the peer time to tell what happened.
+    // A rank that lost a peer gives the peer time to report its own error.
     if (code == Exit::peer_lost && comm.size() > 1) std::this_thread::sleep_for(std::chrono::seconds(1));
     const std::string from = comm.size() > 1 ? fmt::format("[rank {}] ", comm.rank()) : "";
     std::fprintf(stderr, "\n%serror: %s\n", from.c_str(), message);
     std::fflush(stderr);
     try {
         if (!progress.run_dir.empty()) write_status(progress.run_dir, "failed", progress.step, int(code), message);
-    } catch (const std::exception&) {  // the message and the exit code already tell
+    } catch (const std::exception&) {  // the message and the exit code already report the failure
     }
     return int(code);
 }
@@ -88,7 +88,7 @@ int main(int argc, char** argv) {
         const int status = mpi ? report(mpi->world(), progress, code, message)
                                : (std::fprintf(stderr, "error: %s\n", message), int(code));
         if (mpi && mpi->world().size() > 1) {
-            // mpirun loses what it has not read before an abort.
+            // An abort loses output that mpirun has not read yet.
             std::this_thread::sleep_for(std::chrono::milliseconds(200));
             mpi->world().abort(code);
         }

@@ -1,14 +1,14 @@
-// How fast the attention kernels of the CUDA backend are, side by side: every one that this build and device have, in
-// one process, in turn.  bf16, causal, normal numbers, no dropout.
+// Times the attention kernels of the CUDA backend side by side: all kernels of this build that run here, in turn, in
+// one process.  bf16, causal, normally distributed numbers, no dropout.
 //
-//     bench_attention                                        the shapes that the goals below are for
+//     bench_attention                                        the shapes of the goals below
 //     bench_attention --shape 8x16x2048x64 --kernel sm90 --kernel portable --json attention.jsonl
 //
-// How a sample is taken: bench/timing.h.  In each round every kernel has one sample, so that a change of clocks hits
-// all.
+// bench/timing.h says how a sample is taken.  Each round takes one sample of every kernel, so that a change of clocks
+// hits all kernels.
 //
-// FLOP are the useful ones: 2 per multiply-add, the causal half of T^2; forward two products, backward 2.5 times that,
-// the scores computed again.  What a kernel computes beyond them does not make it faster.
+// FLOP counts useful work only: 2 per multiply-add and the causal half of T^2; two products in the forward, 2.5 times
+// as many in the backward, which computes the scores again.  Work beyond that does not raise a kernel's rate.
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
@@ -45,7 +45,7 @@ Shape parse_shape(const std::string& text) {
     Shape z{};
     int length = 0;
     const int n = std::sscanf(text.c_str(), "%dx%dx%dx%d%n", &z.B, &z.NH, &z.T, &z.HS, &length);
-    // Of other heads sm90 and cudnn would time the portable kernels, which compute them.
+    // With other head sizes sm90 and cudnn would run, and time, the portable kernels.
     if (n != 4 || size_t(length) != text.size() || z.B < 1 || z.NH < 1 || z.T < 1 || !is_fast_head(z.HS))
         fail(Exit::usage, "--shape {}: expected BxNHxTxHS with HS 64 or 128, such as 64x12x1024x64", text);
     return z;
@@ -64,7 +64,7 @@ const Result* find(const std::vector<Result>& all, const std::string& shape, boo
         if (r.shape == shape && r.backward == backward && r.kernel == kernel) return &r;
     return nullptr;
 }
-// How many times as fast as another kernel at the same work.
+// How many times as fast as kernel `other` at the same work.
 std::optional<double> speed_beside(const std::vector<Result>& all, const Result& r, AttentionKernel other) {
     const Result* const o = find(all, r.shape, r.backward, other);
     return o ? std::optional(o->us / r.us) : std::nullopt;
@@ -76,8 +76,8 @@ struct Goal {
     const char* shape;
     bool backward;
     AttentionKernel kernel;
-    double least;                                // TFLOP/s, or as many times as fast as
-    std::optional<AttentionKernel> beside = {};  // this one
+    double least;                                // TFLOP/s; with `beside`, the ratio of speeds
+    std::optional<AttentionKernel> beside = {};  // the kernel to compare with
     bool stretch = false;
 };
 constexpr bool kForward = false, kBackward = true;
@@ -105,7 +105,7 @@ const Goal kGoals[] = {
 };
 // clang-format on
 
-// What was reached of the goal; nothing where it was not measured.
+// The figure reached for the goal; none where the goal's kernel was not measured.
 std::optional<double> reached(const Goal& g, const std::vector<Result>& all) {
     const Result* const r = find(all, g.shape, g.backward, g.kernel);
     if (!r) return std::nullopt;
@@ -127,7 +127,7 @@ struct Report {
 std::string times(const std::optional<double>& ratio) { return ratio ? fmt::format("{:.2f}x", *ratio) : ""; }
 nlohmann::ordered_json or_null(const std::optional<double>& v) { return v ? nlohmann::ordered_json(*v) : nullptr; }
 
-// The rows of one shape and way, when all kernels have been measured.
+// Reports one shape, forward or backward, once all kernels are measured.
 void report(Report& out, const Shape& z, bool backward, const std::vector<AttentionKernel>& kernels,
             const std::vector<Samples>& us) {
     const double flop = z.flop(backward);
@@ -168,7 +168,7 @@ void measure(Bench& bench, const Shape& z, const std::vector<AttentionKernel>& k
     std::vector<Call> calls;
     for (const AttentionKernel kernel : kernels) {
         const Backend& k = cuda_backend(kernel);
-        // Each its own y and lse: its backward starts from what its forward has left.
+        // Each kernel has its own y and lse: the backward reads the results of the forward.
         const Attention a{.y = bench.real(z.size()),
                           .lse = bench.stat(z.stats()),
                           .qkv = qkv,
@@ -195,7 +195,7 @@ void measure(Bench& bench, const Shape& z, const std::vector<AttentionKernel>& k
     for (const bool backward : {kForward, kBackward}) {
         std::vector<AttentionKernel> measured;
         std::vector<Bench::Run> runs;
-        // The others still count where one fails.
+        // Where one kernel fails, the others still count.
         std::erase_if(calls, [&](const Call& c) {
             try {
                 bench.warm_up(c.run[backward]);
@@ -234,7 +234,7 @@ void report_goals(Report& out, const std::string& device) {
     }
 }
 
-// Those that are asked for, or all that can run; says why another one cannot.
+// The kernels asked for, or all that can run; prints why a kernel cannot.
 std::vector<AttentionKernel> choose(const Options& o, Report& out) {
     std::vector<AttentionKernel> chosen;
     for (const AttentionKernel kernel : kKernels) {
@@ -280,7 +280,7 @@ void run(const Options& o) {
 
 int main(int argc, char** argv) {
     Options o;
-    if (emulator::reset_device) o.shapes = {"1x2x160x64", "1x1x130x128"};  // more takes the emulator too long
+    if (emulator::reset_device) o.shapes = {"1x2x160x64", "1x1x130x128"};  // larger shapes take the emulator too long
     CLI::App app("time and arithmetic rate of the attention kernels of a GPU, side by side");
     std::vector<std::string> names;
     for (const AttentionKernel kernel : kKernels) names.emplace_back(attention_name(kernel));

@@ -1,9 +1,9 @@
-// How far kiln's matrix products are from the library's own: every product of one training step of GPT-2, once by
-// kiln's fixed tiles and once by one native multi-threaded dnnl_sgemm with the same transposes, alternating so that
-// drift cancels.  Operands rotate through more memory than the caches hold, as in a step.  Prints one JSON object;
-// times are medians, except ratio_of_best, from the least times.
+// Compares kiln's matrix products with oneDNN's own: every product of one training step of GPT-2, by kiln's fixed tiles
+// and by one native multi-threaded dnnl_sgemm with the same transposes, in turn so that drift cancels.  Operands rotate
+// through more memory than the caches hold, as in a step.  Prints one JSON object; times are medians, except
+// ratio_of_best, which is of the least times.
 //
-//     gemm --batch 4 --context 64 --layers 12 --embd 768 --vocab 50257 --threads 2 --repeats 7
+//     bench_gemm --batch 4 --context 64 --layers 12 --embd 768 --vocab 50257 --threads 2 --repeats 7
 #include <oneapi/dnnl/dnnl.h>
 
 #include <CLI/CLI.hpp>
@@ -23,14 +23,14 @@ struct Product {
     std::string name;
     int M, N, K;
     bool a_transposed, b_transposed;
-    int count;  // of these in a step
+    int count;  // per step
 };
 struct Times {
     double native_ms = 0, kiln_ms = 0;            // medians
-    double native_best_ms = 0, kiln_best_ms = 0;  // least: on a machine that others use too, the only steady figure
+    double native_best_ms = 0, kiln_best_ms = 0;  // least times: the only steady figure on a shared machine
 };
 
-// The three products of a Linear (BT, C) -> (BT, OC), which the step has `count` times.
+// The three products of a Linear (BT, C) -> (BT, OC) that a step computes `count` times.
 void add_linear(std::vector<Product>& all, const std::string& name, int BT, int C, int OC, bool w_transposed,
                 int count) {
     all.push_back({name + ".forward", BT, OC, C, false, w_transposed, count});

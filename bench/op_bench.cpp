@@ -78,13 +78,13 @@ class Report {
     }
 
     void leave_out(const std::string& op, const Error& e) {
-        // The rest still counts; too little memory is no failure of an op.
+        // The other ops still count; lack of memory is no failure of an op.
         const bool memory = e.code == Exit::memory;
         left_out_.push_back(fmt::format("{:32} {}", op, memory ? "left out: not enough memory" : e.what()));
         n_failed_ += !memory;
     }
 
-    // The table, and where the step goes when all of it is known.
+    // Prints the table and, when every op was measured, each part's share of the step.
     void end(bool all) {
         double step_us = 0;
         for (const Timed& t : all_) step_us += t.step_us();

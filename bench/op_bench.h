@@ -1,4 +1,4 @@
-// `./train bench`: time, rate and share of the device's own limit of each op of a training step (bench/op_table.h).
+// `./train bench`: time, rate and share of the device's limit for each op of a training step (bench/op_table.h).
 #pragma once
 #include <string>
 
@@ -11,8 +11,8 @@ struct OpBench {
     std::string only;               // ops whose name contains this
     bench::Settings settings;
 };
-// Prints the table and writes settings.json, an object per line: `run`, `peak`, an `op` each and, where all ops were
-// measured, `step`.  An op that fails, or does not fit into memory, is named and the others still count; failures are
-// Error(Exit::internal) at the end.
-// `comm` is that of a single rank.
+// Prints the table and writes the file that settings.json names, one object per line: `run`, `peak`, `op` for each op
+// and, where all ops were measured, `step`.  Ops that fail or do not fit into memory are named, and the others still
+// count; failures end as Error(Exit::internal).
+// `comm` has a single rank.
 void run_op_bench(const Backend& k, Comm& comm, const OpBench& o);

@@ -15,16 +15,16 @@ using bench::shape_of;
 namespace {
 // ---- Names.
 
-// Products go by the name of their weights, those of GPT-2 by shorter ones.
+// Products have the names of their weights; GPT-2's weights have these shorter names.
 constexpr std::pair<std::string_view, std::string_view> kLabels[] = {{"attn.c_attn", "qkv"},
                                                                      {"attn.c_proj", "attention proj"},
                                                                      {"mlp.c_fc", "fc"},
                                                                      {"mlp.c_proj", "mlp proj"},
                                                                      {"wte", "head"}};
-// "qkv" of "h.11.attn.c_attn.weight".
+// "h.11.attn.c_attn.weight" -> "qkv".
 std::string label_of(std::string_view parameter) {
     parameter = parameter.substr(0, parameter.rfind('.'));
-    size_t begin = 0;  // behind the number of the block
+    size_t begin = 0;  // after the block's number
     for (size_t at = 0, end; (end = parameter.find('.', at)) != std::string_view::npos; at = end + 1)
         if (parameter.find_first_not_of("0123456789", at) == end) begin = end + 1;
     parameter.remove_prefix(begin);
@@ -38,7 +38,7 @@ struct Named {
 };
 const char* when(bool accumulate) { return accumulate ? ", +=" : ""; }
 
-// What an op is called; overloads for all.
+// Names ops: one overload for each.
 struct Namer {
     std::map<const void*, std::string> label;  // of the weights at this address
 
@@ -50,7 +50,7 @@ struct Namer {
         return {fmt::format("embedding backward{}", when(a.accumulate)), "embedding", rows(a.dy, a.C)};
     }
     Named operator()(const LayerNorm& a) const { return {"layernorm forward", "layernorm", rows(a.y, a.C)}; }
-    Named operator()(const LayerNormGrad& a) const {  // the last one's gradient begins the residual stream's
+    Named operator()(const LayerNormGrad& a) const {  // the last LayerNorm starts the residual stream's gradient
         return {fmt::format("{}layernorm backward{}", a.overwrite_dx ? "last " : "", when(a.accumulate)), "layernorm",
                 rows(a.dy, a.C)};
     }
@@ -89,9 +89,9 @@ struct Namer {
     }
 };
 
-// ---- The numbers that a timed op works on.
+// ---- Operands of the timed ops.
 
-// Token numbers as in text: the most frequent ones far ahead (Zipf).
+// Token numbers distributed as in text (Zipf): a few tokens are very frequent.
 std::vector<int32_t> some_tokens(size_t n, int V) {
     std::mt19937 gen(2);
     std::uniform_real_distribution<double> u(0, 1);
@@ -108,7 +108,7 @@ Cost cost_on_some_tokens(const AnyOp& op) {
     return e ? cost(*e, n_different(some_tokens(e->tokens.count, e->V))) : cost(op);
 }
 
-// Gives an op buffers of the sizes and dtypes that it has; overloads for all.  Activations have a deviation of 1.
+// Gives an op new buffers of the op's sizes and dtypes: one overload for each.  Activations have a deviation of 1.
 struct Filler {
     static constexpr double kGrad = 0.01, kWeight = 0.02;  // deviations
     Bench& b;
@@ -205,7 +205,7 @@ class Rows {
 
 Buf buffer(size_t n, DType t) { return {recorder_backend().memory.alloc(n * dtype_bytes(t)), n, t}; }
 
-// Ops that are worth a row although this step may have no use for them, at its shapes.
+// Adds ops, at the step's shapes, that deserve a row although this step may not use them.
 void add_ops_beside_the_step(Rows& rows, const std::vector<AnyOp>& step) {
     for (const AnyOp& op : step) {
         if (const auto* a = std::get_if<LinearGrad>(&op)) {

@@ -13,7 +13,7 @@
 #include "model/init.h"
 
 namespace {
-// A tensor that is given back at the end of its scope.
+// A tensor that frees its memory at the end of its scope.
 class Tensor {
   public:
     Tensor(const Backend& k, size_t count, DType t)
@@ -25,7 +25,7 @@ class Tensor {
     const Buf buf_;
 };
 
-// A stream and the time that work takes in it.
+// Times work in a stream of its own.
 class Timer {
   public:
     explicit Timer(const Backend& k) : k_(k), stream_(k), from_(k), to_(k) {}
@@ -38,8 +38,8 @@ class Timer {
         k_.wait_mark(to_.get());
         return k_.ms_between(from_.get(), to_.get());
     }
-    // The shortest of as many calls as take budget_ms by the device's clock or the host's, at least one.  What else
-    // runs on a machine only makes calls longer.
+    // The shortest of at most `most` calls, as many as fit into budget_ms by the device's clock and the host's, and at
+    // least one.  Other programs can only make calls longer.
     template <class Work>
     double best_ms(const Work& work, double budget_ms, int most) const {
         const Stopwatch host;
@@ -58,7 +58,7 @@ class Timer {
     const MarkOwner from_, to_;
 };
 
-// Normal numbers on the device, a block of them again and again: a host that made each one would take seconds.
+// Normally distributed numbers on the device, one block repeated: making every number on the host would take seconds.
 class Normal {
   public:
     Normal(const Backend& k, Stream s) : k_(k), block_(k, kBlock, DType::f32) {
@@ -103,10 +103,10 @@ struct Pass {  // y += x
     const Tensor y, x;  // (n) f32
 };
 
-// Amount per second of make(n, normal, stream)'s work, for the n that is doubled until the work takes enough_ms.
+// Amount per second of the work that make(n, normal, stream) returns, with n doubled until the work takes enough_ms.
 template <class Make>
 double rate(const Backend& k, size_t smallest, size_t largest, double enough_ms, const Make& make) {
-    constexpr double kLongestMs = 200;  // of one size's calls by the host's clock, whatever the device's says
+    constexpr double kLongestMs = 200;  // of one size's calls by the host's clock, whatever the device's clock says
     const Timer timer(k);
     decltype(make(smallest, std::declval<const Normal&>(), timer.stream())) work;
     try {
@@ -114,11 +114,11 @@ double rate(const Backend& k, size_t smallest, size_t largest, double enough_ms,
         const Normal normal(k, timer.stream());
         for (size_t n = smallest; n <= largest; n *= 2) {
             work = make(n, normal, timer.stream());
-            timer.ms(*work);        // the first of a size also makes plans
+            timer.ms(*work);        // the first call of a size also makes plans
             const Stopwatch calls;  // without making the operands: a slow host must not end the search on a fast device
             if (timer.best_ms(*work, 20 * enough_ms, 10) >= enough_ms || calls.ms() > kLongestMs) break;
         }
-    } catch (const Error& e) {  // the largest that has found memory is still there
+    } catch (const Error& e) {  // `work` is still the largest that fitted into memory
         if (e.code != Exit::memory) throw;
     }
     // Long enough for a GPU to leave its idle clocks, short enough to go unnoticed.
@@ -126,10 +126,10 @@ double rate(const Backend& k, size_t smallest, size_t largest, double enough_ms,
 }
 
 struct VendorPeak {
-    const char* name;  // as cudaGetDeviceProperties has it; * is any text
+    const char* name;  // from cudaGetDeviceProperties; * matches any text
     double bf16;       // FLOP/s, dense, sums in fp32
 };
-// From NVIDIA's datasheets and architecture whitepapers; where these give only the figure with sparsity, half of it.
+// From NVIDIA's datasheets and architecture whitepapers; half the figure with sparsity where they give no other.
 constexpr VendorPeak kVendorPeaks[] = {
     {"NVIDIA GB200", 2500e12},
     {"NVIDIA B200", 2250e12},
@@ -193,7 +193,7 @@ Peak sum_peaks(std::span<const DevicePeak> ranks) {
 }
 
 Peak measure_run_peak(Comm& comm, const Backend& k, DType real, const std::string& device_name, bool counts) {
-    comm.barrier();  // ranks that share cores must compete
+    comm.barrier();  // ranks that share cores must measure at the same time
     DevicePeak mine{.counts = counts};
     if (counts) mine.measured = measured_peak(k, real);
     if (counts) mine.vendor = vendor_peak(device_name, real).value_or(0);

@@ -112,8 +112,8 @@ Buf Bench::fill(const Buf& b, double scale) {
 namespace {
 constexpr double kLongEnoughUs = 5e3;
 
-// Doubles the work until the fastest of a few calls is long enough, or to `largest`, and measures that: smaller work
-// does not show the device's limit but launches and caches.  Returns size and the least time.
+// Doubles the work until the fastest of a few calls is long enough, or up to `largest`, and measures the last size:
+// smaller work shows launches and caches, not the device's limit.  Returns the size and its least time.
 template <class Make>
 std::pair<int, double> grow(Bench& bench, int smallest, int largest, const Make& make) {
     for (int size = smallest;; size *= 2) {

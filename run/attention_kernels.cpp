@@ -6,9 +6,9 @@
 #include "common/error.h"
 
 namespace {
-constexpr Precision kPrecision = Precision::bf16;  // of all kernels but portable, with heads of kFastHeadSizes
+constexpr Precision kPrecision = Precision::bf16;  // needed, with kFastHeadSizes, by all kernels but portable
 
-// What of the config these kernels cannot compute, and what they expect; empty: nothing.
+// Why sm90 and cudnn cannot compute this config, with the values that they expect; empty: they can.
 std::string misfit(const Config& c) {
     if (c.device.dtype != kPrecision)
         return fmt::format("device.dtype = {}, expected {}; set device.dtype: {}", word_of(c.device.dtype),

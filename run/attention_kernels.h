@@ -1,4 +1,4 @@
-// Which kernels compute attention on a GPU, by device.attention.  What the devices can run is an argument.
+// Chooses a GPU's attention kernels by device.attention.  The caller says which kernels the devices can run.
 #pragma once
 #include <string>
 
@@ -7,16 +7,16 @@
 
 struct AttentionChoice {
     AttentionKernel kernel = AttentionKernel::portable;
-    std::string note;  // what of the run these kernels do not compute; empty: nothing
+    std::string note;  // the part of the run that other kernels compute; empty: none
 };
 
-// As in device.attention: "sm90".
+// The kernels' name, as in device.attention: "sm90".
 const char* attention_name(AttentionKernel kernel);
-// The kernels that device.attention would have: those it names, and for `auto` the fastest, sm90.  Under
-// KILN_CUDNN_FASTEST=1 `cudnn` means the library's fastest, which may give other bits from run to run: a
-// benchmark asks for it.
+// The kernels that device.attention asks for: the named ones, or for `auto` the fastest (sm90).  With
+// KILN_CUDNN_FASTEST=1, which a benchmark sets, `cudnn` means cuDNN's fastest kernels, whose bits may differ from run
+// to run.
 AttentionKernel preferred_attention(const Config& config);
-// `refusal`: why some rank's device cannot run preferred_attention(); empty: all can.  `auto` then takes `portable`, as
-// it does where dtype or head size do not fit; for kernels asked for by name both are Error(Exit::usage).
-// Dropout is no obstacle: in `training` it is left to the portable kernels, and the note says so.
+// `refusal`: why some rank's device cannot run preferred_attention(); empty: all can.  Where a device, the dtype or the
+// head size rules them out, `auto` takes `portable`, and kernels asked for by name are Error(Exit::usage).
+// Dropout rules out none: in `training` the portable kernels compute attention with dropout, and `note` says so.
 AttentionChoice choose_attention(const Config& config, const std::string& refusal, bool training);

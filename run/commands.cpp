@@ -14,8 +14,8 @@
 #include "run/training_run.h"
 
 namespace {
-// This rank's share of the cores it may use, unless the config says how many.  Ranks of one host with the same affinity
-// mask share it; a launcher that binds each rank has shared the cores out already.
+// Sets this rank's number of threads: the config's, else the rank's share of the cores in its affinity mask.  Ranks of
+// one host with equal masks share the cores; a launcher that binds ranks to cores gives each rank a mask of its own.
 int set_threads(const Config& c, Comm& comm) {
     cpu_set_t mask;
     CPU_ZERO(&mask);
@@ -61,7 +61,7 @@ Exit run_generate(const Context& x, const CommandLine& line) {
     const Tokenizer tokenizer = open_tokenizer(x.config);
     Trainer model(x.device.k, x.comm, inference_options(x, 1));
     load_weights(checkpoint_to_use(x, line), x.device.k, model);
-    if (!x.device.note.empty()) std::fprintf(stderr, "%s\n", x.device.note.c_str());  // stdout is the text
+    if (!x.device.note.empty()) std::fprintf(stderr, "%s\n", x.device.note.c_str());  // stdout holds only text
     SampleOptions options = line.sample;
     options.stop_token = tokenizer.end_of_text();
     std::fputs(line.prompt.c_str(), stdout);
@@ -106,7 +106,7 @@ Exit run_command(const CommandLine& line, Comm& comm, Log& log, Progress& progre
     if (line.command != Command::train && (line.resume || line.overwrite))
         fail(Exit::usage, "--resume and --overwrite are for training");
     const Config config = load_config(line.config, line.set);
-    // Ranks read the file each for itself; a rank with another one would train another model.
+    // Every rank reads the config file itself; a rank with another config would train another model.
     require_same(comm, hash64(to_yaml(config)), Exit::usage,
                  "another config than rank 0; give every host the same file and --set options");
     const fs::path dir = fs::path(config.run.out_dir) / config.run.name;

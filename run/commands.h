@@ -18,5 +18,5 @@ struct CommandLine {
     bench::Settings bench;
 };
 
-// Reads the config, chooses the device and runs the command.  `commit`: of the source this binary was built from.
+// Reads the config, chooses the device and runs the command.  `commit`: the source of this binary.
 Exit run_command(const CommandLine& line, Comm& comm, Log& log, Progress& progress, const std::string& commit);

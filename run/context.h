@@ -1,4 +1,4 @@
-// What every command works with.
+// The objects that every command works with.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -9,9 +9,9 @@
 #include "common/log.h"
 #include "run/device.h"
 
-// How far a run has come.  status.json of a failed run tells it.
+// How far a run has come; reported in status.json when the run fails.
 struct Progress {
-    fs::path run_dir;  // empty until it is open
+    fs::path run_dir;  // empty until the directory is open
     int64_t step = 0;
 };
 

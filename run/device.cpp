@@ -30,7 +30,7 @@ bool needs_gpu(UseAttention kernels) {
     return true;
 }
 
-// `why` says why it is not a GPU; empty where the CPU was asked for.
+// `why`: the reason for using no GPU; empty where the config asks for the CPU.
 RunDevice cpu(const Config& config, const std::string& why) {
     if (config.device.dtype != Precision::fp32)
         fail(Exit::usage, "device.dtype: {} needs a GPU{}{}; the CPU computes in fp32", word_of(config.device.dtype),
@@ -44,7 +44,7 @@ RunDevice cpu(const Config& config, const std::string& why) {
 }
 
 #if KILN_CUDA
-// The ranks that have 0, in ascending order: "1, 3".
+// The ranks whose entry in `all` is 0, in ascending order: "1, 3".
 std::string ranks_without(const std::vector<int>& all) {
     std::string out;
     for (size_t r = 0; r < all.size(); r++)
@@ -52,7 +52,7 @@ std::string ranks_without(const std::vector<int>& all) {
     return out;
 }
 
-// The same for all processes of one running system, containers included; names of hosts may repeat.
+// A host's id, equal in all processes of one running system, containers included; host names may repeat.
 std::string this_host() {
     std::string id;
     std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
@@ -61,14 +61,14 @@ std::string this_host() {
     return id.empty() ? name : id;
 }
 
-// No rank before this one has the same value.
+// True where no rank before this one has the same value.
 bool first_with(Comm& comm, uint64_t mine) {
     std::vector<uint64_t> all(size_t(comm.size()));  // (ranks)
     comm.all_gather(&mine, all.data(), sizeof mine);
     return std::ranges::find(all, mine) - all.begin() == comm.rank();
 }
 
-// These words move gradients by NCCL where every rank has a GPU of its own.
+// True for the algorithms that move gradients by NCCL where every rank has a GPU of its own.
 bool takes_nccl(UseAllReduce how) {
     switch (how) {
         case UseAllReduce::automatic:
@@ -82,8 +82,8 @@ bool takes_nccl(UseAllReduce how) {
     return false;
 }
 
-// Why these kernels cannot run on every rank's open device: the first such rank's reason.  The same on all ranks, whose
-// GPUs may differ.
+// Why `kernel` cannot run on every rank's open device: the reason of the first rank where it cannot.  All ranks get the
+// same text, although their GPUs may differ.
 std::string attention_refusal(Comm& comm, AttentionKernel kernel) {
     using Text = std::array<char, 256>;
     Text mine{};
@@ -138,7 +138,7 @@ RunDevice choose_device(const Config& config, [[maybe_unused]] Comm& comm, [[may
 #if KILN_CUDA
     std::string why;
     const int mine = cuda_device_count(&why);
-    std::vector<int> all(size_t(comm.size()));  // (ranks) devices that each sees
+    std::vector<int> all(size_t(comm.size()));  // (ranks) devices that each rank sees
     comm.all_gather(&mine, all.data(), sizeof mine);
     if (std::ranges::all_of(all, [](int n) { return n > 0; })) return gpu(config, comm, log, mine, training);
     const std::string none = mine > 0 ? fmt::format("rank(s) {} have no GPU", ranks_without(all)) : "no GPU: " + why;

@@ -8,7 +8,7 @@
 #include "run/context.h"
 #include "trainer/trainer.h"
 
-// Every host opens its own copy of the data: another file set would train on other tokens, or for another time.
+// Every host opens its own copy of the data; other files would mean other tokens, or another number of steps.
 constexpr const char* kOtherData = "data files other than rank 0's; give every host the same shards";
 
 // `key` names the config's key in errors.

@@ -13,7 +13,7 @@ using Clock = std::chrono::steady_clock;
 using namespace std::chrono_literals;
 constexpr auto kPeriod = 1s, kTooOld = 5s, kPatience = 2s;
 
-// NVML's names and types, as far as they are used here.  Functions that return nvmlReturn_t: 0 is success.
+// The part of NVML's declarations that is used here.  An nvmlReturn_t of 0 means success.
 struct nvmlDevice_st;
 using nvmlDevice_t = nvmlDevice_st*;
 using nvmlReturn_t = int;
@@ -42,7 +42,7 @@ struct Nvml {
     }
 };
 
-// Why there is no NVML; empty: it is loaded.  It stays loaded: it may have threads of its own.
+// Loads NVML; returns why that failed, or empty.  NVML is never unloaded, because NVML may have threads of its own.
 std::string load(Nvml& n) {
     void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!library) return dlerror();
@@ -63,7 +63,7 @@ std::string load(Nvml& n) {
     return missing;
 }
 
-// One sample; absent when the GPU tells nothing.
+// One sample; absent when the GPU reports nothing.
 std::optional<GpuSample> sample(const Nvml& n, nvmlDevice_t device) {
     GpuSample s;
     bool any = false;
@@ -92,7 +92,7 @@ std::optional<GpuSample> sample(const Nvml& n, nvmlDevice_t device) {
 }  // namespace
 
 struct GpuMonitor::State {
-    std::mutex mutex;  // of all that follows
+    std::mutex mutex;  // guards all members below
     std::condition_variable changed;
     bool stop = false, ended = false;
     std::optional<GpuSample> newest;
@@ -118,7 +118,7 @@ std::string GpuMonitor::State::sample_until_stop(const Nvml& n, const std::strin
     }
 }
 
-// Why nothing is sampled; empty when it was stopped.
+// Samples until `stop`; returns why nothing can be sampled, or empty after `stop`.
 std::string GpuMonitor::State::sample_until_stop(const std::string& bus_id) {
     Nvml n;
     if (const std::string why = load(n); !why.empty()) return why;

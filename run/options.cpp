@@ -14,7 +14,7 @@ ModelConfig model_config(const Config& c) {
             .dropout = float(c.model.dropout)};
 }
 
-// The algorithm that parallel.allreduce names; auto is never chosen by timing.
+// The algorithm that parallel.allreduce names; `auto` follows fixed rules, never timing.
 AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) {
     switch (c.parallel.allreduce) {
         case UseAllReduce::mpi:

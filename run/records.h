@@ -1,4 +1,4 @@
-// The lines of metrics.jsonl that say how a run goes; README.md lists their fields.
+// The `run`, `step` and `eval` records of metrics.jsonl; README.md explains the fields that measure speed.
 #pragma once
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -9,13 +9,13 @@
 #include "run/nvml.h"
 #include "trainer/trainer.h"
 
-// The first line of each process of a run: what trains what, on what.
+// The first record of each process of a run: source, devices, model, memory and peak rate.
 nlohmann::ordered_json run_record(const Context& x, const Trainer& trainer, const RunState& state, const Peak& peak,
                                   const LibraryBytes& libraries, int64_t total_steps);
 
 struct StepSpeed {
     double ms, tokens_per_s;
-    std::optional<double> mfu;  // absent where no peak is known
+    std::optional<double> mfu;  // absent where share_of() (bench/peak.h) has none
 };
 nlohmann::ordered_json step_record(const RunState& after, const StepResult& r, double learning_rate,
                                    const StepSpeed& speed, const std::optional<GpuSample>& gpu);

@@ -27,7 +27,7 @@ std::string kept_metrics(const std::string& text, int64_t step) {
     return kept;
 }
 
-// The text of a record.  Bytes that are not UTF-8 (a model of bytes may write any) become U+FFFD.
+// The text of a record.  Bytes that are not UTF-8 (a model of bytes may generate any) become U+FFFD.
 std::string one_line(const nlohmann::ordered_json& j) {
     return j.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + '\n';
 }
@@ -49,7 +49,7 @@ void remove_run(const fs::path& run) {
         if (name.starts_with("step_") || name == "latest" || name.starts_with("latest.tmp-")) own.push_back(e->path());
     }
     for (const fs::path& p : own) remove_path(p);
-    fs::remove(checkpoints, error);  // stays while it holds somebody else's files
+    fs::remove(checkpoints, error);  // keeps a directory that still holds other files
 }
 
 // True when the directory is absent, empty, or holds only the lock of a run that never began.
@@ -88,7 +88,7 @@ RunDirectory::RunDirectory(const fs::path& path, OpenMode mode) : path_(path) {
 }
 
 RunDirectory::~RunDirectory() {
-    if (lock_ >= 0) ::close(lock_);  // releases the lock; the file stays and names a process that is gone
+    if (lock_ >= 0) ::close(lock_);  // releases the lock; the file stays, and still names this process
 }
 
 void RunDirectory::start_metrics(int64_t step) {

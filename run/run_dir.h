@@ -10,7 +10,7 @@
 
 enum class OpenMode { fresh, resume, overwrite };
 
-// Rank 0 owns one; other ranks only need the path.
+// Rank 0 owns a RunDirectory; other ranks only need the path.
 class RunDirectory {
   public:
     // fresh: the directory must be empty or absent.  overwrite: removes the files that a run writes, nothing else.
@@ -24,8 +24,8 @@ class RunDirectory {
     fs::path checkpoints() const { return path_ / "checkpoints"; }
     void write_config(const std::string& yaml) { replace_file(path_ / "config.yaml", yaml); }
 
-    // metrics.jsonl.  start_metrics() first drops a torn last line and every record of a later step than `step`, but
-    // keeps `run` and `event` records; then lines are appended.
+    // metrics.jsonl.  start_metrics() drops a torn last line and every record of a step after `step`, but keeps `run`
+    // and `event` records; record() appends a line.
     void start_metrics(int64_t step);
     void record(const nlohmann::ordered_json& line);
     void sync_metrics();

@@ -14,8 +14,8 @@
 #include "trainer/tuning.h"
 
 namespace {
-constexpr int kMaxBadSteps = 10;  // in a row: the run is dead, not unlucky
-constexpr int kMemorySteps = 3;   // after so many, all that is made at a first use is there, graphs too
+constexpr int kMaxBadSteps = 10;  // so many in a row mean a dead run, not bad luck
+constexpr int kMemorySteps = 3;   // after so many, everything made at first use exists, graphs too
 
 int64_t total_steps(const Config& c, const TokenStream& data) {
     if (c.train.max_steps > 0) return c.train.max_steps;
@@ -43,7 +43,7 @@ void require_same_data(const char* key, const std::vector<DataPart>& before, con
                  hash_text(before[i].fingerprint));
 }
 
-// With max_epochs the number of steps, and whether the schedule fits into it, is known only with the data.
+// With max_epochs only the data tell the number of steps, and so whether the schedule fits.
 void check_schedule(Config c, int64_t steps) {
     const std::string name = fmt::format("train.max_epochs = {} makes {} steps", c.train.max_epochs, steps);
     c.train.max_epochs = 0;
@@ -51,7 +51,7 @@ void check_schedule(Config c, int64_t steps) {
     parse_config(to_yaml(c), name, {});
 }
 
-// Of the GPU's memory, since its context was there, by this process and others.
+// Bytes of the GPU's memory that this and other processes took since CUDA's context was created.
 size_t memory_taken(const RunDevice& d) {
     return d.memory.n_free - std::min(d.memory.n_free, d.k.memory_state().n_free);
 }
@@ -80,7 +80,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
              "data.train holds {} sequences of {} tokens, fewer than train.global_batch_size = {}; use more data, "
              "a shorter context_length or a smaller batch",
              train_.n_sequences(), c.model.context_length, c.train.global_batch_size);
-    // Without prompts only generate will need it: one that is wrong is told now, by the rank whose files count.
+    // Without prompts only `generate` needs the tokenizer; rank 0, whose files count, reports a wrong one now.
     if (!c.eval.sample_prompts.empty() || (!c.data.tokenizer.empty() && x.comm.rank() == 0))
         tokenizer_.emplace(open_tokenizer(c));
     for (const std::string& prompt : c.eval.sample_prompts)
@@ -92,7 +92,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
     state_.val = parts_of(val_ ? &*val_ : nullptr);
     const uint64_t data[] = {train_.fingerprint(), val_ ? val_->fingerprint() : 0, uint64_t(total_steps_)};
     require_same(x.comm, hash64(data, sizeof data), Exit::data, kOtherData);
-    // Parameters first: what is wrong with init_from, or with another rank, must not cost the files of an earlier run.
+    // Parameters first: an error in init_from, or on another rank, must not cost the files of an earlier run.
     const bool root = x.comm.rank() == 0;
     if (root && mode != OpenMode::resume) initialize();
     x.comm.barrier();
@@ -159,8 +159,8 @@ void TrainingRun::start(OpenMode mode) {
     x_.progress.step = first_step_ = state_.step;
     state_.choices = agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
     if (!root) return;
-    // Every product has run by now, and the reduction: what is taken beyond our own are the libraries' handles, buffers
-    // and loaded kernels, or another process's.
+    // Every matrix product and the reduction have run by now: memory taken beyond our own holds the libraries' handles,
+    // buffers and loaded kernels, or belongs to another process.
     const size_t ours = trainer_.memory().n_bytes() + x_.device.workspace_bytes, taken = memory_taken(x_.device);
     if (x_.device.own) libraries_.all = taken - std::min(taken, ours);
     libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.reduction_bytes());
@@ -200,7 +200,7 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     if (before.device.dtype != x_.config.device.dtype)
         x_.log.warn("device.dtype changed from {} to {}: the run goes on, but not bit for bit",
                     word_of(before.device.dtype), word_of(x_.config.device.dtype));
-    const auto apart = [](const Config& c) { return c.train.recompute == Recompute::gelu; };  // GELU, from its product
+    const auto apart = [](const Config& c) { return c.train.recompute == Recompute::gelu; };  // GELU from its product
     if (apart(before) != apart(x_.config) && x_.config.device.dtype == Precision::bf16)
         x_.log.warn("train.recompute changed from {} to {}: the run goes on, but not bit for bit",
                     word_of(before.train.recompute), word_of(x_.config.train.recompute));
@@ -297,7 +297,7 @@ void TrainingRun::record_step(const StepResult& r, double learning_rate, double 
                     last);
 }
 
-// What has been taken of the GPU since its context was there, against what announce() said.  Only for a GPU of our own.
+// Compares the memory taken since CUDA's context was created with announce()'s figures; only where each rank has a GPU.
 void TrainingRun::check_memory() {
     const RunDevice& d = x_.device;
     const std::string& graph = trainer_.graph_note();
@@ -340,7 +340,7 @@ bool TrainingRun::out_of_time() {
 void TrainingRun::evaluate_and_sample() {
     const EvalResult r = evaluate_on(x_, trainer_, *val_);
     if (x_.comm.rank() == 0) record_evaluation(r);
-    x_.comm.barrier();  // here the others wait without the deadline that a reduction has
+    x_.comm.barrier();  // a reduction has a deadline; ranks may wait longer here
 }
 
 void TrainingRun::record_evaluation(const EvalResult& r) {
@@ -357,7 +357,7 @@ void TrainingRun::record_evaluation(const EvalResult& r) {
 }
 
 void TrainingRun::save() {
-    // An update can overflow while its own loss and norm are finite.  Such weights must not push good ones out.
+    // An update can overflow although its loss and norm are finite.  Such weights must not replace good checkpoints.
     if (!trainer_.finite())
         fail(Exit::numeric,
              "step {}: parameters or optimizer state are not finite; no checkpoint was saved, earlier ones "

@@ -52,10 +52,10 @@ class TrainingRun {
     Trainer trainer_;
     LibraryBytes libraries_;             // rank 0
     std::unique_ptr<RunDirectory> dir_;  // rank 0
-    std::optional<GpuMonitor> gpu_;      // rank 0, where it computes on a GPU
+    std::optional<GpuMonitor> gpu_;      // rank 0, on a GPU
     RunState state_;
     Stopwatch run_clock_;
-    int64_t first_step_ = 0;  // where this process began
+    int64_t first_step_ = 0;  // at which this process began
     int bad_steps_ = 0;
     bool peak_is_doubted_ = false;
 };

@@ -1,6 +1,6 @@
-// The measurement against a device whose speed is known: the CPU backend with a clock of its own.  Each check was seen
-// to fail: FLOPs of n^3, the mean of the calls, growing by one call, the first call timed, a buffer kept, operands of
-// zeros, growing until 10 ms, making operands counted as calls.
+// Measures the peak of a device whose speed is known: the CPU backend with a clock of its own.  Broken on purpose and
+// seen to fail: FLOPs of n^3; the mean of the calls; growth decided by one call; the first call timed; a buffer kept;
+// operands of zeros; growth until 10 ms; making operands counted as calls.
 #include <chrono>
 #include <cmath>
 #include <map>

@@ -1,4 +1,4 @@
-// safetensors: what is written is read back; every false claim of a header is refused; mutations of valid files.
+// safetensors: written files are read back, every false claim of a header is refused, and mutated files do no harm.
 #include <doctest/doctest.h>
 
 #include <cstring>

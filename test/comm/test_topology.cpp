@@ -1,4 +1,4 @@
-// Shares of the batch, and the fold whose order makes bits independent of the number of ranks.
+// Each rank's share of the batch, and the sum whose fixed order makes bits independent of the number of ranks.
 #include <doctest/doctest.h>
 
 #include <numeric>

@@ -1,4 +1,4 @@
-// bf16 and Buf.  Broken on purpose and seen to fail: rounding cut off; ties away from zero; NaN without its own case
+// bf16 and Buf.  Broken on purpose and seen to fail: truncation for rounding; ties away from zero; no case for NaN
 // (0x7fffffff rounded up becomes -0).
 #include "common/buf.h"
 

@@ -1,4 +1,4 @@
-// The config: what it reads, what it refuses and with which words (exit code 2 every time).
+// The config: accepted values, refused values, and the words of each refusal (exit code 2 every time).
 #include <doctest/doctest.h>
 
 #include <sys/stat.h>

@@ -1,4 +1,4 @@
-// Strict JSON: what is refused and where, what is kept, and mutations of valid files.
+// Strict JSON: errors and their places, the values read, and mutations of valid files.
 #include <doctest/doctest.h>
 
 #include <random>

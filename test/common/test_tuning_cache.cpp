@@ -1,6 +1,6 @@
-// The text and the cache of choices made by timing.  Whole runs: test/system/test_choices.py.  Made to fail by: the
-// hash not compared, not of the first line, or of the hash line too; a file for another GPU used; what others have
-// added lost; the temporary file left behind.
+// Choices made by timing: their text and their cache.  test/system/test_choices.py has whole runs.  Broken on purpose
+// and seen to fail: the hash not compared, not of the first line, or of the hash line too; a file for another GPU used;
+// entries that another process added lost; the temporary file left behind.
 #include "common/tuning_cache.h"
 
 #include <doctest/doctest.h>

@@ -1,4 +1,4 @@
-// Strict YAML under the config: structure that is refused, files made to hurt, mutations.
+// The strict YAML that configs are written in: refused structure, hostile files, mutations.
 #include <doctest/doctest.h>
 
 #include <cstdlib>

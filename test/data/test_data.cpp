@@ -1,4 +1,4 @@
-// Shards, the stream of sequences over them, and the tokenizer: what is read, and what is refused with which words.
+// Shards, the stream of sequences over shards, and the tokenizer: the values read, and the words of each refusal.
 #include <doctest/doctest.h>
 
 #include "data/shard.h"

@@ -2,10 +2,10 @@
 //
 // Broken on purpose and seen to fail: the causal mask one column too wide; scores not divided by sqrt(HS); the running
 // sum not rescaled at a new maximum; dropout left out of the backward; the last key of a partly filled tile skipped.
-// Of the CUDA kernels: every barrier, wait and commit of copies left out (one, between two uses of the rows that
-// results leave through, only under the race check); the mask one key too wide or too narrow in each of the three bf16
-// kernels; a bit of a dropout group taken for its neighbour; the tail of T or of HS copied, or stored; one stage for
-// all tiles.
+// In the CUDA kernels: every barrier, wait and commit of copies left out (one, between two uses of the shared rows
+// through which results are stored, is seen by the race check alone); the mask one key too wide or too narrow in each
+// of the three bf16 kernels; a bit of a dropout group taken for its neighbour; the tail of T or of HS copied, or
+// stored; one stage for all tiles.
 #include <functional>
 
 #include "test/attention_reference.h"

@@ -1,5 +1,5 @@
-// cuDNN's attention against a naive softmax in double.  It runs in test_native on a GPU with cuDNN; elsewhere the test
-// says why it does not, and that the refusal is heard is all that is tested.
+// cuDNN's attention against a naive softmax in double.  test_native runs these tests on a GPU with cuDNN; elsewhere
+// the tests print why cuDNN cannot run, and only the refusal is tested.
 #include <array>
 
 #include "test/attention_reference.h"

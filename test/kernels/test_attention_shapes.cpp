@@ -1,10 +1,10 @@
-// Hopper's attention at random shapes against the portable kernels in fp32, and the same bits again and again: many
-// shapes and runs on a GPU of compute capability 9.0, a few on the emulator.
+// Hopper's attention at random shapes against the portable kernels in fp32, and equal bits from repeated calls: many
+// shapes and calls on a GPU of compute capability 9.0, a few on the emulator.
 //
 // Broken on purpose and seen to fail on the emulator: scores scaled by 1.02; dq by 1.04; the mask one key too wide or
 // too narrow in the forward, too wide in the kernel of dq, too narrow in that of dk and dv; a scale whose last bit
-// changes from call to call (the bits).  The emulator runs a launch the same way each time: there the second test can
-// only find what one call leaves for the next.
+// changes from call to call (seen by the test of equal bits).  The emulator runs a launch the same way each time: there
+// the test of equal bits only finds state that one call leaves for the next.
 #include <algorithm>
 #include <array>
 #include <random>

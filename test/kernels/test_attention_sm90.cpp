@@ -1,6 +1,6 @@
 // Hopper's attention kernels against a naive softmax in double; on a GPU of compute capability 9.0 or on the emulator.
 //
-// Broken on purpose and seen to fail: see emulator/test/mutate.py for each barrier and wait.
+// Broken on purpose and seen to fail: each barrier and wait left out, by emulator/test/mutate.py.
 #include <cstdlib>
 
 #include "test/attention_reference.h"

@@ -1,5 +1,5 @@
-// The table, the memory, the streams and the marks of every backend.  What only an emulated device can show (late
-// streams, a broken kernel) is in emulator/test/test_cuda_backend.cpp.
+// Every backend's table of functions, memory, streams and marks.  emulator/test/test_cuda_backend.cpp has the cases
+// that need an emulated device: late streams, a broken kernel.
 #include <cstddef>
 #include <cstring>
 

@@ -1,6 +1,6 @@
 // Broken on purpose and seen to fail: padded columns in the sum; the columns after the last whole piece skipped.
 // On CUDA: a column past V taken as 0; the vector that holds the target left out of the search for an earlier maximum;
-// sums not brought to the block's maximum; the barrier of the maximum, and the wait for the row, left out.
+// sums not rescaled to the block's maximum; the barrier of the maximum, and the wait for the row, left out.
 #include "test/slice.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // Broken on purpose and seen to fail: row_sum starting at t = 1; add writing x instead of y + x; the tree without its
-// second level; its second pass at the first one's step; vectors where parts are not aligned; a hash without its last
-// word, without its other blocks' parts.
+// second level; the tree's second pass with the first pass's step; vectors where parts are not aligned; a hash without
+// its last word, or without the parts of other blocks.
 #include "common/hash.h"
 #include "test/slice.h"
 

@@ -1,5 +1,5 @@
 // Broken on purpose and seen to fail: the last block of columns skipped; rows of dwpe past T left as they were.
-// On CUDA: a token that crosses a chunk's border taken as one that begins or ends there; a chunk skipped when sums are
+// On CUDA: a token whose rows cross a chunk's border taken as beginning or ending there; a chunk skipped when sums are
 // joined; the barrier of the join left out.
 #include "common/token_order.h"
 #include "test/slice.h"

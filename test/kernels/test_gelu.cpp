@@ -1,4 +1,4 @@
-// GELU.  Broken on purpose once, each seen to fail here: 0.044715 as 0.0447, exp(-2u) as exp(-u), the 3 of the
+// GELU.  Broken on purpose and seen to fail: 0.044715 as 0.0447, exp(-2u) as exp(-u), the 3 of the
 // derivative dropped, the last piece of for_pieces left out; on CUDA the last vector of a tensor left out, vectors used
 // where a slice is not aligned.
 #include "test/slice.h"

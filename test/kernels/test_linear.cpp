@@ -1,4 +1,4 @@
-// Linear.  Broken on purpose once, each seen to fail here: bias left out (with GELU and without), a tile's row or
+// Linear.  Broken on purpose and seen to fail: bias left out (with GELU and without), a tile's row or
 // column offset one too small, a tile one row short, the last k skipped, accumulate ignored (dw, db), residual added
 // twice when it is y, gelu' left out of dx, the last row left out of db, w not transposed for dx, operands of dw
 // mixed up, OneThread removed.  On the GPU: the barrier of the column sums removed, a row, a warp or a column left out

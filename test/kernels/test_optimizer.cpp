@@ -1,5 +1,5 @@
 // Broken on purpose and seen to fail: bias correction of v left out; the last, partly filled block of 64 skipped; the
-// norm without its last chunk; on CUDA the flags of decay one block on, every second
+// norm without its last chunk; on CUDA the flags of decay shifted by one block, every second
 // load of a chunk added twice, the copy written before the update, the last partly filled vector skipped.
 #include "test/slice.h"
 

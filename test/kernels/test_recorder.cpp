@@ -1,5 +1,5 @@
-// The backend that records, and the counts of what its ops cost.  A whole step's are compared with a second count in
-// Python: test/system/test_performance_page.py.
+// The recording backend, and the counted cost of the recorded ops.  test/system/test_performance_page.py compares the
+// cost of a whole step with a second count in Python.
 // Broken on purpose and seen to fail: a recording that goes on after its scope; the residual of a product not counted.
 #include "kernels/recorder.h"
 

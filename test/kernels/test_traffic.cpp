@@ -1,8 +1,8 @@
-// What each memory-bound kernel moves, counted by the emulator's race build: no more than the `traffic` line at the
-// head of its file says, in requests that fill the sectors they touch, and without bank conflicts.
+// Traffic of each memory-bound kernel, counted by the emulator's race build: no more than the `traffic` line at the
+// head of the kernel's file says, in requests that fill the sectors they touch, and without bank conflicts.
 //
-// A sector is 32 bytes; a request is one instruction of a warp.  Counted is what leaves the multiprocessor's registers,
-// whatever cache answers: rows of `cached` are read again from L1 or L2, and do not count against the memory.
+// A sector is 32 bytes; a request is one instruction of a warp.  The count takes every access of a thread, whatever
+// cache answers: `cached` bytes are read again from L1 or L2 and do not count as memory traffic.
 //
 // Broken on purpose and seen to fail: GELU reading one element at a time; the logits read a second time; sums in shared
 // memory without device::spread (conflicts); eight neighbouring fp32 to a thread in the cast, in the embedding's

@@ -1,5 +1,5 @@
-// Passes through some of the blocks: in order they give the bits of one pass, in one memory and with a memory for each,
-// as the stages of a pipeline have.
+// A pass cut between blocks into parts gives the bits of one whole pass, with one memory for all parts and with a
+// memory for each part, as pipeline stages have.
 #include <cstring>
 
 #include "common/token_order.h"

@@ -1,5 +1,5 @@
-// The whole model: gradients against finite differences in double, the float instance against the double one, and what
-// the ordered reduction promises inside one rank.
+// The whole model: gradients against finite differences in double, the float instance against the double one, and
+// the promise of the ordered reduction within one rank.
 #include <omp.h>
 
 #include <cstring>

@@ -1,5 +1,5 @@
 // Sums of gradients in the memory of every backend; where each rank has a GPU of its own, real or emulated, also by
-// NCCL. What only the emulated NCCL can show is in emulator/test/mpi/test_nccl.cpp.
+// NCCL.  emulator/test/mpi/test_nccl.cpp has the cases that need the emulated NCCL.
 #include "comm/gradient_all_reduce.h"
 
 #include <doctest/doctest.h>

@@ -1,5 +1,5 @@
-// Groups of ranks: every word, between host memories and between memories of each backend by each carrier; the world's
-// group and its parts.
+// Groups of ranks: every operation, between host memories and between memories of each backend, through host memory
+// and by NCCL; the world's group and its parts.
 #include "comm/group.h"
 
 #include <doctest/doctest.h>

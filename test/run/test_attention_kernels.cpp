@@ -1,5 +1,5 @@
-// device.attention: which kernels a run gets from what it is and what its devices can do.  Whole runs:
-// test/system/test_emulated.py.
+// device.attention: the kernels that a run gets, by its config and by the ability of its devices.
+// test/system/test_emulated.py has whole runs.
 #include <doctest/doctest.h>
 
 #include <cstdlib>

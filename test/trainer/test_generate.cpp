@@ -1,4 +1,4 @@
-// Sampling: which tokens may come, how often, and that it repeats.
+// Sampling: the allowed tokens, their frequencies, and the same tokens again from the same seed.
 #include <doctest/doctest.h>
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// The calls that a step makes on the way from gradient to new parameters, and in which order.
+// The calls that a step makes on the way from gradient to new parameters, and their order.
 #include "model/gpt2.h"
 #include "test/op_test.h"
 #include "test/shown_gradient.h"

@@ -1,4 +1,4 @@
-// Groups of parameters: which calls they become, what those compute, and what a checkpoint finds.
+// Parameter groups: the calls that they become, the results of these calls, and the state that a checkpoint finds.
 #include <map>
 
 #include "test/op_test.h"

@@ -1,4 +1,4 @@
-// Learning rates at the steps where a schedule changes, by hand.
+// Learning rates at the steps where a schedule changes, computed by hand.
 #include <doctest/doctest.h>
 
 #include <cmath>

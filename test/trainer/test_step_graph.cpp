@@ -1,4 +1,4 @@
-// A piece of a step: done, then recorded, then replayed.
+// A piece of a step: run, then recorded, then replayed.
 #include "test/op_test.h"
 #include "trainer/step_graph.h"
 

@@ -1,5 +1,5 @@
-// How a step is carried out must not change it: replayed from a graph, with tokens fetched ahead, with activations
-// computed again.  And what the trainer's memory is planned to be, it is.
+// The way in which a step runs must not change its result: replayed from a graph, with tokens fetched ahead, with
+// activations computed again.  The trainer takes exactly the memory that it planned.
 #include <regex>
 
 #include "comm/run_fold.h"
