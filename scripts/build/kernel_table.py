@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What each CUDA kernel takes of a multiprocessor: registers, shared memory, stack, spills; docs/kernels.md holds it.
+"""Writes docs/kernels.md: registers, shared memory, stack and spills of each CUDA kernel.
 
     make kernel-table                 compiles what has changed, then rewrites docs/kernels.md
     make kernel-table-check           fails, showing the difference, where the committed table is out of date
     scripts/build/kernel_table.py [--check] [--logs build/release/obj/cuda]
 
-The source is what `ptxas -v` says of each kernel and architecture. The build keeps it beside every object (*.o.ptxas);
-without --logs the files are compiled here, which takes minutes. A spill, a stack frame or a wgmma that ptxas has
-serialized fails always, --check or not. Another nvcc gives other numbers: with one the table is not compared, and only
-these fail. The Hopper kernels' instructions are counted where a disassembler is at hand (sass_check.py).
+The script reads the output of `ptxas -v`, which the build keeps beside every object (*.o.ptxas); without --logs it
+compiles the files, which takes minutes. A spill, a stack frame or a wgmma that ptxas has serialized always fails, with
+or without --check. Another nvcc gives other numbers: then the table is not compared, and only these faults fail. The
+Hopper kernels' instructions are counted where a disassembler is at hand (sass_check.py).
 Exit code: 0 written, or as committed; 1 a fault, a difference, or a file that is missing or does not compile; 2 usage.
 """
 from __future__ import annotations
@@ -36,10 +36,10 @@ SHARED = re.compile(r"(\d+) bytes smem")
 HEAD = """\
 # Kernels
 
-What `ptxas` of nvcc {version} reports for each kernel; `make kernel-table` rewrites this file and
-`make kernel-table-check` compares it. Registers are per thread and architecture; static shared memory, stack and spills
-are in bytes, one number where all architectures agree; dynamic shared memory is chosen at launch and not here. A spill
-or a stack frame fails the check.
+This file lists each kernel as `ptxas` of nvcc {version} reports it. `make kernel-table` rewrites the file;
+`make kernel-table-check` compares it with the build. Registers are per thread and architecture. Static shared memory,
+stack and spills are in bytes, one number where all architectures agree. Dynamic shared memory is chosen at launch and
+not listed. A spill or a stack frame fails the check.
 """
 LOSS = re.compile(r"Potential Performance Loss.*|.*setmaxnreg'? ignored.*")
 HOPPER = """\
@@ -48,10 +48,11 @@ warpgroups afterwards.
 """
 INSTRUCTIONS = "## Instructions of the Hopper kernels"
 INSTRUCTIONS_HEAD = """\
-What `nvdisasm` shows of `kernels/cuda/*_sm90.cu`: how often the code holds an instruction, not how often it runs. HGMMA
-is wgmma and WARPGROUP.DEPBAR waits for it; UTMALDG, UTMASTG and UTMAREDG are TMA's load, store and addition; R2UR
-brings an address or a descriptor to a uniform register. setmaxnreg: what warpgroups ask for. Highest: the last register
-in use. All: instructions without NOPs. `scripts/build/sass_check.py` has the rules that these kernels keep.
+Counts of instructions in the code of `kernels/cuda/*_sm90.cu`, as `nvdisasm` shows it; an instruction in a loop counts
+once. HGMMA is wgmma, and WARPGROUP.DEPBAR waits for wgmma. UTMALDG, UTMASTG and UTMAREDG are TMA's load, store and
+addition. R2UR moves an address or a descriptor to a uniform register. setmaxnreg: the registers that warpgroups
+request. highest: the last register in use. all: instructions without NOPs. `scripts/build/sass_check.py` has the rules
+for these kernels.
 """
 
 
