@@ -183,15 +183,15 @@ ModelConfig read_model_config(const fs::path& directory, const Architecture& mod
 }
 }  // namespace
 
-void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer) {
-    const ModelConfig& config = trainer.config();
+void load_weights(const fs::path& directory, const Backend& k, const ModelConfig& config,
+                  const std::vector<StateTensor>& parameters) {
     const HuggingFace& names = config.architecture->hugging_face;
     require_same_model(directory, read_model_config(directory, *config.architecture), config);
     const SafetensorsFile file(directory / "model.safetensors");
     const std::string path = file.path().string();
     std::map<std::string, SafetensorsEntry> left = file.entries();
     SafetensorsEntry tied;
-    for (const StateTensor& t : trainer.parameters()) {
+    for (const StateTensor& t : parameters) {
         std::string name = t.name;
         if (!left.contains(name)) name = names.prefix + t.name;
         const auto entry = left.find(name);
@@ -205,7 +205,6 @@ void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer)
         if (names.tied && t.name == names.tied) tied = entry->second;
         left.erase(entry);
     }
-    trainer.parameters_changed();
     // Hugging Face files carry these beside the parameters; with bias: false, biases of zero are dropped.
     for (const auto& [name, entry] : left) {
         if (names.tied && name == names.head) {
@@ -220,13 +219,13 @@ void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer)
     }
 }
 
-void load_optimizer(const fs::path& directory, const Backend& k, Trainer& trainer) {
+void load_optimizer(const fs::path& directory, const Backend& k, const std::vector<StateTensor>& moments) {
     const fs::path path = directory / "optimizer.safetensors";
     if (!fs::exists(path))
         fail(Exit::checkpoint, "{}: has no optimizer state; to start a new run from its weights use model.init_from",
              directory.string());
     const SafetensorsFile file(path);
-    for (const StateTensor& t : trainer.moments()) {
+    for (const StateTensor& t : moments) {
         const auto entry = file.entries().find(t.name);
         if (entry == file.entries().end() || entry->second.shape != t.shape)
             fail(Exit::checkpoint, "{}: {} is missing or of another shape than {}", path.string(), t.name,

@@ -41,5 +41,7 @@ void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, c
                      const std::function<void()>& before_rename);
 
 RunState read_state(const fs::path& checkpoint);
-void load_weights(const fs::path& directory, const Backend& k, Trainer& trainer);    // model.safetensors
-void load_optimizer(const fs::path& directory, const Backend& k, Trainer& trainer);  // optimizer.safetensors
+// From model.safetensors into `parameters` (all of the config's), and from optimizer.safetensors into `moments`.
+void load_weights(const fs::path& directory, const Backend& k, const ModelConfig& config,
+                  const std::vector<StateTensor>& parameters);
+void load_optimizer(const fs::path& directory, const Backend& k, const std::vector<StateTensor>& moments);

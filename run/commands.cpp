@@ -12,6 +12,7 @@
 #include "run/inputs.h"
 #include "run/options.h"
 #include "run/training_run.h"
+#include "trainer/broadcast.h"
 
 namespace {
 // Sets this rank's number of threads: the config's, else the rank's share of the cores in its affinity mask.  Ranks of
@@ -44,23 +45,13 @@ fs::path checkpoint_to_use(const Context& x, const CommandLine& line) {
     return *found;
 }
 
-TrainerOptions inference_options(const Context& x, int micro_batch_size) {
-    TrainerOptions o = model_options(x);
-    o.inference = true;
-    o.micro_batch_size = micro_batch_size;
-    const int64_t global = int64_t(micro_batch_size) * x.comm.size();
-    if (global > INT32_MAX)
-        fail(Exit::usage, "train.micro_batch_size = {} on {} ranks", micro_batch_size, x.comm.size());
-    o.global_batch_size = int(global);
-    return o;
-}
-
 Exit run_generate(const Context& x, const CommandLine& line) {
     if (x.comm.size() > 1)
         fail(Exit::usage, "generate runs on one rank; start it without mpirun -np {}", x.comm.size());
     const Tokenizer tokenizer = open_tokenizer(x.config);
-    Trainer model(x.device.k, x.comm, inference_options(x, 1));
-    load_weights(checkpoint_to_use(x, line), x.device.k, model);
+    Session model(x.device.k, model_config(x.config), forward_shape(x.config, 1));
+    load_weights(checkpoint_to_use(x, line), x.device.k, model.config(), model.memory().parameters());
+    model.parameters_changed();
     if (!x.device.note.empty()) std::fprintf(stderr, "%s\n", x.device.note.c_str());  // stdout holds only text
     SampleOptions options = line.sample;
     options.stop_token = tokenizer.end_of_text();
@@ -78,9 +69,10 @@ Exit run_eval(const Context& x, const CommandLine& line) {
     if (x.config.data.val.empty()) fail(Exit::usage, "eval needs data.val");
     const TokenStream val = open_data(x, "data.val", x.config.data.val);
     require_same(x.comm, val.fingerprint(), Exit::data, kOtherData);
-    Trainer model(x.device.k, x.comm, inference_options(x, x.config.train.micro_batch_size));
-    if (x.comm.rank() == 0) load_weights(checkpoint_to_use(x, line), x.device.k, model);
-    model.broadcast_state();
+    Session model(x.device.k, model_config(x.config), forward_shape(x.config, x.config.train.micro_batch_size));
+    if (x.comm.rank() == 0)
+        load_weights(checkpoint_to_use(x, line), x.device.k, model.config(), model.memory().parameters());
+    broadcast_parameters(x.device.k, x.comm, model.memory(), model.stream());
     if (!x.device.note.empty()) x.log.info("{}", x.device.note);
     const EvalResult r = evaluate_on(x, model, val);
     x.log.info("val loss {:.6f}  perplexity {:.4f}  accuracy {:.4f}  tokens {}", r.loss, std::exp(r.loss), r.accuracy,

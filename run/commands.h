@@ -5,7 +5,7 @@
 
 #include "bench/op_bench.h"
 #include "run/context.h"
-#include "trainer/generate.h"
+#include "model/generate.h"
 
 enum class Command : uint8_t { train, generate, eval, bench };
 

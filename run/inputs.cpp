@@ -35,7 +35,7 @@ std::vector<int32_t> prompt_tokens(const Tokenizer& tokenizer, const std::string
     return tokens;
 }
 
-EvalResult evaluate_on(const Context& x, Trainer& trainer, const TokenStream& val) {
-    return trainer.evaluate(eval_sequences(x.config, val),
-                            [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) { val.read(i, in, out); });
+EvalResult evaluate_on(const Context& x, Session& model, const TokenStream& val) {
+    return evaluate(model, x.comm, eval_sequences(x.config, val),
+                    [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) { val.read(i, in, out); });
 }

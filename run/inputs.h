@@ -6,7 +6,7 @@
 #include "data/loader.h"
 #include "data/tokenizer.h"
 #include "run/context.h"
-#include "trainer/trainer.h"
+#include "trainer/evaluate.h"
 
 // Every host opens its own copy of the data; other files would mean other tokens, or another number of steps.
 constexpr const char* kOtherData = "data files other than rank 0's; give every host the same shards";
@@ -18,4 +18,4 @@ Tokenizer open_tokenizer(const Config& c);
 // The tokens that a model continues: the prompt's, or end-of-text where the prompt is empty.
 std::vector<int32_t> prompt_tokens(const Tokenizer& tokenizer, const std::string& prompt);
 // Loss and accuracy on the first eval.tokens tokens of `val`.
-EvalResult evaluate_on(const Context& x, Trainer& trainer, const TokenStream& val);
+EvalResult evaluate_on(const Context& x, Session& model, const TokenStream& val);

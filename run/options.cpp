@@ -3,17 +3,6 @@
 #include "comm/topology.h"
 
 namespace {
-ModelConfig model_config(const Config& c) {
-    return {.architecture = &find_architecture(c.model.architecture),
-            .L = c.model.n_layer,
-            .NH = c.model.n_head,
-            .C = c.model.n_embd,
-            .T = c.model.context_length,
-            .V = c.model.vocab_size,
-            .bias = c.model.bias,
-            .dropout = float(c.model.dropout)};
-}
-
 // The algorithm that parallel.allreduce names; `auto` follows fixed rules, never timing.
 AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) {
     switch (c.parallel.allreduce) {
@@ -35,6 +24,7 @@ AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) 
     const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
     return (size & (size - 1)) == 0 && runs % size == 0 ? AllReduce::ordered : AllReduce::mpi;
 }
+}  // namespace
 
 DType real_of(Precision precision) {
     switch (precision) {
@@ -45,24 +35,31 @@ DType real_of(Precision precision) {
     }
     return DType::f32;
 }
-}  // namespace
 
-TrainerOptions model_options(const Context& x) {
+ModelConfig model_config(const Config& c) {
+    return {.architecture = &find_architecture(c.model.architecture),
+            .L = c.model.n_layer,
+            .NH = c.model.n_head,
+            .C = c.model.n_embd,
+            .T = c.model.context_length,
+            .V = c.model.vocab_size,
+            .bias = c.model.bias,
+            .dropout = float(c.model.dropout)};
+}
+
+ActivationShape forward_shape(const Config& c, int B) {
+    return {.B = B, .T = c.model.context_length, .real = real_of(c.device.dtype), .recompute = c.train.recompute};
+}
+
+TrainerOptions training_options(const Context& x) {
     const Config& c = x.config;
     TrainerOptions o;
     o.model = model_config(c);
     o.global_batch_size = c.train.global_batch_size;
     o.micro_batch_size = c.train.micro_batch_size;
     o.recompute = c.train.recompute;
-    o.allreduce = AllReduce::mpi;
     o.real = real_of(c.device.dtype);
     o.seed = c.run.seed;
-    return o;
-}
-
-TrainerOptions training_options(const Context& x) {
-    const Config& c = x.config;
-    TrainerOptions o = model_options(x);
     o.allreduce = choose_all_reduce(c, x.device, x.comm.size());
     o.nccl = x.device.nccl.get();
     o.graph = c.device.graph;

@@ -4,7 +4,10 @@
 #include "trainer/options.h"
 #include "trainer/schedule.h"
 
-// model_options: to run a model; training_options: to run and train a model.
-TrainerOptions model_options(const Context& x);
+DType real_of(Precision precision);
+ModelConfig model_config(const Config& c);
+// To run the model forward, in batches of B sequences, with the bits of its training.
+ActivationShape forward_shape(const Config& c, int B);
+// To train the model.
 TrainerOptions training_options(const Context& x);
 Schedule schedule_of(const Config& c, int64_t total_steps);

@@ -7,6 +7,7 @@
 #include "checkpoint/checkpoint.h"
 #include "run/context.h"
 #include "run/nvml.h"
+#include "trainer/evaluate.h"
 #include "trainer/trainer.h"
 
 // The first record of each process of a run: source, devices, model, memory and peak rate.

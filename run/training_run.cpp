@@ -10,7 +10,7 @@
 #include "run/inputs.h"
 #include "run/options.h"
 #include "run/records.h"
-#include "trainer/generate.h"
+#include "model/generate.h"
 #include "trainer/tuning.h"
 
 namespace {
@@ -71,7 +71,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
       train_(open_data(x, "data.train", x.config.data.train)),
       total_steps_(total_steps(x.config, train_)),
       schedule_(schedule_of(x.config, total_steps_)),
-      peak_(measure_run_peak(x.comm, x.device.k, model_options(x).real, x.device.name, x.device.counts)),
+      peak_(measure_run_peak(x.comm, x.device.k, real_of(x.config.device.dtype), x.device.name, x.device.counts)),
       trainer_(x.device.k, x.comm, training_options(x)) {
     const Config& c = x.config;
     if (!c.data.val.empty()) val_.emplace(open_data(x, "data.val", c.data.val));
@@ -182,7 +182,8 @@ void TrainingRun::initialize() {
     const std::string& from = x_.config.model.init_from;
     if (from.empty()) return trainer_.initialize();
     verify_checkpoint(from);
-    load_weights(from, x_.device.k, trainer_);
+    load_weights(from, x_.device.k, trainer_.config(), trainer_.parameters());
+    trainer_.parameters_changed();
     x_.log.info("weights from {}", from);
 }
 
@@ -211,8 +212,9 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
             saved.attention, now, word_of(x_.config.device.attention));
     require_same_data("data.train", saved.train, state_.train);
     require_same_data("data.val", saved.val, state_.val);
-    load_weights(checkpoint, x_.device.k, trainer_);
-    load_optimizer(checkpoint, x_.device.k, trainer_);
+    load_weights(checkpoint, x_.device.k, trainer_.config(), trainer_.parameters());
+    trainer_.parameters_changed();
+    load_optimizer(checkpoint, x_.device.k, trainer_.moments());
     trainer_.set_updates(saved.updates);
     state_.step = saved.step;
     state_.tokens = saved.tokens;
@@ -338,7 +340,7 @@ bool TrainingRun::out_of_time() {
 }
 
 void TrainingRun::evaluate_and_sample() {
-    const EvalResult r = evaluate_on(x_, trainer_, *val_);
+    const EvalResult r = evaluate_on(x_, trainer_.session(), *val_);
     if (x_.comm.rank() == 0) record_evaluation(r);
     x_.comm.barrier();  // a reduction has a deadline; ranks may wait longer here
 }
@@ -349,7 +351,7 @@ void TrainingRun::record_evaluation(const EvalResult& r) {
                 r.tokens);
     for (const std::string& prompt : x_.config.eval.sample_prompts) {
         SampleOptions options{.max_tokens = 128, .seed = x_.config.run.seed, .stop_token = tokenizer_->end_of_text()};
-        const auto tokens = generate(trainer_, prompt_tokens(*tokenizer_, prompt), options, [](int32_t) {});
+        const auto tokens = generate(trainer_.session(), prompt_tokens(*tokenizer_, prompt), options, [](int32_t) {});
         const std::string text = as_utf8(tokenizer_->decode(tokens));
         dir_->record({{"type", "sample"}, {"step", state_.step}, {"prompt", prompt}, {"text", text}});
         x_.log.info("sample: {}{}", prompt, text);

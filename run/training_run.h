@@ -15,6 +15,7 @@
 #include "run/context.h"
 #include "run/nvml.h"
 #include "run/run_dir.h"
+#include "trainer/evaluate.h"
 #include "trainer/schedule.h"
 #include "trainer/trainer.h"
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/ops.h"
+#include "kernels/owners.h"
 
 using Doubles = std::vector<double>;
 
@@ -29,6 +29,14 @@ inline std::vector<Target> targets() {
 #endif
         {&cuda_backend(), DType::f32, "cuda f32"},
         {&cuda_backend(), DType::bf16, "cuda bf16"}};
+}
+
+// Memory that a stream takes for its ops.
+inline size_t workspace_bytes(const Backend& k) {
+    const size_t n_free = k.memory_state().n_free;
+    const StreamOwner stream(k);
+    k.take_workspace(stream.get());
+    return n_free - k.memory_state().n_free;
 }
 
 inline double rounded(double v, DType t) {

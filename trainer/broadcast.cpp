@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/hash.h"
+
 void broadcast_from_root(const Backend& k, Comm& comm, Buf data, Stream s) {
     constexpr size_t kPiece = size_t(16) << 20;  // bytes
     std::vector<char> host;
@@ -15,4 +17,16 @@ void broadcast_from_root(const Backend& k, Comm& comm, Buf data, Stream s) {
         k.upload(device, host.data(), host.size(), s);
         k.synchronize(s);
     }
+}
+
+void broadcast_parameters(const Backend& k, Comm& comm, ModelMemory& model, Stream s) {
+    broadcast_from_root(k, comm, model.flat_masters(), s);
+    model.round_masters(k, s);
+    const uint64_t mine = model.weights_hash(k, s);
+    std::vector<uint64_t> all(size_t(comm.size()));
+    comm.all_gather(&mine, all.data(), sizeof mine);
+    for (int r = 1; r < comm.size(); r++)
+        CHECK_THAT(all[size_t(r)] == all[0],
+                   "rank {} holds other parameters than rank 0 after the broadcast: {} and {}", r,
+                   hash_text(all[size_t(r)]), hash_text(all[0]));
 }

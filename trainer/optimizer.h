@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kernels/owners.h"
-#include "trainer/state_tensor.h"
+#include "model/state.h"
 
 // Elements [first, first + count) of a flat buffer.
 struct Range {

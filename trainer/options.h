@@ -16,5 +16,4 @@ struct TrainerOptions {
     DType real = DType::f32;  // bf16: activations and the parameters that ops read; f64: the double instance, for tests
     DeviceComm* nccl = nullptr;  // where every rank has a GPU of its own
     UseGraph graph = UseGraph::automatic;
-    bool inference = false;  // no gradients, moments or backward activations: evaluate() and next_logits() only
 };

@@ -6,14 +6,14 @@
 
 #include "comm/run_fold.h"
 #include "common/clock.h"
-#include "common/hash.h"
 #include "kernels/cost.h"
 #include "trainer/broadcast.h"
 #include "trainer/tuning.h"
 
 namespace {
-TrainerOptions checked(TrainerOptions o) {
+TrainerOptions checked(TrainerOptions o, int size) {
     o.model.architecture->check(o.model, o.real);
+    CHECK_THAT(o.real != DType::f64 || size == 1, "the double instance runs on one rank, not {}", size);
     return o;
 }
 
@@ -37,27 +37,25 @@ Trainer::Marks::Marks(const Backend& k, int n_micro) {
 Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options, const MakeGradientSync& make_sync)
     : k_(k),
       comm_(comm),
-      o_(checked(std::move(options))),
+      o_(checked(std::move(options), comm.size())),
       share_(batch_share(o_.global_batch_size, o_.micro_batch_size, comm.rank(), comm.size(),
                          o_.allreduce == AllReduce::ordered)),
       stream_owner_(k),
       stream_(stream_owner_.get()),
       memory_(o_, share_.n_micro, RunFold(share_.n_runs).n_buffers()),
-      feed_(k, o_, share_, memory_.staging, memory_.batch) {
-    CHECK_THAT(o_.real != DType::f64 || comm_.size() == 1, "the double instance runs on one rank, not {}",
-               comm_.size());
+      feed_(k, o_, share_, memory_.staging, memory_.batch),
+      sync_(make_sync(k, comm, o_, memory_)),
+      marks_(k, share_.n_micro),
+      losses_(k, size_t(share_.n_micro) * size_t(o_.micro_batch_size) * sizeof(double)) {
     k_.take_workspace(stream_);  // before the plan is held against what is free
-    if (!o_.inference) sync_ = make_sync(k_, comm_, o_, memory_);
     memory_.require(k_.memory_state(), comm_.size());
     memory_.allocate(k_, stream_);
-    if (!o_.inference) {
-        marks_.emplace(k_, share_.n_micro);
-        losses_.emplace(k_, memory_.losses.n_bytes());
-        const int64_t n_launches = share_.n_micro * launches_of(training_pass(batch(0), memory_.grads[0], false));
-        graphs_.emplace(k_, o_.graph, n_launches, o_.nccl != nullptr);
-    }
+    const int64_t n_launches = share_.n_micro * launches_of(training_pass(batch(0), memory_.grads[0], false));
+    graphs_.emplace(k_, o_.graph, n_launches, o_.nccl != nullptr);
     k_.synchronize(stream_);
-    if (sync_) sync_->start(stream_);
+    sync_->start(stream_);
+    const Batch first = batch(0);
+    session_.emplace(k_, memory_, first.inputs, first.targets, memory_.losses.slice(0, size_t(first.B)), stream_);
 }
 
 // Work may still read what is about to be given back: an error can leave a step in its middle.
@@ -67,25 +65,9 @@ Trainer::~Trainer() {
     } catch (const std::exception&) {}  // the step that met the error has told it
 }
 
-const char* Trainer::reduction() const { return sync_ ? sync_->name() : "no"; }
-
 void Trainer::initialize() {
-    init_params(o_.model, k_, masters(), o_.seed, stream_);
+    init_params(o_.model, k_, memory_.master_tensors(), o_.seed, stream_);
     parameters_changed();
-}
-
-void Trainer::parameters_changed() {
-    if (!has_masters()) return;
-    k_.cast({.y = memory_.param_arena.flat(o_.real), .x = memory_.flat_masters()}, stream_);
-    k_.synchronize(stream_);
-}
-
-uint64_t Trainer::weights_hash() {
-    uint32_t halves[2];
-    k_.hash({.y = memory_.hash, .x = memory_.flat_masters()}, stream_);
-    k_.download(halves, memory_.hash.data, memory_.hash.n_bytes(), stream_);
-    k_.synchronize(stream_);
-    return halves[0] | uint64_t(halves[1]) << 32;
 }
 
 bool Trainer::finite() {
@@ -105,16 +87,8 @@ bool Trainer::finite() {
 }
 
 void Trainer::broadcast_state() {
-    broadcast_from_root(k_, comm_, memory_.flat_masters(), stream_);
-    parameters_changed();
-    if (sync_) sync_->broadcast_state(stream_);
-    const uint64_t mine = weights_hash();
-    std::vector<uint64_t> all(size_t(comm_.size()));
-    comm_.all_gather(&mine, all.data(), sizeof mine);
-    for (int r = 1; r < comm_.size(); r++)
-        CHECK_THAT(all[size_t(r)] == all[0],
-                   "rank {} holds other parameters than rank 0 after the broadcast: {} and {}", r,
-                   hash_text(all[size_t(r)]), hash_text(all[0]));
+    broadcast_parameters(k_, comm_, memory_, stream_);
+    sync_->broadcast_state(stream_);
 }
 
 std::string Trainer::tune() { return tune_on_random_tokens(training_pass(batch(0), memory_.grads[0], false)); }
@@ -130,23 +104,18 @@ Batch Trainer::batch(int micro) const {
             .seed = o_.seed};
 }
 
-Pass Trainer::pass(const Batch& batch) const {
+Pass Trainer::training_pass(const Batch& batch, const Tensors& grads, bool accumulate) const {
     return {.k = k_,
             .config = o_.model,
             .params = memory_.params,
             .acts = memory_.acts,
+            .grads = &grads,
             .batch = batch,
-            .recompute = memory_.act_shape.recompute,
+            .recompute = o_.recompute,
+            .train = true,
+            .grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T)),
+            .accumulate = accumulate,
             .stream = stream_};
-}
-
-Pass Trainer::training_pass(const Batch& batch, const Tensors& grads, bool accumulate) const {
-    Pass x = pass(batch);
-    x.grads = &grads;
-    x.train = true;
-    x.grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T));
-    x.accumulate = accumulate;
-    return x;
 }
 
 void Trainer::accumulate_micro_batches() {
@@ -156,18 +125,18 @@ void Trainer::accumulate_micro_batches() {
     for (int i = 0; i < share_.n_micro; i++) {
         const Tensors& grads = memory_.grads[size_t(fold.working())];
         const Pass x = training_pass(batch(i), grads, i % share_.run_length != 0);
-        k_.set_mark(marks_->start[size_t(i)].get(), stream_);
+        k_.set_mark(marks_.start[size_t(i)].get(), stream_);
         model.forward(x);
         const Buf sums = memory_.losses.slice(size_t(i) * B, size_t(B));  // (B)
         k_.row_sum({.y = sums, .x = memory_.loss, .B = B, .T = o_.model.T}, stream_);
-        k_.set_mark(marks_->forward[size_t(i)].get(), stream_);
+        k_.set_mark(marks_.forward[size_t(i)].get(), stream_);
 
         model.backward(x);
         if ((i + 1) % share_.run_length == 0)
             fold.push([&](int into, int from) {
                 k_.add({.y = memory_.flat_gradient(into), .x = memory_.flat_gradient(from)}, stream_);
             });
-        k_.set_mark(marks_->backward[size_t(i)].get(), stream_);
+        k_.set_mark(marks_.backward[size_t(i)].get(), stream_);
     }
     CHECK_THAT(fold.result() == 0, "the gradient's sum is in buffer {}, expected 0", fold.result());
     sync_->gradient_ready({0, memory_.n_params()}, stream_);
@@ -185,7 +154,7 @@ double Trainer::gather_loss(const std::vector<double>& mine) {
 // The end of a step's work: new parameters, and the losses on their way to the host.
 void Trainer::finish_step() {
     sync_->finish_step(*graphs_, stream_);
-    k_.download(losses_->as<void>(), memory_.losses.data, memory_.losses.n_bytes(), stream_);
+    k_.download(losses_.as<void>(), memory_.losses.data, memory_.losses.n_bytes(), stream_);
 }
 
 StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatch& next, bool more) {
@@ -217,21 +186,15 @@ void Trainer::collect(StepResult& result) {
     result.grad_norm = outcome.norm;
     result.updated = outcome.updated;
     const Buf losses = memory_.losses;
-    result.loss = gather_loss(as_doubles(Buf(losses_->as<void>(), losses.count, losses.dtype)));
+    result.loss = gather_loss(as_doubles(Buf(losses_.as<void>(), losses.count, losses.dtype)));
     if (result.updated && !std::isfinite(result.loss))
         fail(Exit::numeric,
              "loss {} with a finite gradient norm of {}: logits overflowed; lower optimizer.learning_rate", result.loss,
              result.grad_norm);
     for (size_t i = 0; i < size_t(share_.n_micro); i++) {
-        result.ms.forward += k_.ms_between(marks_->start[i].get(), marks_->forward[i].get());
-        result.ms.backward += k_.ms_between(marks_->forward[i].get(), marks_->backward[i].get());
+        result.ms.forward += k_.ms_between(marks_.start[i].get(), marks_.forward[i].get());
+        result.ms.backward += k_.ms_between(marks_.forward[i].get(), marks_.backward[i].get());
     }
-    result.ms.reduce = k_.ms_between(marks_->backward.back().get(), sync_->summed());
+    result.ms.reduce = k_.ms_between(marks_.backward.back().get(), sync_->summed());
     result.ms.optimizer = k_.ms_between(sync_->summed(), sync_->updated());
-}
-
-std::vector<StateTensor> Trainer::parameters() {
-    std::vector<StateTensor> out;
-    for (size_t i = 0; i < masters().size(); i++) out.push_back(state_tensor("", memory_.param_list[i], masters()[i]));
-    return out;
 }

@@ -1,4 +1,4 @@
-// One rank's share of training: one optimizer step after the other, evaluation.  Knows nothing of files or of where
+// One rank's share of training: one optimizer step after the other.  Knows nothing of files or of where
 // tokens come from.
 #pragma once
 #include <functional>
@@ -10,6 +10,7 @@
 
 #include "comm/comm.h"
 #include "kernels/owners.h"
+#include "model/session.h"
 #include "trainer/replicated_update.h"
 #include "trainer/step_graph.h"
 #include "trainer/token_feed.h"
@@ -24,17 +25,10 @@ struct StepResult {
     } ms;
 };
 
-struct EvalResult {
-    double loss = 0;      // mean over tokens, nats
-    double accuracy = 0;  // share of tokens whose largest logit is the target
-    uint64_t tokens = 0;
-};
-
 class Trainer {
   public:
     using Tokens = TokenFeed::Tokens;
     using NextMicroBatch = TokenFeed::NextMicroBatch;
-    using ReadSequence = std::function<void(uint64_t index, std::span<int32_t> inputs, std::span<int32_t> targets)>;
 
     // make_sync chooses the way from gradient to new parameters.
     Trainer(const Backend& k, Comm& comm, TrainerOptions options,
@@ -56,31 +50,27 @@ class Trainer {
     // called for each micro-batch of this rank.  `more`: the next call will be for step + 1, whose tokens are fetched
     // and sent while the device works on this one; what goes wrong with them is thrown by that call.
     StepResult step(int64_t step, double learning_rate, const NextMicroBatch& next, bool more = false);
-    // Mean loss over sequences [0, n) without dropout: batches of micro_batch_size, dealt to ranks, summed in order.
-    EvalResult evaluate(uint64_t n_sequences, const ReadSequence& read);
-    // Logits of the token after `tokens` (at most T of them), (V).  Rank-local.
-    std::vector<float> next_logits(std::span<const int32_t> tokens);
+    // The model as it is, to be evaluated or to write text: a view, for use between steps.
+    Session& session() { return *session_; }
 
     // The masters: f32 also where ops read bf16.  After writing to them call parameters_changed().
-    std::vector<StateTensor> parameters();
-    void parameters_changed();
+    std::vector<StateTensor> parameters() const { return memory_.parameters(); }
+    void parameters_changed() { memory_.round_masters(k_, stream_); }
     std::vector<StateTensor> moments() { return sync_->state(); }
-    uint64_t updates() const { return sync_ ? sync_->updates() : 0; }
-    void set_updates(uint64_t n) {  // from a checkpoint
-        if (sync_) sync_->set_updates(n);
-    }
-    uint64_t weights_hash();
+    uint64_t updates() const { return sync_->updates(); }
+    void set_updates(uint64_t n) { sync_->set_updates(n); }  // from a checkpoint
+    uint64_t weights_hash() { return memory_.weights_hash(k_, stream_); }
     // Every parameter and moment is a finite number.
     bool finite();
     const BatchShare& share() const { return share_; }
     const ModelConfig& config() const { return o_.model; }
-    const char* reduction() const;  // how gradients are summed: "ordered through host memory"
+    const char* reduction() const { return sync_->name(); }  // how gradients are summed: "ordered through host memory"
     // Device memory that the library which sums them took for itself.
-    size_t reduction_bytes() const { return sync_ ? sync_->library_bytes() : 0; }
+    size_t reduction_bytes() const { return sync_->library_bytes(); }
     const TrainerMemory& memory() const { return memory_; }
     // Whether steps are replayed from graphs, and why not where they could have been.
-    bool uses_graphs() const { return graphs_ && graphs_->used(); }
-    std::string graph_note() const { return graphs_ ? graphs_->note() : ""; }
+    bool uses_graphs() const { return graphs_->used(); }
+    const std::string& graph_note() const { return graphs_->note(); }
 
   private:
     // Points of a step, between which its phases are timed.
@@ -89,14 +79,11 @@ class Trainer {
         Marks(const Backend& k, int n_micro);
     };
 
-    bool has_masters() const { return memory_.has_masters(); }
-    const Tensors& masters() const { return has_masters() ? memory_.masters : memory_.params; }
     void accumulate_micro_batches();
     double gather_loss(const std::vector<double>& mine);
     void finish_step();
     void collect(StepResult& result);
     Batch batch(int micro) const;
-    Pass pass(const Batch& batch) const;
     Pass training_pass(const Batch& batch, const Tensors& grads, bool accumulate) const;
 
     const Backend& k_;
@@ -107,10 +94,11 @@ class Trainer {
     const Stream stream_;  // all work but the tokens' way to the device
     TrainerMemory memory_;
     TokenFeed feed_;
-    // Absent when only evaluating:
-    std::unique_ptr<GradientSync> sync_;
-    std::optional<Marks> marks_;
-    std::optional<HostBuffer> losses_;  // (n_micro * B) stat, pinned: on their way back
-    std::optional<StepGraphs> graphs_;
+    const std::unique_ptr<GradientSync> sync_;
+    const Marks marks_;
+    const HostBuffer losses_;  // (n_micro * B) stat, pinned: on their way back
     StepGraphs::Piece piece_;  // a whole step, or what comes before finish_step() where that needs the host
+    // Once there is memory:
+    std::optional<StepGraphs> graphs_;
+    std::optional<Session> session_;
 };

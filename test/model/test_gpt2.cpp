@@ -6,6 +6,7 @@
 
 #include "model/gpt2.h"
 #include "test/op_test.h"
+#include "trainer/evaluate.h"
 #include "trainer/trainer.h"
 
 namespace {
@@ -210,16 +211,17 @@ TEST_CASE("gpt2: evaluation counts every sequence once and ignores dropout") {
     const auto read = [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
         for (size_t t = 0; t < in.size(); t++) in[t] = all[i * 8 + t], out[t] = all[i * 8 + t + 1];
     };
-    const EvalResult five = trainer.evaluate(5, read);
+    const EvalResult five = evaluate(trainer.session(), *comm, 5, read);
     CHECK(five.tokens == 35);
     double sum = 0;
     for (uint64_t i = 0; i < 5; i++) {
         const EvalResult one =
-            trainer.evaluate(1, [&](uint64_t, std::span<int32_t> in, std::span<int32_t> out) { read(i, in, out); });
+            evaluate(trainer.session(), *comm, 1,
+                     [&](uint64_t, std::span<int32_t> in, std::span<int32_t> out) { read(i, in, out); });
         sum += one.loss;
     }
     CHECK(five.loss == doctest::Approx(sum / 5).epsilon(1e-6));
-    CHECK(five.loss == trainer.evaluate(5, read).loss);
+    CHECK(five.loss == evaluate(trainer.session(), *comm, 5, read).loss);
 }
 
 TEST_CASE("gpt2: next_logits of a prefix equal the rows of a full pass") {
@@ -227,15 +229,15 @@ TEST_CASE("gpt2: next_logits of a prefix equal the rows of a full pass") {
     Trainer trainer(cpu_backend(), *comm, options(kTiny, DType::f32));
     trainer.initialize();
     const auto tokens = random_tokens(7, 3, kTiny.V);
-    const auto full = trainer.next_logits(tokens);
+    const auto full = trainer.session().next_logits(tokens);
     auto changed = tokens;
     changed[6] = (changed[6] + 1) % kTiny.V;
     CHECK(full.size() == 29);
-    CHECK(trainer.next_logits(changed) != full);
+    CHECK(trainer.session().next_logits(changed) != full);
     // The fourth token's logits see only the first four tokens.
-    const auto four = trainer.next_logits({tokens.data(), 4});
+    const auto four = trainer.session().next_logits({tokens.data(), 4});
     changed = tokens;
-    CHECK(trainer.next_logits({changed.data(), 4}) == four);
+    CHECK(trainer.session().next_logits({changed.data(), 4}) == four);
 }
 
 TEST_CASE("gpt2: a model kiln cannot run is refused by name") {

@@ -5,6 +5,7 @@
 #include "model/gpt2.h"
 #include "test/op_test.h"
 #include "test/shown_gradient.h"
+#include "trainer/evaluate.h"
 #include "trainer/trainer.h"
 
 namespace {
@@ -180,16 +181,16 @@ TEST_CASE("gpt2 on cuda: evaluation and logits agree with the CPU") {
         for (size_t t = 0; t < in.size(); t++)
             in[t] = int32_t(tokens[i * 14 + t]), out[t] = int32_t(tokens[i * 14 + t + 1]);
     };
-    const EvalResult want = reference_trainer.evaluate(3, read);
+    const EvalResult want = evaluate(reference_trainer.session(), *comm, 3, read);
     const std::vector<int32_t> prompt = {1, 5, 2, 7, 28};
-    const auto logits = reference_trainer.next_logits(prompt);
+    const auto logits = reference_trainer.session().next_logits(prompt);
     for (const Target& t : cuda_targets()) {
         CAPTURE(t.name);
         Trainer trainer(*t.k, *comm, options(kTiny, t.real));
         set_parameters(*t.k, trainer, kTiny.C);
         const double bound = t.real == DType::bf16 ? 0.03 : 1e-5;
-        CHECK(trainer.evaluate(3, read).loss == doctest::Approx(want.loss).epsilon(bound / 10));
-        const auto got = trainer.next_logits(prompt);
+        CHECK(evaluate(trainer.session(), *comm, 3, read).loss == doctest::Approx(want.loss).epsilon(bound / 10));
+        const auto got = trainer.session().next_logits(prompt);
         const Doubles a(got.begin(), got.end()), b(logits.begin(), logits.end());
         CHECK(norm_of(difference(a, b)) <= bound * norm_of(b));
     }

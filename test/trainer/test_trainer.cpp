@@ -5,6 +5,7 @@
 #include "comm/run_fold.h"
 #include "model/gpt2.h"
 #include "test/op_test.h"
+#include "trainer/evaluate.h"
 #include "trainer/trainer.h"
 
 namespace {
@@ -60,13 +61,11 @@ Outcome train(const Backend& k, const TrainerOptions& o, bool ahead, const char*
         out.numbers.push_back(r.loss), out.numbers.push_back(r.grad_norm);
         CHECK(source.n_calls == 2 * (s + 1 + (ahead && s < 3)));
         if (s == 1)
-            out.numbers.push_back(trainer
-                                      .evaluate(3,
-                                                [](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
-                                                    std::ranges::fill(in, int32_t(i));
-                                                    std::ranges::fill(out, int32_t(i + 1));
-                                                })
-                                      .loss);
+            out.numbers.push_back(
+                evaluate(trainer.session(), *comm, 3, [](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
+                    std::ranges::fill(in, int32_t(i));
+                    std::ranges::fill(out, int32_t(i + 1));
+                }).loss);
     }
     CHECK(trainer.uses_graphs() == (o.graph != UseGraph::off && k.can_record() && !*graph_note));
     CHECK(trainer.graph_note() == graph_note);
@@ -78,14 +77,6 @@ std::vector<Target> targets_of_training() {  // all but the double instance
     for (const Target& t : targets())
         if (t.real != DType::f64) out.push_back(t);
     return out;
-}
-
-// Memory that a stream takes for its ops.
-size_t workspace_bytes(const Backend& k) {
-    const size_t n_free = k.memory_state().n_free;
-    const StreamOwner stream(k);
-    k.take_workspace(stream.get());
-    return n_free - k.memory_state().n_free;
 }
 
 // A table whose GELU is never part of a product.

@@ -4,7 +4,7 @@
 #include <span>
 #include <vector>
 
-#include "trainer/trainer.h"
+#include "model/session.h"
 
 struct SampleOptions {
     int max_tokens = 256;
@@ -20,5 +20,5 @@ int32_t sample_token(std::span<const float> logits, const SampleOptions& options
 
 // Continues `prompt` (at least one token); each new token goes to on_token as it is drawn.  The model sees at most its
 // last context_length tokens.
-std::vector<int32_t> generate(Trainer& model, std::vector<int32_t> prompt, const SampleOptions& options,
+std::vector<int32_t> generate(Session& model, std::vector<int32_t> prompt, const SampleOptions& options,
                               const std::function<void(int32_t)>& on_token);

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <map>
 
-#include "trainer/generate.h"
+#include "model/generate.h"
 
 namespace {
 const std::vector<float> kLogits = {0.0f, std::log(4.0f), std::log(2.0f), std::log(1.0f), -1e30f};  // 1/8 4/8 2/8 1/8 0

@@ -1,4 +1,4 @@
-#include "trainer/generate.h"
+#include "model/generate.h"
 
 #include <algorithm>
 #include <cmath>
@@ -32,9 +32,9 @@ int32_t sample_token(std::span<const float> logits, const SampleOptions& o, uint
     return order[weight.size() - 1];  // rounding
 }
 
-std::vector<int32_t> generate(Trainer& model, std::vector<int32_t> tokens, const SampleOptions& o,
+std::vector<int32_t> generate(Session& model, std::vector<int32_t> tokens, const SampleOptions& o,
                               const std::function<void(int32_t)>& on_token) {
-    const size_t n_prompt = tokens.size(), context = size_t(model.config().T);
+    const size_t n_prompt = tokens.size(), context = size_t(model.shape().T);
     CHECK_THAT(n_prompt > 0, "generate() needs at least one token to start from");
     for (int i = 0; i < o.max_tokens; i++) {
         const std::span<const int32_t> all(tokens);
