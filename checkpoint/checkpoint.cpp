@@ -21,12 +21,6 @@ FileRecord write_json(const fs::path& dir, const char* name, const ordered_json&
     return {name, text.size(), hash64(text)};
 }
 
-size_t n_elements(const StateTensor& t) {
-    size_t n = 1;
-    for (size_t d : t.shape) n *= d;
-    return n;
-}
-
 // The tensors that model.safetensors has: those that the model has not are without data.
 std::vector<StateTensor> as_stored(const std::vector<StateTensor>& tensors, const ModelConfig& c) {
     const Architecture& model = *c.architecture;
@@ -34,29 +28,27 @@ std::vector<StateTensor> as_stored(const std::vector<StateTensor>& tensors, cons
     size_t next = 0;
     for (const ParamInfo& info : model.params(model.hugging_face.stored(c))) {
         const bool present = next < tensors.size() && tensors[next].name == info.name;
-        all.push_back(present ? tensors[next++] : StateTensor{info.name, info.shape_saved(), {}});
+        all.push_back(present ? tensors[next++] : StateTensor::whole(info.name, info.shape_saved(), {}));
     }
     return all;
 }
 
-// A tensor without data is written as zeros.
-FileRecord write_tensors(const fs::path& dir, const char* name, const Backend& k,
-                         const std::vector<StateTensor>& tensors) {
+// From host memory.  A tensor without data is written as zeros.
+FileRecord write_tensors(const fs::path& dir, const char* name, const std::vector<StateTensor>& tensors) {
     std::vector<SafetensorsWriter::Tensor> list;
-    for (const StateTensor& t : tensors) list.push_back({t.name, t.shape});
+    for (const StateTensor& t : tensors) {
+        CHECK_THAT(t.is_whole(), "{} is a slice; a checkpoint has whole tensors", t.name);
+        list.push_back({t.name, t.global_shape});
+    }
     SafetensorsWriter out(dir / name, list);
-    std::vector<float> host(size_t(1) << 20);
     for (const StateTensor& t : tensors) {
         if (!t.data) {
-            const std::vector<float> zeros(n_elements(t));
+            const std::vector<float> zeros(t.count());
             out.write(zeros.data(), zeros.size());
         }
-        for (size_t i = 0; i < t.data.count; i += host.size()) {
-            const Buf part = t.data.slice(i, std::min(host.size(), t.data.count - i));
-            k.download(host.data(), part.data, part.n_bytes(), nullptr);
-            k.synchronize(nullptr);
-            out.write(host.data(), part.count);
-        }
+        constexpr size_t kPiece = size_t(1) << 20;  // elements of a write
+        for (size_t i = 0; i < t.data.count; i += kPiece)
+            out.write(t.data.as<float>() + i, std::min(kPiece, t.data.count - i));
     }
     const auto written = out.close();
     return {name, written.n_bytes, written.hash};
@@ -111,6 +103,7 @@ std::vector<DataPart> parts_of(const nlohmann::json& list) {
 std::string shape_text(const std::vector<size_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
 
 void read_tensor(const SafetensorsFile& file, const SafetensorsEntry& e, const Backend& k, const StateTensor& t) {
+    CHECK_THAT(t.is_whole(), "{} is a slice; a checkpoint has whole tensors", t.name);
     std::vector<float> host(std::min(t.data.count, size_t(1) << 20));
     for (size_t i = 0; i < t.data.count; i += host.size()) {
         const Buf part = t.data.slice(i, std::min(host.size(), t.data.count - i));
@@ -135,23 +128,23 @@ bool same_tensor(const SafetensorsFile& file, const SafetensorsEntry& a, const S
 }
 }  // namespace
 
-void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, const RunState& state, int keep,
+void save_checkpoint(const fs::path& root, const RunSnapshot& snapshot, int keep,
                      const std::function<void()>& before_rename) {
-    const ModelConfig& config = trainer.config();
-    const std::vector<StateTensor> weights = as_stored(trainer.parameters(), config);
-    const std::vector<StateTensor> moments = trainer.moments();
+    const ModelConfig& model = snapshot.model;
+    const std::vector<StateTensor> weights = as_stored(snapshot.parameters.tensors(), model);
+    const std::vector<StateTensor>& moments = snapshot.moments.tensors();
     uint64_t n_bytes = 1 << 20;  // headers and JSON
     for (const auto* list : {&weights, &moments})
-        for (const StateTensor& t : *list) n_bytes += n_elements(t) * sizeof(float);
+        for (const StateTensor& t : *list) n_bytes += t.count() * sizeof(float);
     make_directories(root);
     require_space(root, n_bytes);
     const auto write_files = [&](const fs::path& dir) -> std::vector<FileRecord> {
-        return {write_tensors(dir, "model.safetensors", k, weights),
-                write_json(dir, "config.json", config.architecture->hugging_face.write_config(config)),
-                write_tensors(dir, "optimizer.safetensors", k, moments),
-                write_json(dir, "state.json", state_json(state))};
+        return {write_tensors(dir, "model.safetensors", weights),
+                write_json(dir, "config.json", model.architecture->hugging_face.write_config(model)),
+                write_tensors(dir, "optimizer.safetensors", moments),
+                write_json(dir, "state.json", state_json(snapshot.run))};
     };
-    store_checkpoint(root, state.step, keep, write_files, before_rename);
+    store_checkpoint(root, snapshot.run.step, keep, write_files, before_rename);
 }
 
 RunState read_state(const fs::path& checkpoint) {
@@ -198,9 +191,9 @@ void load_weights(const fs::path& directory, const Backend& k, const ModelConfig
         if (entry == left.end())
             fail(Exit::checkpoint, "{}: has no tensor {}{}", path, t.name,
                  t.name.ends_with(".bias") ? "; use model.bias: false" : "");
-        if (entry->second.shape != t.shape)
+        if (entry->second.shape != t.global_shape)
             fail(Exit::checkpoint, "{}: {} has shape {}, the config's model needs {}", path, name,
-                 shape_text(entry->second.shape), shape_text(t.shape));
+                 shape_text(entry->second.shape), shape_text(t.global_shape));
         read_tensor(file, entry->second, k, t);
         if (names.tied && t.name == names.tied) tied = entry->second;
         left.erase(entry);
@@ -227,9 +220,9 @@ void load_optimizer(const fs::path& directory, const Backend& k, const std::vect
     const SafetensorsFile file(path);
     for (const StateTensor& t : moments) {
         const auto entry = file.entries().find(t.name);
-        if (entry == file.entries().end() || entry->second.shape != t.shape)
+        if (entry == file.entries().end() || entry->second.shape != t.global_shape)
             fail(Exit::checkpoint, "{}: {} is missing or of another shape than {}", path.string(), t.name,
-                 shape_text(t.shape));
+                 shape_text(t.global_shape));
         read_tensor(file, entry->second, k, t);
     }
 }

@@ -13,10 +13,9 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/snapshot.h"
 #include "checkpoint/store.h"
 #include "common/file.h"
-#include "model/architecture.h"
-#include "trainer/trainer.h"
 
 struct DataPart {  // a shard as it was: name without folders, tokens, fingerprint
     std::string file;
@@ -35,9 +34,16 @@ struct RunState {
     std::vector<DataPart> train, val;
 };
 
+// All that a checkpoint is written from.
+struct RunSnapshot {
+    ModelConfig model;
+    Snapshot parameters, moments;
+    RunState run;
+};
+
 // Saves under root/step_N and keeps the newest `keep` good ones.  Rank 0 only.  `before_rename` runs when all is on
 // disk but the name: the place to make the logs durable.
-void save_checkpoint(const fs::path& root, const Backend& k, Trainer& trainer, const RunState& state, int keep,
+void save_checkpoint(const fs::path& root, const RunSnapshot& snapshot, int keep,
                      const std::function<void()>& before_rename);
 
 RunState read_state(const fs::path& checkpoint);

@@ -1,17 +1,27 @@
-// A tensor of the training state that a checkpoint keeps.
+// What a checkpoint keeps of a run: a list of tensors, or of the slices of them that a rank has.
 #pragma once
 #include <string>
 #include <vector>
 
 #include "model/architecture.h"
 
-struct StateTensor {
-    std::string name;
-    std::vector<size_t> shape;  // as saved: V rows of wte, not Vp
-    Buf data;                   // (product of shape)  in backend memory
+// A box of a tensor: along each axis the elements [offset, offset + extent).
+struct Slice {
+    std::vector<size_t> offset, extent;
+    bool operator==(const Slice&) const = default;
 };
 
-// `tensor` holds a number for every element of the parameter: the parameter itself (prefix ""), a moment ("m.").
-inline StateTensor state_tensor(const std::string& prefix, const ParamInfo& info, const Buf& tensor) {
-    return {prefix + info.name, info.shape_saved(), tensor.slice(0, info.count_saved())};
-}
+struct StateTensor {
+    std::string name;
+    std::vector<size_t> global_shape;  // as saved: V rows of an embedding, not Vp
+    Slice slice;                       // of it; today always the whole
+    Buf data;                          // (product of slice.extent) f32, in backend or host memory
+
+    // All of a tensor.
+    static StateTensor whole(std::string name, std::vector<size_t> shape, Buf data);
+    bool is_whole() const;
+    size_t count() const;  // elements of the slice
+};
+
+// `tensor` has a number for every element of the parameter: the parameter itself (prefix ""), a moment ("m.").
+StateTensor state_tensor(const std::string& prefix, const ParamInfo& info, const Buf& tensor);

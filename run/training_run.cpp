@@ -365,8 +365,13 @@ void TrainingRun::save() {
              "step {}: parameters or optimizer state are not finite; no checkpoint was saved, earlier ones "
              "stand; lower optimizer.learning_rate and --resume",
              state_.step);
-    if (x_.comm.rank() == 0)
-        save_checkpoint(dir_->checkpoints(), x_.device.k, trainer_, state_, x_.config.checkpoint.keep,
-                        [&] { dir_->sync_metrics(); });
+    if (x_.comm.rank() == 0) {
+        const Backend& k = x_.device.k;
+        const RunSnapshot snapshot{.model = trainer_.config(),
+                                   .parameters = Snapshot(k, trainer_.parameters()),
+                                   .moments = Snapshot(k, trainer_.moments()),
+                                   .run = state_};
+        save_checkpoint(dir_->checkpoints(), snapshot, x_.config.checkpoint.keep, [&] { dir_->sync_metrics(); });
+    }
     x_.comm.barrier();
 }

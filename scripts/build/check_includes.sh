@@ -31,7 +31,7 @@ check kernels kernels common
 check emulator emulator kernels common
 check comm comm kernels common
 check model model kernels common
-check checkpoint checkpoint trainer model comm kernels common
+check checkpoint checkpoint model kernels common
 check trainer trainer model comm kernels common
 check bench bench trainer model comm kernels common
 check data data common

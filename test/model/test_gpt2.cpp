@@ -176,7 +176,7 @@ TEST_CASE("gpt2: padded vocabulary rows stay zero through training") {
     for (int s = 0; s < 5; s++) trainer.step(s, 1e-2, [&] { return Trainer::Tokens{in, out}; });
     const StateTensor wte = trainer.parameters()[0];
     REQUIRE(wte.name == "wte.weight");
-    CHECK(wte.shape == std::vector<size_t>{29, 12});
+    CHECK(wte.global_shape == std::vector<size_t>{29, 12});
     const float* rows = wte.data.as<float>();
     for (size_t i = size_t(29) * 12; i < size_t(kTiny.Vp()) * 12; i++) CHECK(rows[i] == 0);
     CHECK(rows[0] != 0);

@@ -49,7 +49,7 @@ void set_parameters(const Backend& k, Trainer& trainer, int C) {
     unsigned seed = 10;
     for (const StateTensor& t : trainer.parameters()) {
         Doubles v = rounded(normal(t.data.count, seed++, scale), DType::bf16);
-        if (t.name.ends_with("weight") && t.shape.size() == 1)
+        if (t.name.ends_with("weight") && t.global_shape.size() == 1)
             for (double& x : v) x = rounded(1 + x, DType::bf16);  // LayerNorm's
         std::vector<float> f(v.begin(), v.end());
         if (t.data.dtype == DType::f64) k.upload(t.data.data, v.data(), t.data.n_bytes(), nullptr);

@@ -34,7 +34,7 @@ class Recorded final : public GradientSync {
     }
     const Mark* summed() const override { return summed_.get(); }
     const Mark* updated() const override { return updated_.get(); }
-    std::vector<StateTensor> state() override { return {{"anchor", {7}, {}}}; }
+    std::vector<StateTensor> state() override { return {StateTensor::whole("anchor", {7}, {})}; }
     uint64_t updates() const override { return updates_; }
     void set_updates(uint64_t n) override { updates_ = n; }
     void broadcast_state(Stream) override { events_.push_back("broadcast"); }

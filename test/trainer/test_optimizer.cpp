@@ -122,7 +122,7 @@ TEST_CASE("optimizer: a group of all parameters is one call over everything") {
             if (kind != OptimizerKind::sgd) want.insert(want.end(), {"v.a", "v.b", "v.c", "v.d"});
             for (const StateTensor& s : flat.optimizer.state()) names.push_back(s.name);
             CHECK(names == want);
-            CHECK(flat.optimizer.state()[0].shape == std::vector<size_t>{2, 5});
+            CHECK(flat.optimizer.state()[0].global_shape == std::vector<size_t>{2, 5});
         }
 }
 
