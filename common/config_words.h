@@ -7,7 +7,8 @@
 
 // WORDS(Sort, up, down) is enum class Sort : uint8_t { up, down }, and the names of its values are their words:
 //     word_of(Sort::down)    "down"
-//     words_of(Sort())       {"up", "down"}, in the order of the values
+//     words_of<Sort>()       {"up", "down"}
+//     values_of<Sort>()      {Sort::up, Sort::down}
 // The value `automatic` is the word "auto", which C++ keeps for itself.
 #define WORDS(Enum, ...)                       \
     enum class Enum : uint8_t { __VA_ARGS__ }; \
@@ -46,11 +47,17 @@ WORDS(UseAllReduce, automatic, ordered, nccl, mpi, ring)
 std::vector<std::string> split_words(const char* names);
 
 template <class E>
-const std::vector<std::string>& words_of(E) {
+const std::vector<std::string>& words_of() {
     static const std::vector<std::string> words = split_words(names_of(E()));
     return words;
 }
 template <class E>
 const std::string& word_of(E value) {
-    return words_of(value)[size_t(value)];
+    return words_of<E>()[size_t(value)];
+}
+template <class E>
+std::vector<E> values_of() {
+    std::vector<E> values;
+    for (size_t i = 0; i < words_of<E>().size(); i++) values.push_back(E(i));
+    return values;
 }

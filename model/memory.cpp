@@ -1,13 +1,10 @@
 #include "model/memory.h"
 
 #include <algorithm>
-#include <array>
 #include <string_view>
 #include <utility>
 
 namespace {
-constexpr std::array kLevels = {Recompute::none, Recompute::gelu, Recompute::block};
-
 // Left to what the plan does not name: libraries' growth, graphs.
 size_t usable(const MemoryState& now) { return now.n_free - std::min(now.n_free, now.n_total / 128); }
 
@@ -122,7 +119,7 @@ uint64_t ModelMemory::weights_hash(const Backend& k, Stream s) {
 std::string what_fits(int B, Recompute level, size_t n_bytes, const std::function<size_t(int B, Recompute)>& planned) {
     std::string out;
     int largest = 0;  // that fits at a cheaper level
-    for (Recompute at : kLevels) {
+    for (Recompute at : values_of<Recompute>()) {
         if (at < level) continue;
         for (int b = B; b > largest; b--) {
             const size_t needed = planned(b, at);

@@ -268,8 +268,8 @@ std::vector<OpCase> ops(const Target& t) {
     if (t.real == DType::bf16) return all;  // the other ops have one dtype
     for (const size_t n : {size_t(3000), kGradNormChunk + 100})
         add(n > 3000, grad_norm, n, fmt::format("grad_norm n={}", n));
-    for (const OptimizerKind kind : {OptimizerKind::adamw, OptimizerKind::adam, OptimizerKind::sgd})
-        add(false, optimizer, kind, fmt::format("optimizer {}", int(kind)));
+    for (const OptimizerKind kind : values_of<OptimizerKind>())
+        add(false, optimizer, kind, "optimizer " + word_of(kind));
     return all;
 }
 

@@ -267,10 +267,10 @@ TEST_CASE("traffic: embedding") {
 TEST_CASE("traffic: optimizer") {
     const Target t = target_of(kReals[0]);
     const size_t n = 256 * 70 + 24;
-    for (OptimizerKind kind : {OptimizerKind::adamw, OptimizerKind::adam, OptimizerKind::sgd})
+    for (OptimizerKind kind : values_of<OptimizerKind>())
         for (bool with_copy : {true, false}) {
-            const bool sgd = kind == OptimizerKind::sgd;
-            CAPTURE(int(kind));
+            const double moments = double(n_moments(kind));
+            CAPTURE(word_of(kind));
             CAPTURE(with_copy);
             Dev param(t, DType::f32, normal(n, 1)), m(t, DType::f32, normal(n, 2)), v(t, DType::f32, Doubles(n, 1));
             Dev grad(t, DType::f32, normal(n, 3)), decay(t, DType::u8, Doubles((n + 63) / 64, 1));
@@ -281,7 +281,7 @@ TEST_CASE("traffic: optimizer") {
                     t.k->optimizer_update({.param = param,
                                            .copy = with_copy ? Buf(copy) : Buf(),
                                            .m = m,
-                                           .v = sgd ? Buf() : Buf(v),
+                                           .v = moments > 1 ? Buf(v) : Buf(),
                                            .grad = grad,
                                            .decay = decay,
                                            .rate = rate,
@@ -289,10 +289,10 @@ TEST_CASE("traffic: optimizer") {
                                            .kind = kind},
                                           nullptr);
                 },
-                // 30 bytes per parameter with the copy, and the few numbers that each warp reads
+                // AdamW: 30 bytes per parameter with the copy, and the few numbers that each warp reads
                 {{.kernel = "optimizer_update_kernel<(OptimizerKind)" + std::to_string(int(kind)) + ">",
-                  .read = (sgd ? 3 : 4) * each,
-                  .written = (sgd ? 2 : 3) * each + (with_copy ? 2.0 * double(n) : 0),
+                  .read = (2 + moments) * each,
+                  .written = (1 + moments) * each + (with_copy ? 2.0 * double(n) : 0),
                   .cached = settings}});
         }
 }
