@@ -178,7 +178,7 @@ constexpr size_t kDecayBlock = 64;  // elements of a flat buffer that share one 
 // The moments that an optimizer keeps for every parameter: the first so many of these, which checkpoints put before the
 // parameter's name.
 constexpr const char* kMoments[] = {"m", "v"};
-constexpr size_t n_moments(OptimizerKind kind) {
+HOST_DEVICE constexpr size_t n_moments(OptimizerKind kind) {
     switch (kind) {
         case OptimizerKind::adamw:
         case OptimizerKind::adam:
