@@ -93,14 +93,16 @@ std::vector<Key> table() {
         {KEY(optimizer.learning_rate), .required = true, .range = above(0, 1000),
          .meaning = "the highest rate of the schedule"},
         {KEY(optimizer.beta1), .range = from(0, 0.999999),
-         .meaning = "adamw, adam: decay of the first moment, per step"},
+         .meaning = "adamw, adam: decay of the first moment, per step; lion: weight of the moment in a step, beside "
+                    "1 - beta1 of the gradient"},
         {KEY(optimizer.beta2), .range = from(0, 0.999999),
-         .meaning = "adamw, adam: decay of the second moment, per step"},
+         .meaning = "adamw, adam: decay of the second moment, per step; lion: decay of its only moment (its paper uses "
+                    "0.9 and 0.99)"},
         {KEY(optimizer.eps), .range = from(1.2e-38, 1),
          .meaning = "adamw, adam: added to the root of the second moment"},
         {KEY(optimizer.weight_decay), .range = from(0, 1000),
-         .meaning = "on tensors of two dimensions. adamw shrinks them by learning_rate * weight_decay of their size a "
-                    "step; adam and sgd add weight_decay times the tensor to its gradient"},
+         .meaning = "on tensors of two dimensions. adamw and lion shrink them by learning_rate * weight_decay of their "
+                    "size a step; adam and sgd add weight_decay times the tensor to its gradient"},
         {KEY(optimizer.momentum), .range = from(0, 0.999999),
          .meaning = "sgd: decay of the moment, per step"},
         {KEY(schedule.name),

@@ -35,7 +35,7 @@ WORDS(Recompute,
       block  // all of a block but its output: one more forward pass, but for the last block.  The bits of none
 )
 
-WORDS(OptimizerKind, adamw, adam, sgd)              // optimizer.name: OptimizerUpdate (kernels/ops.h) has the formulas
+WORDS(OptimizerKind, adamw, adam, sgd, lion)        // optimizer.name: OptimizerUpdate (kernels/ops.h) has the formulas
 WORDS(ScheduleKind, constant, cosine, linear, wsd)  // schedule.name: trainer/schedule.h has the formulas
 
 // parallel.allreduce: the algorithm that is asked for; AllReduce (comm/all_reduce.h) has the one that a run gets.

@@ -184,6 +184,7 @@ HOST_DEVICE constexpr size_t n_moments(OptimizerKind kind) {
         case OptimizerKind::adam:
             return 2;
         case OptimizerKind::sgd:
+        case OptimizerKind::lion:
             return 1;
     }
     return 0;
@@ -194,6 +195,8 @@ HOST_DEVICE constexpr size_t n_moments(OptimizerKind kind) {
 //   g = grad * clip[0];   adamw: decoupled decay, p -= lr * weight_decay * p where decay[] says so
 //   adam:  g += weight_decay * p where decay[] says so, then as adamw without its decay
 //   sgd:   g likewise; m = momentum * m + g; p -= lr * m
+//   lion:  decay as adamw; p -= lr * sign(beta1 * m + (1 - beta1) * g), with sign(0) = 0;
+//          then m = beta2 * m + (1 - beta2) * g   (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms")
 struct OptimizerUpdate {
     Buf param;  // (n)     out  +=  master
     Buf copy;   // (n)     out  =   bf16: param rounded, for the next forward pass; absent where param itself is used

@@ -4,12 +4,13 @@
 //   adamw   m = b1 m + (1-b1) g     v = b2 v + (1-b2) g^2     p -= lr (m/c1 / (sqrt(v/c2) + eps) + d p)
 //   adam    g += d p, then as adamw with d = 0
 //   sgd     g += d p;   m = momentum m + g;   p -= lr m
+//   lion    c = b1 m + (1-b1) g     m = b2 m + (1-b2) g       p -= lr (sign(c) + d p),  sign(0) = 0
 //   copy    p rounded to bf16, where given
 //   norm    sqrt(sum grad^2)
 //   clip    max_norm > 0 and norm > max_norm ? max_norm / norm : 1;  NaN where norm is not finite
 //
 //   shapes     param, m, v, grad, copy (n)    decay (ceil(n/kDecayBlock))    rate = lr, c1 = 1-b1^t, c2 = 1-b2^t
-//   traffic    adam 4 reads and 3 writes per element, sgd 3 and 2, norm 1 read.   bound: memory
+//   traffic    adam 4 reads and 3 writes per element, sgd and lion 3 and 2, norm 1 read.   bound: memory
 //   limits     any n >= 1; the last block of decay may be partly filled; clip not finite: nothing is written.  In fp32
 //              a norm from 2^64 on counts as infinite, because a chunk's sum of squares is kept in fp32
 //   order      norm: SIMD lanes in double within chunks of kGradNormChunk, chunks ascending
@@ -39,14 +40,20 @@ void update_block(const Pointers<T>& a, const Factors<T> f, size_t i, size_t end
     T *p = a.p, *m = a.m, *v = a.v;  // (n)
     const T* grad = a.g;             // (n)
     const T keep1 = 1 - f.beta1, keep2 = 1 - f.beta2, rate = f.lr / f.c1, unbias = 1 / f.c2;
-    const T shrink = kind == OptimizerKind::adamw ? f.lr * d : T(0), pull = kind == OptimizerKind::adamw ? T(0) : d;
+    constexpr bool decoupled = kind == OptimizerKind::adamw || kind == OptimizerKind::lion;
+    const T shrink = decoupled ? f.lr * d : T(0), pull = decoupled ? T(0) : d;
 #pragma omp simd
     for (size_t k = i; k < end; k++) {
         const T g = grad[k] * f.clip + pull * p[k];
         if constexpr (kind == OptimizerKind::sgd) {
             m[k] = f.momentum * m[k] + g;
             p[k] -= f.lr * m[k];
+        } else if constexpr (kind == OptimizerKind::lion) {
+            const T c = f.beta1 * m[k] + keep1 * g;
+            m[k] = f.beta2 * m[k] + keep2 * g;
+            p[k] -= shrink * p[k] + f.lr * (T(c > 0) - T(c < 0));
         } else {
+            static_assert(kind == OptimizerKind::adamw || kind == OptimizerKind::adam);
             m[k] = f.beta1 * m[k] + keep1 * g;
             v[k] = f.beta2 * v[k] + keep2 * (g * g);
             p[k] -= shrink * p[k] + rate * m[k] / (std::sqrt(v[k] * unbias) + f.eps);
@@ -93,6 +100,9 @@ void optimizer_update(const OptimizerUpdate& a, Stream) {
                 break;
             case OptimizerKind::sgd:
                 update<OptimizerKind::sgd>(at, f, n);
+                break;
+            case OptimizerKind::lion:
+                update<OptimizerKind::lion>(at, f, n);
                 break;
         }
         if (a.copy) cast({.y = a.copy, .x = a.param}, nullptr);

@@ -4,10 +4,11 @@
 //   adamw   m = b1 m + (1-b1) g     v = b2 v + (1-b2) g^2     p -= lr (m/c1 / (sqrt(v/c2) + eps) + d p)
 //   adam    g += d p, then as adamw with d = 0
 //   sgd     g += d p;   m = momentum m + g;   p -= lr m
+//   lion    c = b1 m + (1-b1) g     m = b2 m + (1-b2) g       p -= lr (sign(c) + d p),  sign(0) = 0
 //   copy    p rounded to bf16, where given
 //
 //   shapes     param, m, v, grad, copy (n)    decay (ceil(n/kDecayBlock))    rate = lr, c1 = 1-b1^t, c2 = 1-b2^t
-//   traffic    adam 4 reads and 3 writes of 4 bytes per element, sgd 3 and 2, the copy one write of 2: 30 bytes for
+//   traffic    adam 4 reads and 3 writes of 4 bytes per element, sgd and lion 3 and 2, the copy one write of 2: 30 bytes for
 //              adamw with a copy, all by 16-byte accesses (a thread has eight elements).   bound: memory
 //   limits     any n >= 1; the last block of decay may be partly filled; clip not finite: nothing is written
 //   order      none: element by element, the CPU's operations in the CPU's order.  Each compiler chooses which products
@@ -32,7 +33,8 @@ struct Constants {
 
 template <OptimizerKind kind>
 __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constants f, size_t n, bool vectors) {
-    constexpr bool adamw = kind == OptimizerKind::adamw, keeps_v = n_moments(kind) > 1;
+    constexpr bool decoupled = kind == OptimizerKind::adamw || kind == OptimizerKind::lion;
+    constexpr bool keeps_v = n_moments(kind) > 1;
     const device::Quads at = device::quads_of(n);
     if (at.warp_first >= n) return;
     float p[2][4], m[2][4], v[2][4], g[2][4], d[2];
@@ -47,7 +49,8 @@ __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constan
 
     SIMT_UNROLL
     for (int q = 0; q < 2; q++) {
-        const float pull = adamw ? 0.0f : d[q];
+        const float pull = decoupled ? 0.0f : d[q], shrink = decoupled ? lr * d[q] : 0.0f;
+        const float keep1 = 1 - f.beta1, keep2 = 1 - f.beta2;
         SIMT_UNROLL
         for (int i = 0; i < 4; i++) g[q][i] = g[q][i] * clip + pull * p[q][i];
         if constexpr (kind == OptimizerKind::sgd) {
@@ -56,9 +59,16 @@ __global__ void optimizer_update_kernel(SIMT_PARAM Tensors a, SIMT_PARAM Constan
                 m[q][i] = f.momentum * m[q][i] + g[q][i];
                 p[q][i] -= lr * m[q][i];
             }
+        } else if constexpr (kind == OptimizerKind::lion) {
+            SIMT_UNROLL
+            for (int i = 0; i < 4; i++) {
+                const float c = f.beta1 * m[q][i] + keep1 * g[q][i];
+                m[q][i] = f.beta2 * m[q][i] + keep2 * g[q][i];
+                p[q][i] -= shrink * p[q][i] + lr * (float(c > 0) - float(c < 0));
+            }
         } else {
-            const float keep1 = 1 - f.beta1, keep2 = 1 - f.beta2, rate = lr / a.rate[1], unbias = 1 / a.rate[2];
-            const float shrink = adamw ? lr * d[q] : 0.0f;
+            static_assert(kind == OptimizerKind::adamw || kind == OptimizerKind::adam);
+            const float rate = lr / a.rate[1], unbias = 1 / a.rate[2];
             SIMT_UNROLL
             for (int i = 0; i < 4; i++) {
                 m[q][i] = f.beta1 * m[q][i] + keep1 * g[q][i];
@@ -101,6 +111,8 @@ void optimizer_update(const OptimizerUpdate& a, Stream s) {
             return launch_update<OptimizerKind::adam>(t, f, n, s);
         case OptimizerKind::sgd:
             return launch_update<OptimizerKind::sgd>(t, f, n, s);
+        case OptimizerKind::lion:
+            return launch_update<OptimizerKind::lion>(t, f, n, s);
     }
 }
 }  // namespace cuda

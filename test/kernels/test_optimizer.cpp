@@ -1,6 +1,7 @@
 // Broken on purpose and seen to fail: bias correction of v left out; the last, partly filled block of 64 skipped; the
-// norm without its last chunk; on CUDA the flags of decay shifted by one block, every second
-// load of a chunk added twice, the copy written before the update, the last partly filled vector skipped.
+// norm without its last chunk; Lion's moment kept by beta1, its decay left out, the sign of 0 as 1; on CUDA the flags of
+// decay shifted by one block, every second load of a chunk added twice, the copy written before the update, the last
+// partly filled vector skipped.
 #include "test/slice.h"
 
 namespace {
@@ -48,7 +49,7 @@ State update(const Target& t, const Input& in, OptimizerKind kind, size_t offset
 void scalar(OptimizerKind kind, const Input& in, size_t i, double& p, double& m, double& v) {
     const double lr = in.rate[0], decay = in.decay[i / 64] != 0 ? double(kDecay) : 0;
     double g = in.grad[i] * in.clip[0];
-    if (kind == OptimizerKind::adamw)
+    if (kind == OptimizerKind::adamw || kind == OptimizerKind::lion)
         p -= lr * decay * p;
     else
         g += decay * p;
@@ -57,9 +58,19 @@ void scalar(OptimizerKind kind, const Input& in, size_t i, double& p, double& m,
         p -= lr * m;
         return;
     }
+    if (kind == OptimizerKind::lion) {
+        const double c = kBeta1 * m + (1 - double(kBeta1)) * g;
+        p -= c > 0 ? lr : c < 0 ? -lr : 0;
+        m = kBeta2 * m + (1 - double(kBeta2)) * g;
+        return;
+    }
     m = kBeta1 * m + (1 - double(kBeta1)) * g;
     v = kBeta2 * v + (1 - double(kBeta2)) * g * g;
     p -= lr * (m / in.rate[1]) / (std::sqrt(v / in.rate[2]) + kEps);
+}
+// Lion's step is the sign of a sum that is zero but for its roundings.
+bool sign_is_open(const Input& in, size_t i, double roundings) {
+    return std::abs(kBeta1 * in.s.m[i] + (1 - double(kBeta1)) * in.grad[i] * in.clip[0]) <= roundings;
 }
 }  // namespace
 
@@ -83,8 +94,13 @@ TEST_CASE("optimizer: every rule against its formula, element by element") {
                     // a square root and a quotient, 16 roundings of (|m| + |g|) / sqrt(v), and two sums of p itself
                     tolerance.m[i] = 5 * unit * (before + g);
                     tolerance.v[i] = 5 * unit * (in.s.v[i] + g * g);
-                    const double slope = kind == OptimizerKind::sgd ? 1 : 10 / std::sqrt(want.v[i] + 1e-30);
-                    tolerance.p[i] = unit * (4 * std::abs(in.s.p[i]) + 16 * in.rate[0] * (before + g) * slope);
+                    // (sgd: |m| + |g|; lion: 1, and twice that where rounding decides the sign)
+                    double step = before + g;
+                    if (n_moments(kind) > 1) step *= 10 / std::sqrt(want.v[i] + 1e-30);
+                    if (kind == OptimizerKind::lion) step = 1;
+                    tolerance.p[i] = unit * (4 * std::abs(in.s.p[i]) + 16 * in.rate[0] * step);
+                    if (kind == OptimizerKind::lion && sign_is_open(in, i, 5 * unit * (before + g)))
+                        tolerance.p[i] += 2 * in.rate[0];
                 }
                 CHECK(worst_each(got.m, want.m, tolerance.m) <= 1);
                 CHECK(worst_each(got.v, want.v, tolerance.v) <= 1);

@@ -30,6 +30,7 @@ def test_ten_and_ten_are_twenty(lab: Lab, before: int, after: int) -> None:
     "extra",
     [
         {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "model.bias": False},
+        {"optimizer.name": "lion", "optimizer.learning_rate": 1e-3},
         {"optimizer.name": "adam", "schedule.name": "cosine", "schedule.warmup_steps": 4},
         {"data.shuffle": False, "train.global_batch_size": 48},
     ],
