@@ -6,7 +6,7 @@
 //                                     the choices made by timing
 //   manifest.json                     format version, size and XXH3 of each file, XXH3 of itself; written last
 //
-// checkpoint_store.h has the protocol that makes a directory complete; this is what is in it.
+// This header says what a directory holds; checkpoint/store.h has the protocol that makes the directory complete.
 #pragma once
 #include <cstdint>
 #include <functional>
