@@ -139,8 +139,8 @@ class Report {
 };
 }  // namespace
 
-void run_op_bench(const Backend& k, Comm& comm, const OpBench& o) {
-    StepRecord step = record_step(o.step, comm);
+void run_op_bench(const Backend& k, const OpBench& o) {
+    StepRecord step = record_step(o.step);
     const auto is_wanted = [&](const OpRow& row) { return row.name.find(o.only) != std::string::npos; };
     const bool all = std::ranges::all_of(step.rows, is_wanted);
     if (std::ranges::none_of(step.rows, is_wanted)) {

@@ -14,5 +14,4 @@ struct OpBench {
 // Prints the table and writes the file that settings.json names, one object per line: `run`, `peak`, `op` for each op
 // and, where all ops were measured, `step`.  Ops that fail or do not fit into memory are named, and the others still
 // count; failures end as Error(Exit::internal).
-// `comm` has a single rank.
-void run_op_bench(const Backend& k, Comm& comm, const OpBench& o);
+void run_op_bench(const Backend& k, const OpBench& o);

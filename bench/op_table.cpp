@@ -238,10 +238,11 @@ void add_ops_beside_the_step(Rows& rows, const std::vector<AnyOp>& step) {
 }
 }  // namespace
 
-StepRecord record_step(const TrainerOptions& options, Comm& comm) {
+StepRecord record_step(const TrainerOptions& options) {
     TrainerOptions o = options;
     o.graph = UseGraph::off;
-    Trainer trainer(recorder_backend(), comm, o);
+    const Group one_rank(recorder_backend());
+    Trainer trainer(one_rank, o);
     const std::vector<int32_t> tokens(size_t(o.micro_batch_size) * size_t(o.model.T));  // (B, T)
     const Recording step;
     trainer.step(0, 0, [&] { return Trainer::Tokens{.inputs = tokens, .targets = tokens, .order = {}}; });

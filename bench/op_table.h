@@ -24,7 +24,7 @@ struct StepRecord {
     std::vector<OpRow> rows;  // in the step's order
     int n_micro;              // micro-batches of the step
 };
-StepRecord record_step(const TrainerOptions& options, Comm& comm);
+StepRecord record_step(const TrainerOptions& options);
 
 // A call of `op` on new buffers that `bench` keeps: the largest model's ops do not fit into memory together.
 bench::Bench::Run prepare(bench::Bench& bench, AnyOp op);

@@ -12,29 +12,23 @@ void check_size(Buf grad, size_t n) {
 
 class OneRank final : public GradientAllReduce {
   public:
-    explicit OneRank(const Backend& k) : k_(k) {}
     void sum(Buf, Stream) override {}
-    void wait(Stream s) override { k_.synchronize(s); }
     const char* name() const override { return "one rank"; }
-
-  private:
-    const Backend& k_;
 };
 
 // In memory that the host addresses, of a backend whose work is done when a call returns.
 class InPlace final : public GradientAllReduce {
   public:
-    InPlace(Comm& comm, AllReduce how, size_t n) : comm_(comm), how_(how), n_(n) {}
+    InPlace(Comm& host, AllReduce how, size_t n) : host_(host), how_(how), n_(n) {}
     void sum(Buf grad, Stream) override {
         check_size(grad, n_);
-        all_reduce(comm_, {grad.as<float>(), n_}, how_);
+        all_reduce(host_, {grad.as<float>(), n_}, how_);
     }
-    void wait(Stream) override {}
     const char* name() const override { return all_reduce_name(how_); }
     bool needs_host() const override { return true; }
 
   private:
-    Comm& comm_;
+    Comm& host_;
     const AllReduce how_;
     const size_t n_;
 };
@@ -43,25 +37,22 @@ class InPlace final : public GradientAllReduce {
 // bits are those of one call.
 class Staged final : public GradientAllReduce {
   public:
-    Staged(const Backend& k, Comm& comm, AllReduce how, size_t n)
-        : k_(k),
-          comm_(comm),
+    Staged(const Backend& k, Comm& host, AllReduce how, size_t n)
+        : host_(host),
           how_(how),
           n_(n),
           name_(fmt::format("{} through host memory", all_reduce_name(how))),
-          staging_(k, std::min(n, all_reduce_piece(comm.size())) * sizeof(float)) {}
+          staging_(k, std::min(n, all_reduce_piece(host.size())) * sizeof(float)) {}
 
     void sum(Buf grad, Stream s) override {
         check_size(grad, n_);
-        staging_.transform(grad, s, [&](std::span<float> piece) { all_reduce(comm_, piece, how_); });
+        staging_.transform(grad, s, [&](std::span<float> piece) { all_reduce(host_, piece, how_); });
     }
-    void wait(Stream s) override { k_.synchronize(s); }
     const char* name() const override { return name_.c_str(); }
     bool needs_host() const override { return true; }
 
   private:
-    const Backend& k_;
-    Comm& comm_;
+    Comm& host_;
     const AllReduce how_;
     const size_t n_;
     const std::string name_;
@@ -74,9 +65,8 @@ class Nccl final : public GradientAllReduce {
     Nccl(DeviceComm& device, size_t n) : device_(device), n_(n) {}
     void sum(Buf grad, Stream s) override {
         check_size(grad, n_);
-        if (n_) device_.all_reduce_sum(grad, s);
+        device_.all_reduce_sum(grad, s);
     }
-    void wait(Stream s) override { device_.wait(s); }
     const char* name() const override { return "nccl"; }
 
   private:
@@ -113,7 +103,6 @@ class OrderedByNccl final : public GradientAllReduce {
         device_.all_gather(tail, parts(tail_), s);
         k_.tree_sum({.y = tail, .x = parts(tail_), .parts = device_.size()}, s);
     }
-    void wait(Stream s) override { device_.wait(s); }
     const char* name() const override { return "ordered, moved by nccl"; }
 
   private:
@@ -133,15 +122,17 @@ class OrderedByNccl final : public GradientAllReduce {
 };
 }  // namespace
 
-std::unique_ptr<GradientAllReduce> make_gradient_all_reduce(const Backend& k, Comm& comm, AllReduce how, size_t n,
-                                                            DeviceComm* nccl, size_t longest_shard) {
-    if (comm.size() == 1) return std::make_unique<OneRank>(k);
-    CHECK_THAT(how != AllReduce::ordered || (comm.size() & (comm.size() - 1)) == 0,
-               "ordered reduction over {} ranks; needs a power of two", comm.size());
-    CHECK_THAT(how != AllReduce::nccl || nccl, "the nccl reduction needs a communicator between devices");
-    CHECK_THAT(!nccl || nccl->size() == comm.size(), "{} ranks, but {} devices", comm.size(), nccl->size());
-    if (how == AllReduce::nccl) return std::make_unique<Nccl>(*nccl, n);
-    if (k.host_addressable) return std::make_unique<InPlace>(comm, how, n);
-    if (how == AllReduce::ordered && nccl) return std::make_unique<OrderedByNccl>(k, *nccl, n, longest_shard);
-    return std::make_unique<Staged>(k, comm, how, n);
+std::unique_ptr<GradientAllReduce> make_gradient_all_reduce(const Group& group, AllReduce how, size_t n,
+                                                            size_t longest_shard) {
+    const Backend& k = group.backend();
+    if (group.size() == 1) return std::make_unique<OneRank>();
+    CHECK_THAT(how != AllReduce::ordered || (group.size() & (group.size() - 1)) == 0,
+               "ordered reduction over {} ranks; needs a power of two", group.size());
+    const bool between_devices = !group.device().needs_host();
+    CHECK_THAT(how != AllReduce::nccl || between_devices, "the nccl reduction needs a communicator between devices");
+    if (how == AllReduce::nccl) return std::make_unique<Nccl>(group.device(), n);
+    if (k.host_addressable) return std::make_unique<InPlace>(group.host(), how, n);
+    if (how == AllReduce::ordered && between_devices)
+        return std::make_unique<OrderedByNccl>(k, group.device(), n, longest_shard);
+    return std::make_unique<Staged>(k, group.host(), how, n);
 }

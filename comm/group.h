@@ -9,26 +9,33 @@
 
 class Group {
   public:
+    // One rank.
+    explicit Group(const Backend& k)
+        : k_(k), owned_(make_self_comm()), host_(*owned_), device_(make_device_comm(k, host_)) {}
     // The ranks of `host`, which outlives the group.  Its messages also carry memory of `k`.
-    Group(const Backend& k, Comm& host) : Group(host, make_device_comm(k, host)) {}
-    // `device`, between the same ranks, carries the backend's memory.
-    Group(Comm& host, std::unique_ptr<DeviceComm> device) : host_(&host), device_(std::move(device)) {}
+    Group(const Backend& k, Comm& host) : Group(k, host, make_device_comm(k, host)) {}
+    // `device`, between the same ranks, carries memory of `k`.
+    Group(const Backend& k, Comm& host, std::unique_ptr<DeviceComm> device)
+        : k_(k), host_(host), device_(std::move(device)) {}
+    Group(Group&&) = default;
 
-    int rank() const { return host_->rank(); }
-    int size() const { return host_->size(); }
-    Comm& host() const { return *host_; }
+    const Backend& backend() const { return k_; }
+    int rank() const { return host_.rank(); }
+    int size() const { return host_.size(); }
+    Comm& host() const { return host_; }
     DeviceComm& device() const { return *device_; }
 
     // The ranks of each color, ordered by key and then by rank.  All ranks of this group call it.
     Group split(int color, int key) const {
-        std::unique_ptr<Comm> host = host_->split(color, key);
-        Group part(*host, device_->split(*host));
+        std::unique_ptr<Comm> host = host_.split(color, key);
+        Group part(k_, *host, device_->split(*host));
         part.owned_ = std::move(host);
         return part;
     }
 
   private:
-    std::unique_ptr<Comm> owned_;  // of a part; outlives device_
-    Comm* host_;
+    const Backend& k_;
+    std::unique_ptr<Comm> owned_;  // host_, where no one else owns it
+    Comm& host_;
     std::unique_ptr<DeviceComm> device_;
 };

@@ -26,6 +26,7 @@ const Backend& recorder_backend() {
     static const Backend table = [] {
         Backend t = cpu_backend();  // for its streams and marks: all work is done when a call returns
         t.name = "recorder";
+        t.host_addressable = false;
         t.memory = {.alloc = reserve, .free = [](void*) {}};
         t.zero = [](void*, size_t, Stream) {};
         t.upload = t.copy = [](void*, const void*, size_t, Stream) {};

@@ -1,6 +1,7 @@
 // A backend that computes nothing: it keeps what it is asked to compute.
 //
-//     Trainer trainer(recorder_backend(), ...);
+//     const Group one_rank(recorder_backend());
+//     Trainer trainer(one_rank, ...);
 //     Recording recording;
 //     trainer.step(...);
 //     for (const AnyOp& op : recording.ops()) ...     // the ops of a step, in order

@@ -83,13 +83,12 @@ Exit run_eval(const Context& x, const CommandLine& line) {
 Exit run_bench(const Context& x, const CommandLine& line) {
     if (x.comm.size() > 1) fail(Exit::usage, "bench runs on one rank; start it without mpirun -np {}", x.comm.size());
     if (!x.device.note.empty()) x.log.info("{}", x.device.note);
-    run_op_bench(x.device.k, x.comm,
-                 {.step = training_options(x),
-                  .device = x.device.name,
-                  .attention = x.device.attention,
-                  .commit = x.commit,
-                  .only = line.only,
-                  .settings = line.bench});
+    run_op_bench(x.device.k, {.step = training_options(x),
+                              .device = x.device.name,
+                              .attention = x.device.attention,
+                              .commit = x.commit,
+                              .only = line.only,
+                              .settings = line.bench});
     return Exit::complete;
 }
 }  // namespace

@@ -31,14 +31,14 @@ bool needs_gpu(UseAttention kernels) {
 }
 
 // `why`: the reason for using no GPU; empty where the config asks for the CPU.
-RunDevice cpu(const Config& config, const std::string& why) {
+RunDevice cpu(const Config& config, Comm& comm, const std::string& why) {
     if (config.device.dtype != Precision::fp32)
         fail(Exit::usage, "device.dtype: {} needs a GPU{}{}; the CPU computes in fp32", word_of(config.device.dtype),
              why.empty() ? "" : "; ", why);
     if (needs_gpu(config.device.attention))
         fail(Exit::usage, "device.attention: {} needs a GPU{}{}; use device.attention: auto",
              word_of(config.device.attention), why.empty() ? "" : "; ", why);
-    RunDevice chosen{.k = cpu_backend(), .name = "cpu"};
+    RunDevice chosen{.k = cpu_backend(), .world = Group(cpu_backend(), comm), .name = "cpu"};
     if (!why.empty()) chosen.note = "device.kind: auto uses the CPU; " + why;
     return chosen;
 }
@@ -102,34 +102,36 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
     const CudaDevice device = open_cuda_device(comm.local_rank() % n_devices);
     const AttentionChoice attention =
         choose_attention(config, attention_refusal(comm, preferred_attention(config)), training);
-    RunDevice chosen{.k = cuda_backend(attention.kernel), .name = device.name};
-    chosen.attention = attention_name(attention.kernel);
-    chosen.note = attention.note;
-    chosen.workspace_bytes = device.workspace_bytes;
-    chosen.bus_id = device.bus_id;
+    const Backend& k = cuda_backend(attention.kernel);
     const std::string place = this_host() + "/" + device.bus_id;
-    chosen.own = every_rank_has_its_own_device(comm, place);
-    chosen.counts = first_with(comm, hash64(place));
-    if (!chosen.own)
+    const bool own = every_rank_has_its_own_device(comm, place), counts = first_with(comm, hash64(place));
+    if (!own)
         log.warn(
             "ranks share GPUs (on rank 0's host {} ranks share {} GPU(s)): gradients are reduced through host memory",
             comm.local_size(), n_devices);
-    if (training && chosen.own && comm.size() > 1 && takes_nccl(config.parallel.allreduce)) {
-        const size_t before = chosen.k.memory_state().n_free;
-        chosen.nccl = std::make_shared<NcclComm>(comm);
-        chosen.nccl_bytes = before - std::min(before, chosen.k.memory_state().n_free);
-    }
-    chosen.memory = device.memory;
-    return chosen;
+    const bool by_nccl = training && own && comm.size() > 1 && takes_nccl(config.parallel.allreduce);
+    const size_t before = k.memory_state().n_free;
+    Group world = by_nccl ? Group(k, comm, std::make_unique<NcclComm>(comm)) : Group(k, comm);
+    const size_t nccl_bytes = by_nccl ? before - std::min(before, k.memory_state().n_free) : 0;
+    return {.k = k,
+            .world = std::move(world),
+            .name = device.name,
+            .attention = attention_name(attention.kernel),
+            .bus_id = device.bus_id,
+            .own = own,
+            .counts = counts,
+            .workspace_bytes = device.workspace_bytes,
+            .nccl_bytes = nccl_bytes,
+            .memory = device.memory,
+            .note = attention.note};
 }
 #endif
 }  // namespace
 
-RunDevice choose_device(const Config& config, [[maybe_unused]] Comm& comm, [[maybe_unused]] Log& log,
-                        [[maybe_unused]] bool training) {
+RunDevice choose_device(const Config& config, Comm& comm, [[maybe_unused]] Log& log, [[maybe_unused]] bool training) {
     switch (config.device.kind) {
         case DeviceKind::cpu:
-            return cpu(config, "");
+            return cpu(config, comm, "");
         case DeviceKind::automatic:
         case DeviceKind::cuda:
             break;
@@ -143,11 +145,11 @@ RunDevice choose_device(const Config& config, [[maybe_unused]] Comm& comm, [[may
     if (std::ranges::all_of(all, [](int n) { return n > 0; })) return gpu(config, comm, log, mine, training);
     const std::string none = mine > 0 ? fmt::format("rank(s) {} have no GPU", ranks_without(all)) : "no GPU: " + why;
     if (gpu_only) fail(Exit::usage, "device.kind: cuda, but {}; use device.kind: cpu", none);
-    return cpu(config, none);
+    return cpu(config, comm, none);
 #else
     if (gpu_only)
         fail(Exit::usage,
              "device.kind: cuda is not available in this build, which was made without nvcc; use device.kind: cpu");
-    return cpu(config, "no GPU: this build was made without CUDA");
+    return cpu(config, comm, "no GPU: this build was made without CUDA");
 #endif
 }

@@ -61,7 +61,6 @@ TrainerOptions training_options(const Context& x) {
     o.real = real_of(c.device.dtype);
     o.seed = c.run.seed;
     o.allreduce = choose_all_reduce(c, x.device, x.comm.size());
-    o.nccl = x.device.nccl.get();
     o.graph = c.device.graph;
     o.optimizer.kind = c.optimizer.name;
     o.optimizer.beta1 = float(c.optimizer.beta1);

@@ -72,7 +72,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
       total_steps_(total_steps(x.config, train_)),
       schedule_(schedule_of(x.config, total_steps_)),
       peak_(measure_run_peak(x.comm, x.device.k, real_of(x.config.device.dtype), x.device.name, x.device.counts)),
-      trainer_(x.device.k, x.comm, training_options(x)) {
+      trainer_(x.device.world, training_options(x)) {
     const Config& c = x.config;
     if (!c.data.val.empty()) val_.emplace(open_data(x, "data.val", c.data.val));
     if (train_.n_sequences() < uint64_t(c.train.global_batch_size))

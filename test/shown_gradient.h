@@ -56,7 +56,8 @@ class ShownGradient final : public GradientSync {
 
 // For the last argument of Trainer's constructor.
 inline MakeGradientSync show_gradient(GradientHook hook) {
-    return [hook](const Backend& k, Comm& comm, const TrainerOptions& options, TrainerMemory& memory) {
-        return std::make_unique<ShownGradient>(k, memory, make_replicated_update(k, comm, options, memory), hook);
+    return [hook](const Group& group, const TrainerOptions& options, TrainerMemory& memory) {
+        return std::make_unique<ShownGradient>(group.backend(), memory, make_replicated_update(group, options, memory),
+                                               hook);
     };
 }

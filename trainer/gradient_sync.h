@@ -41,7 +41,7 @@
 #include <functional>
 #include <memory>
 
-#include "comm/comm.h"
+#include "comm/group.h"
 #include "trainer/memory.h"
 #include "trainer/optimizer.h"
 #include "trainer/step_graph.h"
@@ -83,5 +83,5 @@ class GradientSync {
 };
 
 // Makes a method, which plans its memory in `memory`: not placed yet, and there as long as the method.
-using MakeGradientSync = std::function<std::unique_ptr<GradientSync>(
-    const Backend& k, Comm& comm, const TrainerOptions& options, TrainerMemory& memory)>;
+using MakeGradientSync = std::function<std::unique_ptr<GradientSync>(const Group& group, const TrainerOptions& options,
+                                                                     TrainerMemory& memory)>;

@@ -3,8 +3,6 @@
 #include "comm/all_reduce.h"
 #include "model/architecture.h"
 
-class DeviceComm;
-
 struct TrainerOptions {
     ModelConfig model;
     int global_batch_size = 0, micro_batch_size = 0;  // sequences
@@ -14,6 +12,5 @@ struct TrainerOptions {
     float grad_clip = 0;        // 0: off
     uint64_t seed = 0;
     DType real = DType::f32;  // bf16: activations and the parameters that ops read; f64: the double instance, for tests
-    DeviceComm* nccl = nullptr;  // where every rank has a GPU of its own
     UseGraph graph = UseGraph::automatic;
 };

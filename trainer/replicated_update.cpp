@@ -5,16 +5,16 @@
 
 #include "trainer/broadcast.h"
 
-ReplicatedUpdate::ReplicatedUpdate(const Backend& k, Comm& comm, const TrainerOptions& options, TrainerMemory& memory)
-    : k_(k),
-      comm_(comm),
+ReplicatedUpdate::ReplicatedUpdate(const Group& group, const TrainerOptions& options, TrainerMemory& memory)
+    : k_(group.backend()),
+      group_(group),
       memory_(memory),
       max_norm_(options.grad_clip),
-      all_reduce_(make_gradient_all_reduce(k, comm, options.allreduce, memory.n_params(), options.nccl)),
-      optimizer_(k, {{options.optimizer, flat_params(memory.param_list)}}, memory.stat()),
-      summed_(k),
-      updated_(k),
-      norm_(k, sizeof(double)) {
+      all_reduce_(make_gradient_all_reduce(group, options.allreduce, memory.n_params())),
+      optimizer_(k_, {{options.optimizer, flat_params(memory.param_list)}}, memory.stat()),
+      summed_(k_),
+      updated_(k_),
+      norm_(k_, sizeof(double)) {
     optimizer_.plan(memory.moment_arena, memory.scalar_arena);
     all_reduce_->plan(memory.scalar_arena);
 }
@@ -25,7 +25,7 @@ void ReplicatedUpdate::start(Stream s) {
     if (all_reduce_->needs_host()) return;
     const size_t before = k_.memory_state().n_free;
     all_reduce_->sum(memory_.gradient(), s);
-    all_reduce_->wait(s);
+    group_.device().wait(s);
     library_bytes_ = before - std::min(before, k_.memory_state().n_free);
 }
 
@@ -53,7 +53,7 @@ void ReplicatedUpdate::update(Stream s) {
 }
 
 GradientSync::Outcome ReplicatedUpdate::wait(Stream s) {
-    all_reduce_->wait(s);
+    group_.device().wait(s);
     const double norm = as_doubles(Buf(norm_.as<void>(), 1, memory_.norm.dtype))[0];
     const bool updated = std::isfinite(norm);
     optimizer_.set_updates(optimizer_.updates() + updated);
@@ -61,13 +61,13 @@ GradientSync::Outcome ReplicatedUpdate::wait(Stream s) {
 }
 
 void ReplicatedUpdate::broadcast_state(Stream s) {
-    broadcast_from_root(k_, comm_, memory_.flat_moments(), s);
+    broadcast_from_root(k_, group_.host(), memory_.flat_moments(), s);
     uint64_t n = updates();
-    comm_.broadcast(&n, sizeof n, 0);
+    group_.host().broadcast(&n, sizeof n, 0);
     set_updates(n);
 }
 
-std::unique_ptr<GradientSync> make_replicated_update(const Backend& k, Comm& comm, const TrainerOptions& options,
+std::unique_ptr<GradientSync> make_replicated_update(const Group& group, const TrainerOptions& options,
                                                      TrainerMemory& memory) {
-    return std::make_unique<ReplicatedUpdate>(k, comm, options, memory);
+    return std::make_unique<ReplicatedUpdate>(group, options, memory);
 }

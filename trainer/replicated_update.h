@@ -5,7 +5,7 @@
 
 class ReplicatedUpdate final : public GradientSync {
   public:
-    ReplicatedUpdate(const Backend& k, Comm& comm, const TrainerOptions& options, TrainerMemory& memory);
+    ReplicatedUpdate(const Group& group, const TrainerOptions& options, TrainerMemory& memory);
     const char* name() const override { return all_reduce_->name(); }
     void start(Stream s) override;
     size_t library_bytes() const override { return library_bytes_; }
@@ -27,7 +27,7 @@ class ReplicatedUpdate final : public GradientSync {
     void update(Stream s);
 
     const Backend& k_;
-    Comm& comm_;
+    const Group& group_;
     TrainerMemory& memory_;
     const float max_norm_;  // 0: never clip
     const std::unique_ptr<GradientAllReduce> all_reduce_;
@@ -37,5 +37,5 @@ class ReplicatedUpdate final : public GradientSync {
     StepGraphs::Piece after_sum_;
     const HostBuffer norm_;  // (1) stat, pinned: on its way back
 };
-std::unique_ptr<GradientSync> make_replicated_update(const Backend& k, Comm& comm, const TrainerOptions& options,
+std::unique_ptr<GradientSync> make_replicated_update(const Group& group, const TrainerOptions& options,
                                                      TrainerMemory& memory);

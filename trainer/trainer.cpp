@@ -34,24 +34,24 @@ Trainer::Marks::Marks(const Backend& k, int n_micro) {
         for (int i = 0; i < n_micro; i++) marks->emplace_back(k);
 }
 
-Trainer::Trainer(const Backend& k, Comm& comm, TrainerOptions options, const MakeGradientSync& make_sync)
-    : k_(k),
-      comm_(comm),
-      o_(checked(std::move(options), comm.size())),
-      share_(batch_share(o_.global_batch_size, o_.micro_batch_size, comm.rank(), comm.size(),
+Trainer::Trainer(const Group& group, TrainerOptions options, const MakeGradientSync& make_sync)
+    : k_(group.backend()),
+      group_(group),
+      o_(checked(std::move(options), group.size())),
+      share_(batch_share(o_.global_batch_size, o_.micro_batch_size, group.rank(), group.size(),
                          o_.allreduce == AllReduce::ordered)),
-      stream_owner_(k),
+      stream_owner_(k_),
       stream_(stream_owner_.get()),
       memory_(o_, share_.n_micro, RunFold(share_.n_runs).n_buffers()),
-      feed_(k, o_, share_, memory_.staging, memory_.batch),
-      sync_(make_sync(k, comm, o_, memory_)),
-      marks_(k, share_.n_micro),
-      losses_(k, size_t(share_.n_micro) * size_t(o_.micro_batch_size) * sizeof(double)) {
+      feed_(k_, o_, share_, memory_.staging, memory_.batch),
+      sync_(make_sync(group, o_, memory_)),
+      marks_(k_, share_.n_micro),
+      losses_(k_, size_t(share_.n_micro) * size_t(o_.micro_batch_size) * sizeof(double)) {
     k_.take_workspace(stream_);  // before the plan is held against what is free
-    memory_.require(k_.memory_state(), comm_.size());
+    memory_.require(k_.memory_state(), group.size());
     memory_.allocate(k_, stream_);
     const int64_t n_launches = share_.n_micro * launches_of(training_pass(batch(0), memory_.grads[0], false));
-    graphs_.emplace(k_, o_.graph, n_launches, o_.nccl != nullptr);
+    graphs_.emplace(k_, o_.graph, n_launches, group.size() > 1 && !group.device().needs_host());
     k_.synchronize(stream_);
     sync_->start(stream_);
     const Batch first = batch(0);
@@ -87,7 +87,7 @@ bool Trainer::finite() {
 }
 
 void Trainer::broadcast_state() {
-    broadcast_parameters(k_, comm_, memory_, stream_);
+    broadcast_parameters(k_, group_.host(), memory_, stream_);
     sync_->broadcast_state(stream_);
 }
 
@@ -144,8 +144,8 @@ void Trainer::accumulate_micro_batches() {
 
 // The mean loss of the global batch from this rank's sums.
 double Trainer::gather_loss(const std::vector<double>& mine) {
-    std::vector<double> all(mine.size() * size_t(comm_.size()));
-    comm_.all_gather(mine.data(), all.data(), mine.size() * sizeof(double));
+    std::vector<double> all(mine.size() * size_t(group_.size()));
+    group_.host().all_gather(mine.data(), all.data(), mine.size() * sizeof(double));
     double sum = 0;
     for (double l : all) sum += l;  // rank order is global sequence order
     return sum / (double(o_.global_batch_size) * o_.model.T);

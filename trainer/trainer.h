@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "comm/comm.h"
+#include "comm/group.h"
 #include "kernels/owners.h"
 #include "model/session.h"
 #include "trainer/replicated_update.h"
@@ -31,8 +31,7 @@ class Trainer {
     using NextMicroBatch = TokenFeed::NextMicroBatch;
 
     // make_sync chooses the way from gradient to new parameters.
-    Trainer(const Backend& k, Comm& comm, TrainerOptions options,
-            const MakeGradientSync& make_sync = make_replicated_update);
+    Trainer(const Group& group, TrainerOptions options, const MakeGradientSync& make_sync = make_replicated_update);
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
     ~Trainer();
@@ -87,7 +86,7 @@ class Trainer {
     Pass training_pass(const Batch& batch, const Tensors& grads, bool accumulate) const;
 
     const Backend& k_;
-    Comm& comm_;
+    const Group& group_;
     const TrainerOptions o_;
     const BatchShare share_;
     const StreamOwner stream_owner_;

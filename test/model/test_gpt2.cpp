@@ -129,9 +129,9 @@ TEST_CASE("gpt2: every gradient agrees with a directional finite difference in d
 }
 
 TEST_CASE("gpt2: the loss of a fresh model is close to ln V") {
-    const auto comm = make_self_comm();
+    const Group group(cpu_backend());
     ModelConfig c = kTiny;
-    Trainer trainer(cpu_backend(), *comm, options(c, DType::f32));
+    Trainer trainer(group, options(c, DType::f32));
     trainer.initialize();
     const auto in = random_tokens(14, 1, c.V), out = random_tokens(14, 2, c.V);
     const StepResult r = trainer.step(0, 0, [&] { return Trainer::Tokens{in, out}; });
@@ -139,7 +139,7 @@ TEST_CASE("gpt2: the loss of a fresh model is close to ln V") {
 }
 
 TEST_CASE("gpt2: the float instance follows the double one for 20 AdamW steps") {
-    const auto comm = make_self_comm();
+    const Group group(cpu_backend());
     ModelConfig c = kTiny;
     c.dropout = 0.1f;
     std::vector<Doubles> losses;
@@ -147,7 +147,7 @@ TEST_CASE("gpt2: the float instance follows the double one for 20 AdamW steps") 
         TrainerOptions o = options(c, real, 4, 2);
         o.grad_clip = 1;
         o.optimizer.weight_decay = 0.1f;
-        Trainer trainer(cpu_backend(), *comm, o);
+        Trainer trainer(group, o);
         trainer.initialize();
         Doubles& curve = losses.emplace_back();
         for (int s = 0; s < 20; s++) {
@@ -167,10 +167,10 @@ TEST_CASE("gpt2: the float instance follows the double one for 20 AdamW steps") 
 }
 
 TEST_CASE("gpt2: padded vocabulary rows stay zero through training") {
-    const auto comm = make_self_comm();
+    const Group group(cpu_backend());
     TrainerOptions o = options(kTiny, DType::f32);
     o.optimizer.weight_decay = 0.1f;
-    Trainer trainer(cpu_backend(), *comm, o);
+    Trainer trainer(group, o);
     trainer.initialize();
     const auto in = random_tokens(14, 1, kTiny.V), out = random_tokens(14, 2, kTiny.V);
     for (int s = 0; s < 5; s++) trainer.step(s, 1e-2, [&] { return Trainer::Tokens{in, out}; });
@@ -185,13 +185,13 @@ TEST_CASE("gpt2: padded vocabulary rows stay zero through training") {
 // Wide enough that every op really shares its work out: B T C = 4 * 64 * 128 = 2^15, ops do so from 2^14 elements and
 // matrix products from 2^18 multiplications.  Seen to fail with: layernorm's sums over rows cut by the thread count.
 TEST_CASE("gpt2: bits do not depend on the number of threads") {
-    const auto comm = make_self_comm();
+    const Group group(cpu_backend());
     ModelConfig c{.architecture = &gpt2, .L = 2, .NH = 4, .C = 128, .T = 64, .V = 300, .bias = true, .dropout = 0.1f};
     std::vector<uint64_t> hashes;
     const int before = omp_get_max_threads();
     for (const int threads : {1, 2, 3, 4}) {
         omp_set_num_threads(threads);
-        Trainer trainer(cpu_backend(), *comm, options(c, DType::f32, 12, 4));
+        Trainer trainer(group, options(c, DType::f32, 12, 4));
         trainer.initialize();
         const auto in = random_tokens(256, 1, c.V), out = random_tokens(256, 2, c.V);
         for (int s = 0; s < 3; s++) trainer.step(s, 1e-2, [&] { return Trainer::Tokens{in, out}; });
@@ -202,31 +202,31 @@ TEST_CASE("gpt2: bits do not depend on the number of threads") {
 }
 
 TEST_CASE("gpt2: evaluation counts every sequence once and ignores dropout") {
-    const auto comm = make_self_comm();
+    const Group group(cpu_backend());
     ModelConfig c = kTiny;
     c.dropout = 0.5f;
-    Trainer trainer(cpu_backend(), *comm, options(c, DType::f32, 2, 2));
+    Trainer trainer(group, options(c, DType::f32, 2, 2));
     trainer.initialize();
     const auto all = random_tokens(7 * 8, 3, c.V);
     const auto read = [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
         for (size_t t = 0; t < in.size(); t++) in[t] = all[i * 8 + t], out[t] = all[i * 8 + t + 1];
     };
-    const EvalResult five = evaluate(trainer.session(), *comm, 5, read);
+    const EvalResult five = evaluate(trainer.session(), group.host(), 5, read);
     CHECK(five.tokens == 35);
     double sum = 0;
     for (uint64_t i = 0; i < 5; i++) {
         const EvalResult one =
-            evaluate(trainer.session(), *comm, 1,
+            evaluate(trainer.session(), group.host(), 1,
                      [&](uint64_t, std::span<int32_t> in, std::span<int32_t> out) { read(i, in, out); });
         sum += one.loss;
     }
     CHECK(five.loss == doctest::Approx(sum / 5).epsilon(1e-6));
-    CHECK(five.loss == evaluate(trainer.session(), *comm, 5, read).loss);
+    CHECK(five.loss == evaluate(trainer.session(), group.host(), 5, read).loss);
 }
 
 TEST_CASE("gpt2: next_logits of a prefix equal the rows of a full pass") {
-    const auto comm = make_self_comm();
-    Trainer trainer(cpu_backend(), *comm, options(kTiny, DType::f32));
+    const Group group(cpu_backend());
+    Trainer trainer(group, options(kTiny, DType::f32));
     trainer.initialize();
     const auto tokens = random_tokens(7, 3, kTiny.V);
     const auto full = trainer.session().next_logits(tokens);
@@ -241,10 +241,10 @@ TEST_CASE("gpt2: next_logits of a prefix equal the rows of a full pass") {
 }
 
 TEST_CASE("gpt2: a model kiln cannot run is refused by name") {
-    const auto comm = make_self_comm();
+    const Group group(cpu_backend());
     ModelConfig c = kTiny;
     c.NH = 5;
-    CHECK_THROWS_WITH_AS(Trainer(cpu_backend(), *comm, options(c, DType::f32)),
+    CHECK_THROWS_WITH_AS(Trainer(group, options(c, DType::f32)),
                          "model.n_embd = 12 is not divisible by model.n_head = 5", Error);
 }
 

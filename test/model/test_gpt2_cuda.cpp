@@ -64,9 +64,9 @@ struct OneStep {
     std::vector<std::pair<std::string, Doubles>> gradients;  // by tensor
 };
 OneStep one_step(const Target& t, const ModelConfig& c) {
-    const auto comm = make_self_comm();
+    const Group group(*t.k);
     Doubles flat;
-    Trainer trainer(*t.k, *comm, options(c, t.real),
+    Trainer trainer(group, options(c, t.real),
                     show_gradient([&](std::span<double> g) { flat.assign(g.begin(), g.end()); }));
     set_parameters(*t.k, trainer, c.C);
     Source next(c, 7, c.V);
@@ -136,8 +136,8 @@ TEST_CASE("gpt2 on cuda: twenty steps follow the CPU") {
     ModelConfig c = kTiny;
     c.dropout = 0.1f;
     const auto curve = [&](const Target& t) {
-        const auto comm = make_self_comm();
-        Trainer trainer(*t.k, *comm, options(c, t.real));
+        const Group group(*t.k);
+        Trainer trainer(group, options(c, t.real));
         trainer.initialize();
         Source next(c, 100, 8);
         Doubles losses;
@@ -159,10 +159,10 @@ TEST_CASE("gpt2 on cuda: two runs give the same bits") {
         CAPTURE(t.name);
         std::vector<uint64_t> hashes;
         for (int run = 0; run < 2; run++) {
-            const auto comm = make_self_comm();
+            const Group group(*t.k);
             ModelConfig c = kTiny;
             c.dropout = 0.1f;
-            Trainer trainer(*t.k, *comm, options(c, t.real));
+            Trainer trainer(group, options(c, t.real));
             trainer.initialize();
             Source next(c, 100, 8);
             for (int s = 0; s < 2; s++) trainer.step(s, 1e-2, [&] { return next(); });
@@ -173,23 +173,25 @@ TEST_CASE("gpt2 on cuda: two runs give the same bits") {
 }
 
 TEST_CASE("gpt2 on cuda: evaluation and logits agree with the CPU") {
-    const auto comm = make_self_comm();
-    Trainer reference_trainer(cpu_backend(), *comm, options(kTiny, DType::f64));
+    const Group reference_group(cpu_backend());
+    Trainer reference_trainer(reference_group, options(kTiny, DType::f64));
     set_parameters(cpu_backend(), reference_trainer, kTiny.C);
     const Doubles tokens = integers(size_t(kTiny.T + 1) * 3, 3, kTiny.V);
     const auto read = [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
         for (size_t t = 0; t < in.size(); t++)
             in[t] = int32_t(tokens[i * 14 + t]), out[t] = int32_t(tokens[i * 14 + t + 1]);
     };
-    const EvalResult want = evaluate(reference_trainer.session(), *comm, 3, read);
+    const EvalResult want = evaluate(reference_trainer.session(), reference_group.host(), 3, read);
     const std::vector<int32_t> prompt = {1, 5, 2, 7, 28};
     const auto logits = reference_trainer.session().next_logits(prompt);
     for (const Target& t : cuda_targets()) {
         CAPTURE(t.name);
-        Trainer trainer(*t.k, *comm, options(kTiny, t.real));
+        const Group group(*t.k);
+        Trainer trainer(group, options(kTiny, t.real));
         set_parameters(*t.k, trainer, kTiny.C);
         const double bound = t.real == DType::bf16 ? 0.03 : 1e-5;
-        CHECK(evaluate(trainer.session(), *comm, 3, read).loss == doctest::Approx(want.loss).epsilon(bound / 10));
+        CHECK(evaluate(trainer.session(), group.host(), 3, read).loss ==
+              doctest::Approx(want.loss).epsilon(bound / 10));
         const auto got = trainer.session().next_logits(prompt);
         const Doubles a(got.begin(), got.end()), b(logits.begin(), logits.end());
         CHECK(norm_of(difference(a, b)) <= bound * norm_of(b));

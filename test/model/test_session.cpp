@@ -45,21 +45,21 @@ void read_sequence(uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
 
 // Seen to fail with: parameters that ops read not rounded anew; GELU fused where training had its input as stored.
 TEST_CASE("session: its own memory and a trainer's give the same bits") {
-    const auto comm = make_self_comm();
     for (const Target& t : targets())
         for (Recompute recompute : {Recompute::none, Recompute::gelu, Recompute::block}) {
             CAPTURE(t.name);
             CAPTURE(int(recompute));
             const TrainerOptions o = options(t.real, recompute);
-            Trainer trainer(*t.k, *comm, o);
+            const Group group(*t.k);
+            Trainer trainer(group, o);
             trainer.initialize();
             Session own(*t.k, kTiny, shape_of(o));
             copy_parameters(*t.k, trainer, own);
             CHECK(own.memory().weights_hash(*t.k, own.stream()) == trainer.weights_hash());
             CHECK(own.memory().n_bytes() < trainer.memory().n_bytes());
 
-            const EvalResult inside = evaluate(trainer.session(), *comm, 5, read_sequence);
-            const EvalResult outside = evaluate(own, *comm, 5, read_sequence);
+            const EvalResult inside = evaluate(trainer.session(), group.host(), 5, read_sequence);
+            const EvalResult outside = evaluate(own, group.host(), 5, read_sequence);
             CHECK(outside.loss == inside.loss);
             CHECK(outside.accuracy == inside.accuracy);
             CHECK(outside.tokens == 5 * 13);

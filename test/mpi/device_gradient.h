@@ -1,11 +1,12 @@
 // Gradients in device memory: what the tests of their reduction share.
 #pragma once
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "comm/nccl.h"
 #include "comm/gradient_all_reduce.h"
+#include "comm/nccl.h"
 #include "kernels/owners.h"
 #include "test/mpi/addends.h"
 
@@ -22,6 +23,8 @@ inline const Backend* gpu() {
 }
 // Every rank has a GPU of its own: NCCL can be had.
 inline bool own_gpus() { return gpu() && world().local_size() <= n_gpus(); }
+// All ranks, with NCCL between their GPUs.
+inline Group nccl_group(double timeout_s) { return {*gpu(), world(), std::make_unique<NcclComm>(world(), timeout_s)}; }
 
 // A gradient in a backend's memory, of exactly its own size.
 class Gradient {
@@ -43,7 +46,8 @@ class Gradient {
 };
 
 // This rank's addends up, summed, down again: the host waits only at the end.
-inline std::vector<float> summed(const Backend& k, GradientAllReduce& reduction, size_t n) {
+inline std::vector<float> summed(const Group& group, GradientAllReduce& reduction, size_t n) {
+    const Backend& k = group.backend();
     StreamOwner stream(k);
     Arena scratch("scratch");
     reduction.plan(scratch);
@@ -52,7 +56,7 @@ inline std::vector<float> summed(const Backend& k, GradientAllReduce& reduction,
     grad.upload(stream.get());
     reduction.sum(grad.buf(), stream.get());
     grad.download(stream.get());
-    reduction.wait(stream.get());
+    group.device().wait(stream.get());
     return grad.host();
 }
 inline std::vector<float> host_sum(size_t n, AllReduce how) {

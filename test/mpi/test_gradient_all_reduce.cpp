@@ -33,7 +33,7 @@ TEST_CASE("one rank: the gradient stays as it is") {
     if (world().size() > 1) return;
     for (const Backend* k : backends())
         for (const AllReduce how : {AllReduce::ordered, AllReduce::nccl, AllReduce::mpi, AllReduce::ring})
-            CHECK(summed(*k, *make_gradient_all_reduce(*k, world(), how, 7), 7) == my_addends(7));
+            CHECK(summed(Group(*k), *make_gradient_all_reduce(Group(*k), how, 7), 7) == my_addends(7));
 }
 
 // Seen to fail with: fetching two pieces ahead, into the slot that is being summed; no wait for the piece to come
@@ -48,9 +48,10 @@ TEST_CASE("in place and through host memory: the bits of all_reduce") {
             const std::vector<float> want = host_sum(n, how);
             for (const Backend* k : backends()) {
                 CAPTURE(k->name);
-                const auto reduction = make_gradient_all_reduce(*k, world(), how, n);
-                CHECK(summed(*k, *reduction, n) == want);
-                CHECK(summed(*k, *reduction, n) == want);
+                const Group group(*k, world());
+                const auto reduction = make_gradient_all_reduce(group, how, n);
+                CHECK(summed(group, *reduction, n) == want);
+                CHECK(summed(group, *reduction, n) == want);
             }
         }
     }
@@ -59,11 +60,11 @@ TEST_CASE("in place and through host memory: the bits of all_reduce") {
 // Seen to fail with: finish() left out, so that a call is not on the stream when the host waits for it.
 TEST_CASE("nccl: the sum over ranks, equal on all ranks") {
     if (!own_gpus()) return;
-    NcclComm nccl(world(), kTimeout);
+    const Group group = nccl_group(kTimeout);
     for (const size_t n : kLengths) {
         CAPTURE(n);
-        const auto reduction = make_gradient_all_reduce(*gpu(), world(), AllReduce::nccl, n, &nccl);
-        const std::vector<float> sum = summed(*gpu(), *reduction, n);
+        const auto reduction = make_gradient_all_reduce(group, AllReduce::nccl, n);
+        const std::vector<float> sum = summed(group, *reduction, n);
         CHECK(same_everywhere(sum.data(), n * sizeof(float)));
         CHECK(worst_error(sum) <= 1e-6);
     }
@@ -73,22 +74,22 @@ TEST_CASE("nccl: the sum over ranks, equal on all ranks") {
 // last shards as long as the others; every rank sent the first block.
 TEST_CASE("ordered, moved by nccl: the bits of all_reduce, whatever the shards") {
     if (!own_gpus() || !power_of_two_ranks()) return;
-    NcclComm nccl(world(), kTimeout);
+    const Group group = nccl_group(kTimeout);
     for (const size_t n : kLengths)
         for (const size_t longest : {size_t(0), size_t(4), size_t(64)}) {
             CAPTURE(n);
             CAPTURE(longest);
-            const auto reduction = make_gradient_all_reduce(*gpu(), world(), AllReduce::ordered, n, &nccl, longest);
+            const auto reduction = make_gradient_all_reduce(group, AllReduce::ordered, n, longest);
             const std::vector<float> want = host_sum(n, AllReduce::ordered);
-            CHECK(summed(*gpu(), *reduction, n) == want);
-            CHECK(summed(*gpu(), *reduction, n) == want);
+            CHECK(summed(group, *reduction, n) == want);
+            CHECK(summed(group, *reduction, n) == want);
         }
 }
 
 TEST_CASE("many sums on one stream, and the host waits once") {
     if (!own_gpus()) return;
-    NcclComm nccl(world(), kTimeout);
-    const auto reduction = make_gradient_all_reduce(*gpu(), world(), AllReduce::nccl, 10, &nccl);
+    const Group group = nccl_group(kTimeout);
+    const auto reduction = make_gradient_all_reduce(group, AllReduce::nccl, 10);
     StreamOwner stream(*gpu());
     Gradient a(*gpu(), my_addends(10)), b(*gpu(), std::vector<float>(10, 1));
     a.upload(stream.get());
@@ -100,7 +101,7 @@ TEST_CASE("many sums on one stream, and the host waits once") {
     }
     a.download(stream.get());
     b.download(stream.get());
-    reduction->wait(stream.get());
+    group.device().wait(stream.get());
     const float size = float(world().size());
     CHECK(same_everywhere(a.host().data(), 10 * sizeof(float)));
     CHECK(b.host() == std::vector<float>(10, 8 * size * size * size));
@@ -109,7 +110,8 @@ TEST_CASE("many sums on one stream, and the host waits once") {
 TEST_CASE("a gradient all-reduce refuses what it was not made for") {
     if (world().size() == 1) return;
     for (const Backend* k : backends()) {
-        const auto made = [&](AllReduce how) { return make_gradient_all_reduce(*k, world(), how, 8); };
+        const Group group(*k, world());
+        const auto made = [&](AllReduce how) { return make_gradient_all_reduce(group, how, 8); };
         CHECK_THROWS_WITH_AS(made(AllReduce::nccl), doctest::Contains("communicator"), Error);
         if (!power_of_two_ranks())
             CHECK_THROWS_WITH_AS(made(AllReduce::ordered), doctest::Contains("power of two"), Error);

@@ -14,25 +14,24 @@ const size_t kLengths[] = {1, 3, 64, 1000, (1 << 20) / 4 + 77};  // of a block; 
 
 struct Carried {
     std::string name;
-    const Backend& k;
     Group group;
 };
 // The world's group by each carrier that can be had here.
 std::vector<Carried> worlds() {
     std::vector<Carried> all;
-    all.push_back({"cpu", cpu_backend(), Group(cpu_backend(), world())});
-    if (gpu()) all.push_back({"through host memory", *gpu(), Group(*gpu(), world())});
-    if (own_gpus()) all.push_back({"nccl", *gpu(), Group(world(), std::make_unique<NcclComm>(world(), kTimeout))});
+    all.push_back({"cpu", Group(cpu_backend(), world())});
+    if (gpu()) all.push_back({"through host memory", Group(*gpu(), world())});
+    if (own_gpus()) all.push_back({"nccl", nccl_group(kTimeout)});
     return all;
 }
-// f(group, backend) for the world's group and for the part of it that this rank is in.
-void for_each_group(const std::function<void(const Group&, const Backend&)>& f) {
+// f(group) for the world's group and for the part of it that this rank is in.
+void for_each_group(const std::function<void(const Group&)>& f) {
     for (const Carried& c : worlds()) {
         CAPTURE(c.name);
-        f(c.group, c.k);
+        f(c.group);
         const Group part = c.group.split(world().rank() % 2, -world().rank());
         CAPTURE(part.size());
-        f(part, c.k);
+        f(part);
     }
 }
 
@@ -105,7 +104,8 @@ TEST_CASE("a group and its parts: ranks, and the words for host memory") {
 }
 
 TEST_CASE("device words: sums") {
-    for_each_group([](const Group& g, const Backend& k) {
+    for_each_group([](const Group& g) {
+        const Backend& k = g.backend();
         StreamOwner stream(k);
         const Stream s = stream.get();
         for (const size_t n : kLengths) {
@@ -129,7 +129,8 @@ TEST_CASE("device words: sums") {
 
 namespace {
 template <class T>
-void check_moves(const Group& g, const Backend& k, size_t n) {
+void check_moves(const Group& g, size_t n) {
+    const Backend& k = g.backend();
     StreamOwner stream(k);
     const Stream s = stream.get();
     const int rank = g.rank(), size = g.size();
@@ -160,21 +161,22 @@ void check_moves(const Group& g, const Backend& k, size_t n) {
 }  // namespace
 
 TEST_CASE("device words: moves, of every dtype") {
-    for_each_group([](const Group& g, const Backend& k) {
+    for_each_group([](const Group& g) {
         for (const size_t n : kLengths) {
             CAPTURE(n);
-            check_moves<float>(g, k, n);
+            check_moves<float>(g, n);
         }
-        check_moves<double>(g, k, 33);
-        check_moves<int32_t>(g, k, 33);
-        check_moves<uint32_t>(g, k, 33);
-        check_moves<uint8_t>(g, k, 33);
+        check_moves<double>(g, 33);
+        check_moves<int32_t>(g, 33);
+        check_moves<uint32_t>(g, 33);
+        check_moves<uint8_t>(g, 33);
     });
 }
 
 // As between the stages of a pipeline: ranks that neither send nor receive do not call.
 TEST_CASE("device words: a message passes from rank to rank") {
-    for_each_group([](const Group& g, const Backend& k) {
+    for_each_group([](const Group& g) {
+        const Backend& k = g.backend();
         if (g.size() == 1) return;
         StreamOwner stream(k);
         const Stream s = stream.get();
@@ -204,8 +206,8 @@ TEST_CASE("device words refuse what does not fit") {
     for (const Carried& c : worlds()) {
         CAPTURE(c.name);
         const Group& g = c.group;
-        const Numbers<float> a(c.k, std::vector<float>(size_t(6 * g.size())));
-        const Numbers<int32_t> i(c.k, std::vector<int32_t>(6));
+        const Numbers<float> a(c.group.backend(), std::vector<float>(size_t(6 * g.size())));
+        const Numbers<int32_t> i(c.group.backend(), std::vector<int32_t>(6));
         const Buf six = a.buf().slice(0, 6), all = a.buf();
         const auto refused = [&](const char* text, const std::function<void()>& f) {
             CHECK_THROWS_WITH_AS(f(), doctest::Contains(text), Error);

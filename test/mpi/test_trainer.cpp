@@ -31,7 +31,8 @@ Outcome train(AllReduce reduction, const GradientHook& hook, int at = 0) {
     const auto on_last_rank = [&](std::span<double> g) {
         if (hook && step == at && world().rank() == world().size() - 1) hook(g);
     };
-    Trainer trainer(cpu_backend(), world(), o, show_gradient(on_last_rank));
+    const Group group(cpu_backend(), world());
+    Trainer trainer(group, o, show_gradient(on_last_rank));
     trainer.initialize();
     trainer.broadcast_state();
     std::vector<int32_t> tokens(5);

@@ -60,7 +60,7 @@ TrainerOptions options() {
 class Steps {
   public:
     Steps(const Backend& k, const MakeGradientSync& make, Events& events)
-        : comm_(make_self_comm()), trainer(k, *comm_, options(), make), events_(events) {
+        : group_(k), trainer(group_, options(), make), events_(events) {
         trainer.initialize();
     }
     StepResult step(int64_t s, bool more) {
@@ -73,7 +73,7 @@ class Steps {
     }
 
   private:
-    const std::unique_ptr<Comm> comm_;
+    const Group group_;
 
   public:
     Trainer trainer;
@@ -92,8 +92,8 @@ TEST_CASE("gradient sync: the calls of a step, in order") {
             CAPTURE(k->name);
             CAPTURE(needs_host);
             Events events;
-            const auto make = [&](const Backend& b, Comm&, const TrainerOptions&, TrainerMemory&) {
-                return std::make_unique<Recorded>(b, needs_host, events);
+            const auto make = [&](const Group& group, const TrainerOptions&, TrainerMemory&) {
+                return std::make_unique<Recorded>(group.backend(), needs_host, events);
             };
             Steps steps(*k, make, events);
             CHECK(taken(events) == Events{"start"});
@@ -121,8 +121,8 @@ TEST_CASE("gradient sync: the calls of a step, in order") {
 
 TEST_CASE("gradient sync: state, updates and names are the method's") {
     Events events;
-    const auto make = [&](const Backend& b, Comm&, const TrainerOptions&, TrainerMemory&) {
-        return std::make_unique<Recorded>(b, false, events);
+    const auto make = [&](const Group& group, const TrainerOptions&, TrainerMemory&) {
+        return std::make_unique<Recorded>(group.backend(), false, events);
     };
     Steps steps(cpu_backend(), make, events);
     CHECK(std::string(steps.trainer.reduction()) == "recorded");

@@ -50,8 +50,8 @@ struct Outcome {
 };
 // Four steps, and an evaluation between two of them, which uses the same buffers.
 Outcome train(const Backend& k, const TrainerOptions& o, bool ahead, const char* graph_note = "") {
-    const auto comm = make_self_comm();
-    Trainer trainer(k, *comm, o);
+    const Group group(k);
+    Trainer trainer(group, o);
     trainer.initialize();
     Source source(o);
     const auto next = [&] { return source(); };
@@ -61,11 +61,12 @@ Outcome train(const Backend& k, const TrainerOptions& o, bool ahead, const char*
         out.numbers.push_back(r.loss), out.numbers.push_back(r.grad_norm);
         CHECK(source.n_calls == 2 * (s + 1 + (ahead && s < 3)));
         if (s == 1)
-            out.numbers.push_back(
-                evaluate(trainer.session(), *comm, 3, [](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
-                    std::ranges::fill(in, int32_t(i));
-                    std::ranges::fill(out, int32_t(i + 1));
-                }).loss);
+            out.numbers.push_back(evaluate(trainer.session(), group.host(), 3,
+                                           [](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) {
+                                               std::ranges::fill(in, int32_t(i));
+                                               std::ranges::fill(out, int32_t(i + 1));
+                                           })
+                                      .loss);
     }
     CHECK(trainer.uses_graphs() == (o.graph != UseGraph::off && k.can_record() && !*graph_note));
     CHECK(trainer.graph_note() == graph_note);
@@ -127,8 +128,8 @@ TEST_CASE("trainer: phases of a replayed step are timed anew") {
     for (const Target& t : targets_of_training()) {
         CAPTURE(t.name);
         const TrainerOptions o = options(t.real);
-        const auto comm = make_self_comm();
-        Trainer trainer(*t.k, *comm, o);
+        const Group group(*t.k);
+        Trainer trainer(group, o);
         trainer.initialize();
         Source source(o);
         std::vector<double> forward;
@@ -143,10 +144,10 @@ TEST_CASE("trainer: phases of a replayed step are timed anew") {
 }
 
 TEST_CASE("trainer: device.graph: on is refused where steps cannot be recorded") {
-    const auto comm = make_self_comm();
+    const Group group(cpu_backend());
     TrainerOptions o = options(DType::f32);
     o.graph = UseGraph::on;
-    CHECK_THROWS_WITH_AS(Trainer(cpu_backend(), *comm, o), doctest::Contains("device.graph"), Error);
+    CHECK_THROWS_WITH_AS(Trainer(group, o), doctest::Contains("device.graph"), Error);
 }
 
 // Seen to fail with: the error thrown at once, which would lose a step that is done.
@@ -154,8 +155,8 @@ TEST_CASE("trainer: what goes wrong with tokens fetched ahead is told by the ste
     for (const Target& t : targets_of_training()) {
         CAPTURE(t.name);
         const TrainerOptions o = options(t.real);
-        const auto comm = make_self_comm();
-        Trainer trainer(*t.k, *comm, o);
+        const Group group(*t.k);
+        Trainer trainer(group, o);
         trainer.initialize();
         Source source(o);
         const auto next = [&]() -> Trainer::Tokens {
@@ -192,10 +193,10 @@ TEST_CASE("trainer: recompute needs less memory, and the plan is what is taken")
     for (Recompute level : {Recompute::none, Recompute::gelu, Recompute::block}) {
         TrainerOptions o = options(t.real);
         o.recompute = level;
-        const auto comm = make_self_comm();
+        const Group group(*t.k);
         const size_t n_free = t.k->memory_state().n_free;
         const size_t workspace = workspace_bytes(*t.k);
-        const Trainer trainer(*t.k, *comm, o);
+        const Trainer trainer(group, o);
         CHECK(trainer.memory().n_bytes() < before);
         before = trainer.memory().n_bytes();
         if (n_free) CHECK(n_free - t.k->memory_state().n_free == before + workspace);

@@ -12,10 +12,9 @@
 #include <optional>
 
 #include "model/gpt2.h"
-#include "trainer/trainer.h"
 #include "test/mpi/device_gradient.h"
-#include "comm/group.h"
 #include "test/shown_gradient.h"
+#include "trainer/trainer.h"
 
 namespace {
 constexpr double kTimeout = 60;  // of communicators that are not expected to fail
@@ -63,27 +62,25 @@ Calls calls_of(const std::function<void()>& f) {
 }  // namespace
 
 TEST_CASE("nccl: exactly one call for a gradient") {
-    const Backend& k = *gpu();
-    NcclComm nccl(world(), kTimeout);
-    const auto reduction = make_gradient_all_reduce(k, world(), AllReduce::nccl, 1001, &nccl);
+    const Group group = nccl_group(kTimeout);
+    const auto reduction = make_gradient_all_reduce(group, AllReduce::nccl, 1001);
     const Calls want = {{"ncclAllReduce", 1001, "float32"}};
     for (int step = 0; step < 2; step++)
-        CHECK(calls_of([&] { summed(k, *reduction, 1001); }) == (world().size() == 1 ? Calls{} : want));
+        CHECK(calls_of([&] { summed(group, *reduction, 1001); }) == (world().size() == 1 ? Calls{} : want));
 }
 
 TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction of the whole gradient") {
-    NcclComm nccl(world(), kTimeout);
+    const Group group = nccl_group(kTimeout);
     TrainerOptions o;
     o.model = {.architecture = &gpt2, .L = 1, .NH = 2, .C = 16, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
     o.micro_batch_size = 1;
     o.global_batch_size = 2 * world().size();
     o.allreduce = AllReduce::nccl;
-    o.nccl = &nccl;
     o.real = DType::bf16;
     std::optional<Trainer> made;
     size_t n = 0;  // elements of the flat gradient
     const auto count = [&](std::span<double> g) { n = g.size(); };
-    const Calls connecting = calls_of([&] { made.emplace(*gpu(), world(), o, show_gradient(count)); });
+    const Calls connecting = calls_of([&] { made.emplace(group, o, show_gradient(count)); });
     Trainer& trainer = *made;
     trainer.initialize();
     trainer.broadcast_state();
@@ -101,10 +98,9 @@ TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction 
 
 TEST_CASE("ordered, moved by nccl: which calls, and how long") {
     if (!power_of_two_ranks() || world().size() == 1) return;
-    const Backend& k = *gpu();
-    NcclComm nccl(world(), kTimeout);
+    const Group group = nccl_group(kTimeout);
     const size_t size = size_t(world().size()), n = size * 24 + 5;  // two pieces of shards of 16 and 8, and a tail
-    const auto reduction = make_gradient_all_reduce(k, world(), AllReduce::ordered, n, &nccl, 16);
+    const auto reduction = make_gradient_all_reduce(group, AllReduce::ordered, n, 16);
     Calls want;
     for (const size_t shard : {16, 8}) {
         for (size_t r = 0; r < size; r++) {
@@ -115,7 +111,7 @@ TEST_CASE("ordered, moved by nccl: which calls, and how long") {
     }
     const size_t tail = n % (4 * size);
     if (tail) want.push_back({"ncclAllGather", tail, "float32"});
-    CHECK(calls_of([&] { summed(k, *reduction, n); }) == want);
+    CHECK(calls_of([&] { summed(group, *reduction, n); }) == want);
 }
 
 TEST_CASE("a clean end destroys the communicator, an exception aborts it") {
@@ -272,7 +268,7 @@ TEST_CASE("a message that is not received is a lost rank after the deadline") {
 TEST_CASE("each word is one call of NCCL's, and a part of the ranks has a communicator of its own") {
     gpu();  // opens it
     const int rank = world().rank(), size = world().size();
-    const Group group(world(), std::make_unique<NcclComm>(world(), kTimeout));
+    const Group group = nccl_group(kTimeout);
     StreamOwner stream(*gpu());
     const Stream s = stream.get();
     Gradient grad(*gpu(), my_addends(size_t(size) * 4));
@@ -311,8 +307,9 @@ TEST_CASE("a shared device is refused by nccl, and the sum goes through host mem
     const Error e = thrown_within(kTimeout / 2, [&] { NcclComm(world(), kTimeout); });
     CHECK(e.code == Exit::internal);
     CHECK(says(e, "Duplicate GPU"));
-    const auto reduction = make_gradient_all_reduce(k, world(), AllReduce::mpi, 1000);
+    const Group group(k, world());
+    const auto reduction = make_gradient_all_reduce(group, AllReduce::mpi, 1000);
     CHECK(std::string(reduction->name()) == "mpi through host memory");
-    CHECK(summed(k, *reduction, 1000) == host_sum(1000, AllReduce::mpi));
+    CHECK(summed(group, *reduction, 1000) == host_sum(1000, AllReduce::mpi));
     cudaSetDevice(world().local_rank());
 }
