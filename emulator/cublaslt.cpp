@@ -237,19 +237,19 @@ bool overlap(const void* p, size_t n, const void* q, size_t m) {
 // Checks the addresses.
 cublasStatus_t check(const Problem& p, const Operands& o, const Algorithm& chosen, size_t workspace_bytes) {
     const Desc& e = p.desc;
-    struct Place {
+    struct Operand {
         const void* p;
         size_t n_bytes;
         uint32_t align;
     };
-    const Place d = {o.d, bytes_of(p.d), chosen.align_d};
-    std::vector<Place> read = {{o.a, bytes_of(p.a), chosen.align_a}, {o.b, bytes_of(p.b), chosen.align_b}};
-    std::vector<Place> written = {d};
+    const Operand d = {o.d, bytes_of(p.d), chosen.align_d};
+    std::vector<Operand> read = {{o.a, bytes_of(p.a), chosen.align_a}, {o.b, bytes_of(p.b), chosen.align_b}};
+    std::vector<Operand> written = {d};
     if (has_bias(e)) read.push_back({e.bias, p.m() * bytes_of(p.d.type), chosen.align_bias});
     const uint64_t n_sums = e.epilogue == CUBLASLT_EPILOGUE_BGRADA ? p.m() : p.n();
     if (has_sums(e)) written.push_back({e.bias, n_sums * bytes_of(p.d.type), chosen.align_bias});
     if (has_aux(e)) {
-        const Place aux = {e.aux, ((p.n() - 1) * size_t(e.aux_ld) + p.m()) * bytes_of(p.d.type), chosen.align_aux};
+        const Operand aux = {e.aux, ((p.n() - 1) * size_t(e.aux_ld) + p.m()) * bytes_of(p.d.type), chosen.align_aux};
         (e.epilogue == CUBLASLT_EPILOGUE_DGELU ? read : written).push_back(aux);
     }
     if (chosen.workspace_bytes > 0) {
@@ -263,14 +263,14 @@ cublasStatus_t check(const Problem& p, const Operands& o, const Algorithm& chose
         if (!in_place) read.push_back({o.c, bytes_of(p.c), chosen.align_c});
     }
     for (size_t i = 0; i < written.size(); i++) {
-        for (const Place& r : read)
+        for (const Operand& r : read)
             if (overlap(written[i].p, written[i].n_bytes, r.p, r.n_bytes)) return CUBLAS_STATUS_INVALID_VALUE;
         for (size_t j = 0; j < i; j++)
             if (overlap(written[i].p, written[i].n_bytes, written[j].p, written[j].n_bytes))
                 return CUBLAS_STATUS_INVALID_VALUE;
     }
     read.insert(read.end(), written.begin(), written.end());
-    for (const Place& r : read) {
+    for (const Operand& r : read) {
         if (!r.p || !aligned(r.p, r.align)) return CUBLAS_STATUS_INVALID_VALUE;
         if (emulator::check_device_range(r.p, r.n_bytes) != cudaSuccess) return CUBLAS_STATUS_EXECUTION_FAILED;
     }

@@ -21,12 +21,12 @@ uint64_t g_launch = 0;
 std::map<const void*, std::set<uint32_t>> g_released;  // address of an atomic -> blocks whose writes it publishes
 
 enum class Region { none, redzone, shared, global };
-struct Place {
+struct ShadowCell {
     Region region;
     Cell* cell;
 };
 
-Place find_global(const uint8_t* p) {
+ShadowCell find_global(const uint8_t* p) {
     Block& b = block();
     DeviceBuffer* a = b.last_buffer;
     const auto near = [&](const DeviceBuffer* x) { return p >= x->p - kRedzone && p < x->p + x->n_bytes + kRedzone; };
@@ -43,7 +43,7 @@ Place find_global(const uint8_t* p) {
     return {Region::global, &a->cells[size_t(p - a->p) / kGranule]};
 }
 
-Place find(const void* p) {
+ShadowCell find(const void* p) {
     Block& b = block();
     if (b.in_arena(p)) return {Region::shared, &b.cells[b.offset(p) / kGranule]};
     const auto* byte = static_cast<const uint8_t*>(p);
@@ -163,7 +163,7 @@ struct NoHooks {
 };
 
 // False: the access is out of bounds, or the memory is not watched.
-bool check_region(const Access& a, const Place& at) {
+bool check_region(const Access& a, const ShadowCell& at) {
     const auto out_of_bounds = [&](const char* memory, uintptr_t kind) {
         report("memcheck", a.pc, kind, [&] {
             return std::string("out-of-bounds ") + memory + " " + verb(a.write, a.atomic) + " of " +
@@ -227,7 +227,7 @@ void start_launch_shadow() {
 uint64_t shadow_owner(bool shared) { return shared ? block().serial : g_launch; }
 
 CellRange cells_of(const void* p, size_t n_bytes) {
-    const Place at = find(p);
+    const ShadowCell at = find(p);
     if (!at.cell) return {nullptr, 0, false};
     const size_t n = (reinterpret_cast<uintptr_t>(p) % kGranule + n_bytes + kGranule - 1) / kGranule;
     return {at.cell, n, at.region == Region::shared};
@@ -252,7 +252,7 @@ void record_read(Cell& c, int agent, uint32_t clock, uintptr_t pc) {
 
 void check_access(const Access& a) {
     const NoHooks no_hooks;
-    const Place at = find(a.p);
+    const ShadowCell at = find(a.p);
     if (!check_region(a, at)) return;
     const bool shared = at.region == Region::shared;
     const uint32_t own_block = shared ? 1 : block().number;

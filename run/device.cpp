@@ -104,12 +104,13 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
         choose_attention(config, attention_refusal(comm, preferred_attention(config)), training);
     const Backend& k = cuda_backend(attention.kernel);
     const std::string place = this_host() + "/" + device.bus_id;
-    const bool own = every_rank_has_its_own_device(comm, place), counts = first_with(comm, hash64(place));
-    if (!own)
+    const bool has_own_gpu = every_rank_has_its_own_device(comm, place),
+               is_first_on_gpu = first_with(comm, hash64(place));
+    if (!has_own_gpu)
         log.warn(
             "ranks share GPUs (on rank 0's host {} ranks share {} GPU(s)): gradients are reduced through host memory",
             comm.local_size(), n_devices);
-    const bool by_nccl = training && own && comm.size() > 1 && takes_nccl(config.parallel.allreduce);
+    const bool by_nccl = training && has_own_gpu && comm.size() > 1 && takes_nccl(config.parallel.allreduce);
     const size_t before = k.memory_state().n_free;
     Group world = by_nccl ? Group(k, comm, std::make_unique<NcclComm>(comm)) : Group(k, comm);
     const size_t nccl_bytes = by_nccl ? before - std::min(before, k.memory_state().n_free) : 0;
@@ -118,8 +119,8 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
             .name = device.name,
             .attention = attention_name(attention.kernel),
             .bus_id = device.bus_id,
-            .own = own,
-            .counts = counts,
+            .has_own_gpu = has_own_gpu,
+            .is_first_on_gpu = is_first_on_gpu,
             .workspace_bytes = device.workspace_bytes,
             .nccl_bytes = nccl_bytes,
             .memory = device.memory,

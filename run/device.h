@@ -9,16 +9,16 @@
 
 struct RunDevice {
     const Backend& k;
-    Group world;                 // all ranks: by NCCL where gradients are reduced so, else by messages of the host
-    std::string name;            // "cpu", or the GPU's name
-    std::string attention;       // name of the attention kernels: "portable"; empty on the CPU
-    std::string bus_id;          // PCI bus id of the GPU: "0000:01:00.0"; empty on the CPU
-    bool own = false;            // every rank has a GPU of its own
-    bool counts = true;          // false: a rank before this one has the same GPU
-    size_t workspace_bytes = 0;  // of the GPU's memory: scratch of the computing stream
-    size_t nccl_bytes = 0;       // of the GPU's memory: taken by NCCL so far
-    MemoryState memory;          // of the GPU, with CUDA's context but nothing else taken; zero on the CPU
-    std::string note;            // why `auto` took the CPU, or AttentionChoice::note
+    Group world;                  // all ranks: by NCCL where gradients are reduced so, else by messages of the host
+    std::string name;             // "cpu", or the GPU's name
+    std::string attention;        // name of the attention kernels: "portable"; empty on the CPU
+    std::string bus_id;           // PCI bus id of the GPU: "0000:01:00.0"; empty on the CPU
+    bool has_own_gpu = false;     // every rank has a GPU of its own
+    bool is_first_on_gpu = true;  // false: a rank before this one has the same GPU
+    size_t workspace_bytes = 0;   // of the GPU's memory: scratch of the computing stream
+    size_t nccl_bytes = 0;        // of the GPU's memory: taken by NCCL so far
+    MemoryState memory;           // of the GPU, with CUDA's context but nothing else taken; zero on the CPU
+    std::string note;             // why `auto` took the CPU, or AttentionChoice::note
 };
 
 // Bytes of a GPU's memory that CUDA's libraries take before the first step.

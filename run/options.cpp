@@ -13,14 +13,14 @@ AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) 
         case UseAllReduce::ordered:
             return AllReduce::ordered;
         case UseAllReduce::nccl:
-            if (device.own) return AllReduce::nccl;
+            if (device.has_own_gpu) return AllReduce::nccl;
             fail(Exit::usage,
                  "parallel.allreduce: nccl needs a GPU of its own for every rank; this run has {}; use auto",
                  device.name);
         case UseAllReduce::automatic:
             break;
     }
-    if (device.own) return AllReduce::nccl;
+    if (device.has_own_gpu) return AllReduce::nccl;
     const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
     return (size & (size - 1)) == 0 && runs % size == 0 ? AllReduce::ordered : AllReduce::mpi;
 }

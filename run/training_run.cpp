@@ -71,7 +71,8 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
       train_(open_data(x, "data.train", x.config.data.train)),
       total_steps_(total_steps(x.config, train_)),
       schedule_(schedule_of(x.config, total_steps_)),
-      peak_(measure_run_peak(x.comm, x.device.k, real_of(x.config.device.dtype), x.device.name, x.device.counts)),
+      peak_(measure_run_peak(x.comm, x.device.k, real_of(x.config.device.dtype), x.device.name,
+                             x.device.is_first_on_gpu)),
       trainer_(x.device.world, training_options(x)) {
     const Config& c = x.config;
     if (!c.data.val.empty()) val_.emplace(open_data(x, "data.val", c.data.val));
@@ -162,7 +163,7 @@ void TrainingRun::start(OpenMode mode) {
     // Every matrix product and the reduction have run by now: memory taken beyond our own holds the libraries' handles,
     // buffers and loaded kernels, or belongs to another process.
     const size_t ours = trainer_.memory().n_bytes() + x_.device.workspace_bytes, taken = memory_taken(x_.device);
-    if (x_.device.own) libraries_.all = taken - std::min(taken, ours);
+    if (x_.device.has_own_gpu) libraries_.all = taken - std::min(taken, ours);
     libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.reduction_bytes());
     x_.log.open((x_.run_dir / "train.log").string());
     dir_->write_config(state_.config);
@@ -307,7 +308,7 @@ void TrainingRun::check_memory() {
         dir_->record({{"type", "event"}, {"step", state_.step}, {"event", "graph"}, {"message", graph}});
         x_.log.info("{}", graph);
     }
-    if (x_.comm.rank() != 0 || d.memory.n_total == 0 || !d.own) return;
+    if (x_.comm.rank() != 0 || d.memory.n_total == 0 || !d.has_own_gpu) return;
     const size_t taken = memory_taken(d), named = trainer_.memory().n_bytes() + d.workspace_bytes + libraries_.all;
     dir_->record({{"type", "event"}, {"step", state_.step}, {"event", "memory"}, {"taken", taken}, {"named", named}});
     x_.log.info("GPU memory: {} taken, {} of it named above", human_bytes(taken), human_bytes(named));
