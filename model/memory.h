@@ -56,7 +56,7 @@ class ModelMemory {
     Buf hash;           // (2) u32
 
   protected:
-    // In the order of table() and of the allocation: parameters, to which whoever derives adds the rest.
+    // In the order of table() and of the allocation: parameters first; a derived class adds the others.
     std::vector<Arena*> arenas_;
 
   private:
