@@ -63,8 +63,6 @@ KERNEL = @[ -n "$(NVCC)" ] || { echo "nvcc not found: kernels need the CUDA tool
 # A change of compiler, ARCH or flags recompiles the kernels.
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
-# A .d file of an older build may name a .cu file that has become a .cpp: this empty rule stands in for the old file.
-kernels/cuda/%.cu: ;
 $(O)/cuda/%.o: %.cpp; $(COMPILE) $(CUDA_FLAGS) -c $< -o $@
 $(N)/%.o: %.cu $(N)/flags; $(KERNEL)
 $(N)/%_sm90.o $(N)/sm90/%.o: override ARCH := 90a# uses instructions of this architecture alone

@@ -21,7 +21,7 @@ FileRecord write_json(const fs::path& dir, const char* name, const ordered_json&
     return {name, text.size(), hash64(text)};
 }
 
-// The tensors that model.safetensors has: those that the model has not are without data.
+// The tensors that model.safetensors has: a tensor that the model lacks has a null data pointer.
 std::vector<StateTensor> as_stored(const std::vector<StateTensor>& tensors, const ModelConfig& c) {
     const Architecture& model = *c.architecture;
     std::vector<StateTensor> all;
@@ -156,8 +156,9 @@ RunState read_state(const fs::path& checkpoint) {
                 .updates = j.at("updates"),
                 .sequences = j.at("sequences"),
                 .config = j.at("config"),
-                .attention = j.value("attention", "portable"),  // all that there was before it was written down
-                .choices = j.value("choices", ""),              // older ones took the library's guesses
+                .attention =
+                    j.value("attention", "portable"),  // old checkpoints lack this key; they used the portable kernels
+                .choices = j.value("choices", ""),     // older ones took the library's guesses
                 .train = parts_of(j.at("train")),
                 .val = parts_of(j.at("val"))};
     } catch (const std::exception& e) { fail(Exit::checkpoint, "{}: not a kiln state: {}", name, e.what()); }

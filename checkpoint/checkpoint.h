@@ -34,11 +34,12 @@ struct RunState {
     std::vector<DataPart> train, val;
 };
 
-// All that a checkpoint is written from.
+// All that a checkpoint is written from.  The snapshots have been taken.
 struct RunSnapshot {
-    ModelConfig model;
-    Snapshot parameters, moments;
-    RunState run;
+    const ModelConfig& model;
+    const Snapshot& parameters;
+    const Snapshot& moments;
+    const RunState& run;
 };
 
 // Saves under root/step_N and keeps the newest `keep` good ones.  Rank 0 only.  `before_rename` runs when all is on

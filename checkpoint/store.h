@@ -18,7 +18,8 @@ struct FileRecord {  // one line of the manifest
 };
 
 // Makes root/step_N: `write_files` fills the temporary directory it is given and says what is in it; `before_rename`
-// runs when all is on disk but the name.  Keeps the newest `keep`.  What fails leaves no trace and throws.
+// runs when all is on disk but the name.  Keeps the newest `keep`.  A failure deletes the temporary
+// directory and throws.
 void store_checkpoint(const fs::path& root, int64_t step, int keep,
                       const std::function<std::vector<FileRecord>(const fs::path&)>& write_files,
                       const std::function<void()>& before_rename);

@@ -17,9 +17,9 @@ class OneRank final : public GradientAllReduce {
 };
 
 // In memory that the host addresses, of a backend whose work is done when a call returns.
-class InPlace final : public GradientAllReduce {
+class InPlaceSum final : public GradientAllReduce {
   public:
-    InPlace(Comm& host, AllReduce how, size_t n) : host_(host), how_(how), n_(n) {}
+    InPlaceSum(Comm& host, AllReduce how, size_t n) : host_(host), how_(how), n_(n) {}
     void sum(Buf grad, Stream) override {
         check_size(grad, n_);
         all_reduce(host_, {grad.as<float>(), n_}, how_);
@@ -35,9 +35,9 @@ class InPlace final : public GradientAllReduce {
 
 // Device -> pinned memory -> all_reduce() -> device, in the pieces that all_reduce() itself would work in, so that the
 // bits are those of one call.
-class Staged final : public GradientAllReduce {
+class StagedSum final : public GradientAllReduce {
   public:
-    Staged(const Backend& k, Comm& host, AllReduce how, size_t n)
+    StagedSum(const Backend& k, Comm& host, AllReduce how, size_t n)
         : host_(host),
           how_(how),
           n_(n),
@@ -131,8 +131,8 @@ std::unique_ptr<GradientAllReduce> make_gradient_all_reduce(const Group& group, 
     const bool between_devices = !group.device().needs_host();
     CHECK_THAT(how != AllReduce::nccl || between_devices, "the nccl reduction needs a communicator between devices");
     if (how == AllReduce::nccl) return std::make_unique<Nccl>(group.device(), n);
-    if (k.host_addressable) return std::make_unique<InPlace>(group.host(), how, n);
+    if (k.host_addressable) return std::make_unique<InPlaceSum>(group.host(), how, n);
     if (how == AllReduce::ordered && between_devices)
         return std::make_unique<OrderedByNccl>(k, group.device(), n, longest_shard);
-    return std::make_unique<Staged>(k, group.host(), how, n);
+    return std::make_unique<StagedSum>(k, group.host(), how, n);
 }

@@ -20,7 +20,7 @@
 namespace {
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kAbortWait{1};    // for an abort that no graph holds up
-constexpr std::chrono::seconds kAbortLimit{10};  // for an abort whose graphs are gone; then it is left behind
+constexpr std::chrono::seconds kAbortLimit{10};  // for an abort whose graphs are destroyed; then nothing waits on
 
 // Waits between two polls: at first by yielding, after 1 ms by short sleeps, so that a long step costs no core.
 class Patience {

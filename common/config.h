@@ -1,7 +1,7 @@
-// The config of a run: one YAML file plus --set overrides.  Defaults are the initialisers below; config_words.h has the
-// words, config_keys.cpp ranges and meanings, and README.md the table made from all three.  An unknown or duplicate key, a wrong type or an impossible value is
-// Error(Exit::usage) with file:line, the value, what is allowed and, for a near miss, "did you mean".  A known key or
-// value whose feature is not built yet is "not available in this build".
+// A run's config: a YAML file plus --set overrides.  Defaults are the initialisers below; config_words.h has the
+// words, config_keys.cpp ranges and meanings, and README.md a table of all three.  An unknown or duplicate key,
+// a wrong type or an impossible value is Error(Exit::usage) with file:line, the value, what is allowed and, for a near
+// miss, "did you mean".  A known key or value whose feature is not built yet is "not available in this build".
 #pragma once
 #include <cstdint>
 #include <string>

@@ -12,7 +12,9 @@ struct WordMember {
     uint8_t* value;
     const std::vector<std::string>* words;
     template <class E, class = std::enable_if_t<std::is_enum_v<E>>>
-    WordMember(E* e) : value(reinterpret_cast<uint8_t*>(e)), words(&words_of<E>()) {}
+    WordMember(E* e) : value(reinterpret_cast<uint8_t*>(e)), words(&words_of<E>()) {
+        static_assert(sizeof(E) == 1);
+    }
     uint8_t& operator*() const { return *value; }
 };
 using Member =

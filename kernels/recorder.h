@@ -6,8 +6,8 @@
 //     trainer.step(...);
 //     for (const AnyOp& op : recording.ops()) ...     // the ops of a step, in order
 //
-// Whatever runs over a backend can so be listed by its own code.  A buffer of this backend is an address and no memory:
-// it may be of any size, and what an op holds can be read but not followed.  Sizes are checked as by every backend.
+// So the code that runs over a backend lists its own ops.  A buffer of this backend is an address without memory: its
+// size is free, and nobody may read through its pointer.  Sizes are checked as by every backend.
 // Host memory is real; what is downloaded into it is zero.
 #pragma once
 #include <variant>
@@ -38,7 +38,7 @@ class Recording {
     template <class Op>
     friend void record(const Op& op, Stream);
     std::vector<AnyOp> ops_;
-    Recording* const outer_;  // whose turn it is again afterwards
+    Recording* const outer_;  // the enclosing recording; it resumes when this one ends
 };
 
 // Gives an op to a backend, as k.layernorm_forward(op, s) does where it is a LayerNorm.

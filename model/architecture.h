@@ -1,4 +1,4 @@
-// What a model architecture is to the rest of kiln: a constant table, as Backend is for devices.
+// A model architecture: a constant table, as Backend is one for devices.
 //
 // An architecture has two lists, of its parameters and of its activations.  Whatever holds a number per parameter
 // (weights, gradients, moments) is a Tensors: a Buf for each line of the list, in the list's order.  Memory plans,
@@ -52,7 +52,7 @@ struct ActivationInfo {
 // only the tensors of these: the others may be null.
 using Tensors = std::vector<Buf>;
 
-// What decides which activations there are, and how large.
+// The list and the sizes of the activations follow from these.
 struct ActivationShape {
     int B = 0, T = 0;  // T may be shorter than the context length
     DType real = DType::f32;
@@ -79,12 +79,12 @@ struct Batch {
 //              of losses times grad_scale.  Every parameter's gradient is written: =, or += when accumulate.
 //
 // Passes that together go through all blocks, in order (the backward ones in reverse order), give the bits of one pass.
-// They may have memory of their own, which is what a pipeline needs.  What crosses a cut below block l:
+// They may have memory of their own, which is what a pipeline needs.  These cross a cut below block l:
 //
 //   forward    the output of block l-1, an activation
 //   backward   the gradient of that output, an activation
 //   gradients  A pass writes the gradients of its own blocks' parameters, with two exceptions:
-//              - The LayerNorm at the start of block l can take the gradient of the bias before it along.  The pass that
+//              - The LayerNorm at the start of block l can take along the gradient of the bias before.  The pass that
 //                begins with block l then writes that gradient, and the pass that ends with block l-1 does not: the
 //                bias has a Buf in the gradients of the former.  Its sum over micro-batches is handed down once.
 //              - A parameter that the embedding and the classifier share is written by the last pass, =, and then added
@@ -116,8 +116,8 @@ struct Pass {
 // How Hugging Face's library stores a model.
 struct HuggingFace {
     const char* prefix;  // of every name where a file has the model with its classifier: "transformer."
-    const char* head;    // the classifier's weights, which a file may have beside those that they are tied to:
-    const char* tied;    // this parameter.  Null for both: the classifier is not tied
+    const char* head;    // name of the classifier's weights, which a file may repeat; null: the classifier is not tied
+    const char* tied;    // name of the parameter that the classifier's weights equal; null likewise
     // A tensor beside the parameters that means nothing to kiln.
     bool (*is_buffer)(std::string_view name);
     // The config whose list model.safetensors has.  A parameter that the model has not is written as zeros.

@@ -141,7 +141,8 @@ void forward(const Pass& pass) {
     if (!pass.is_last()) return;
     k.layernorm_forward({.y = a.lnf, .mean = a.lnf_mean, .rstd = a.lnf_rstd,
                          .x = x.input_of(c.L), .w = x.p.lnfw, .b = x.p.lnfb, .BT = BT, .C = C}, x.s);
-    k.linear_forward({.y = a.logits, .x = a.lnf, .w = x.p.wte, .BT = BT, .C = C, .OC = c.Vp(), .w_transposed = true}, x.s);
+    k.linear_forward({.y = a.logits, .x = a.lnf, .w = x.p.wte,
+                      .BT = BT, .C = C, .OC = c.Vp(), .w_transposed = true}, x.s);
     if (!x.batch.targets) return;
     k.cross_entropy({.loss = a.loss, .correct = a.correct, .logits = a.logits, .targets = x.batch.targets,
                      .BT = BT, .V = c.V, .Vp = c.Vp(), .grad_scale = pass.grad_scale}, x.s);
@@ -156,7 +157,7 @@ void recompute(const Named& x, int l) {
 }
 
 void backward(const Pass& pass) {
-    CHECK_THAT(pass.train && pass.grads, "a backward pass needs gradients, and the masks of a forward pass that trains");
+    CHECK_THAT(pass.train && pass.grads, "a backward pass needs gradients and the masks of a training forward pass");
     const Named x(pass);
     const Backend& k = x.k;
     const ModelConfig& c = x.c;
@@ -196,7 +197,8 @@ void backward(const Pass& pass) {
                               .BT = BT, .C = C, .accumulate = acc}, x.s);
 
         dy = branch_gradient(x, x.mask(l, DropoutKind::attention_residual));
-        k.linear_backward({.dx = a.d_att, .dw = dw.projw, .db = from_linear(dw.projb), .dy = dy, .x = h.att, .w = w.projw,
+        k.linear_backward({.dx = a.d_att, .dw = dw.projw, .db = from_linear(dw.projb),
+                           .dy = dy, .x = h.att, .w = w.projw,
                            .BT = BT, .C = C, .OC = C, .accumulate = acc}, x.s);
         k.attention_backward({.dqkv = a.d_qkv, .dy = a.d_att, .qkv = h.qkv, .y = h.att, .lse = h.lse,
                               .scratch = a.att_scratch, .dropout = x.mask(l, DropoutKind::attention),

@@ -5,7 +5,7 @@
 #include <utility>
 
 namespace {
-// Left to what the plan does not name: libraries' growth, graphs.
+// Reserve for memory outside the plan: libraries and graphs.
 size_t usable(const MemoryState& now) { return now.n_free - std::min(now.n_free, now.n_total / 128); }
 
 // Each arena begins on a boundary of Arena::kAlign.

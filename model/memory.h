@@ -64,7 +64,7 @@ class ModelMemory {
 };
 
 // "train.micro_batch_size: 8, or 16 with train.recompute: gelu": the largest micro-batches up to B whose plan fits into
-// n_bytes, at `level` and at the levels that keep less; "" for none.  planned(B, level) is a plan's size; 0: impossible.
+// n_bytes, at `level` and at the levels that keep less; "" for none.  planned(B, level): a plan's size; 0: impossible.
 std::string what_fits(int B, Recompute level, size_t n_bytes, const std::function<size_t(int B, Recompute)>& planned);
 
 // Numbers in host memory - f32, f64 or bf16 - as doubles.

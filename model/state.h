@@ -1,4 +1,4 @@
-// What a checkpoint keeps of a run: a list of tensors, or of the slices of them that a rank has.
+// The tensors of a run that a checkpoint stores, or the slices of them that a rank has.
 #pragma once
 #include <string>
 #include <vector>

@@ -166,6 +166,11 @@ void TrainingRun::start(OpenMode mode) {
     if (x_.device.has_own_gpu) libraries_.all = taken - std::min(taken, ours);
     libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.reduction_bytes());
     x_.log.open((x_.run_dir / "train.log").string());
+    if (x_.config.checkpoint.interval > 0 || x_.config.run.max_minutes > 0) {
+        const Snapshot::Kind kind = snapshot_kind(x_.device.k);
+        parameters_.emplace(x_.device.k, trainer_.parameters(), kind);
+        moments_.emplace(x_.device.k, trainer_.moments(), kind);
+    }
     dir_->write_config(state_.config);
     dir_->start_metrics(state_.step);
     announce();
@@ -367,12 +372,10 @@ void TrainingRun::save() {
              "stand; lower optimizer.learning_rate and --resume",
              state_.step);
     if (x_.comm.rank() == 0) {
-        const Backend& k = x_.device.k;
-        const RunSnapshot snapshot{.model = trainer_.config(),
-                                   .parameters = Snapshot(k, trainer_.parameters()),
-                                   .moments = Snapshot(k, trainer_.moments()),
-                                   .run = state_};
-        save_checkpoint(dir_->checkpoints(), snapshot, x_.config.checkpoint.keep, [&] { dir_->sync_metrics(); });
+        parameters_->take(trainer_.stream());
+        moments_->take(trainer_.stream());
+        save_checkpoint(dir_->checkpoints(), {trainer_.config(), *parameters_, *moments_, state_},
+                        x_.config.checkpoint.keep, [&] { dir_->sync_metrics(); });
     }
     x_.comm.barrier();
 }

@@ -51,9 +51,10 @@ class TrainingRun {
     const Schedule schedule_;
     const Peak peak_;  // measured before the trainer takes its memory
     Trainer trainer_;
-    LibraryBytes libraries_;             // rank 0
-    std::unique_ptr<RunDirectory> dir_;  // rank 0
-    std::optional<GpuMonitor> gpu_;      // rank 0, on a GPU
+    LibraryBytes libraries_;                        // rank 0
+    std::unique_ptr<RunDirectory> dir_;             // rank 0
+    std::optional<Snapshot> parameters_, moments_;  // rank 0, of a run that saves; reserved before step 0
+    std::optional<GpuMonitor> gpu_;                 // rank 0, on a GPU
     RunState state_;
     Stopwatch run_clock_;
     int64_t first_step_ = 0;  // at which this process began

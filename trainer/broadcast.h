@@ -6,5 +6,5 @@
 // `data` in the backend's memory becomes rank 0's on every rank, through host memory.  The host waits for the stream.
 void broadcast_from_root(const Backend& k, Comm& comm, Buf data, Stream s);
 
-// The same for a model's parameters.  Then all ranks compare hashes: a difference is Error(Exit::internal) naming ranks.
+// The same for a model's parameters.  Ranks then compare hashes: a difference is Error(Exit::internal) naming ranks.
 void broadcast_parameters(const Backend& k, Comm& comm, ModelMemory& model, Stream s);

@@ -82,6 +82,6 @@ class GradientSync {
     virtual void broadcast_state(Stream s) = 0;
 };
 
-// Makes a method, which plans its memory in `memory`: not placed yet, and there as long as the method.
+// Makes a method, which plans its memory in `memory`: not allocated yet; it outlives the method.
 using MakeGradientSync = std::function<std::unique_ptr<GradientSync>(const Group& group, const TrainerOptions& options,
                                                                      TrainerMemory& memory)>;

@@ -25,9 +25,9 @@ class TrainerMemory : public ModelMemory {
     void require(const MemoryState& now, int size) const;
 
     Buf flat_moments() const { return moment_arena.flat(stat()); }
-    // What ops read where that is a rounded copy of the masters; else absent.
+    // The rounded parameters that ops read; absent where ops read the masters.
     Buf flat_copy() const { return has_masters() ? param_arena.flat(real()) : Buf(); }
-    // The sum of all micro-batches, where the runs' sums end that were folded.
+    // Buffer 0: RunFold leaves the sum of all micro-batches there.
     Buf gradient() const { return flat_gradient(0); }
     Buf flat_gradient(int buffer) const { return grad_arenas[size_t(buffer)].flat(stat()); }
 

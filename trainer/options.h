@@ -1,4 +1,4 @@
-// What a Trainer is made of: the model, the batch, the optimizer, and how a step is carried out.
+// The options of a Trainer: the model, the batch, the optimizer, and how a step is carried out.
 #pragma once
 #include "comm/all_reduce.h"
 #include "model/architecture.h"

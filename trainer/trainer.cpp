@@ -58,7 +58,7 @@ Trainer::Trainer(const Group& group, TrainerOptions options, const MakeGradientS
     session_.emplace(k_, memory_, first.inputs, first.targets, memory_.losses.slice(0, size_t(first.B)), stream_);
 }
 
-// Work may still read what is about to be given back: an error can leave a step in its middle.
+// After an error the device may still use this memory: an error can leave a step in its middle.
 Trainer::~Trainer() {
     try {
         k_.synchronize(stream_);

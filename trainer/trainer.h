@@ -67,6 +67,7 @@ class Trainer {
     // Device memory that the library which sums them took for itself.
     size_t reduction_bytes() const { return sync_->library_bytes(); }
     const TrainerMemory& memory() const { return memory_; }
+    Stream stream() const { return stream_; }  // all work but the tokens' way to the device
     // Whether steps are replayed from graphs, and why not where they could have been.
     bool uses_graphs() const { return graphs_->used(); }
     const std::string& graph_note() const { return graphs_->note(); }

@@ -4,9 +4,9 @@
 //   shapes     as in attention.cu: cuDNN is told the strides of packed qkv and dqkv, nothing is copied
 //   lse        cuDNN's "stats" (B, NH, T, 1) f32 are the log-sum-exp of the scaled scores that ops.h wants: its softmax
 //              node is max + LOG(sum of EXP(score - max)), both natural, and its backward takes them back by EXP
-//   memory     a workspace per shape, direction and stream, kept from the first call until the process ends.  A deterministic
-//              backward may want B*NH*T*T*2 bytes (cuDNN then writes all of ds): 1.6 GB for 64 sequences of GPT-2 124M.
-//              AttentionGrad.scratch is not used.
+//   memory     a workspace per shape, direction and stream, kept from the first call until the process ends.  A
+//              deterministic backward may want B*NH*T*T*2 bytes (cuDNN then writes all of ds): 1.6 GB
+//              for 64 sequences of GPT-2 124M.  AttentionGrad.scratch is not used.
 //   order      cuDNN's own.  One version on one kind of GPU repeats its bits from run to run, except with `fastest`.
 //   streams    the first call of a shape compiles, and the first one on each stream allocates
 //

@@ -24,7 +24,7 @@ bool waits_for_each_launch();  // KILN_CUDA_SYNC=1
 // The error that a launch would end with because this binary holds no code for the open device.
 cudaError_t find_code();
 
-// Scratch memory of a stream, shared by all of its ops: the next op overwrites the contents.  A stream that computes has
+// Scratch memory of a stream, shared by all of its ops: the next op overwrites it.  A stream that computes has
 // two pieces, allocated at its first use of either: one for kernels, one for the matrix products alone (gemm.h).
 // `count` elements of T; Error(Exit::internal) when the memory is too small.
 constexpr size_t kWorkspaceBytes = size_t(64) << 20;

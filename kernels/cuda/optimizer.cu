@@ -8,8 +8,8 @@
 //   copy    p rounded to bf16, where given
 //
 //   shapes     param, m, v, grad, copy (n)    decay (ceil(n/kDecayBlock))    rate = lr, c1 = 1-b1^t, c2 = 1-b2^t
-//   traffic    adam 4 reads and 3 writes of 4 bytes per element, sgd and lion 3 and 2, the copy one write of 2: 30 bytes for
-//              adamw with a copy, all by 16-byte accesses (a thread has eight elements).   bound: memory
+//   traffic    adam 4 reads and 3 writes of 4 bytes an element, sgd and lion 3 and 2, the copy one write of 2: 30 bytes
+//              for adamw with a copy, all by 16-byte accesses (a thread has eight elements).   bound: memory
 //   limits     any n >= 1; the last block of decay may be partly filled; clip not finite: nothing is written
 //   order      none: element by element, the CPU's operations in the CPU's order.  Each compiler chooses which products
 //              it fuses into sums, so the last bits may differ from the CPU's

@@ -1,5 +1,5 @@
-// Broken on purpose and seen to fail: bias correction of v left out; the last, partly filled block of 64 skipped; the
-// norm without its last chunk; Lion's moment kept by beta1, its decay left out, the sign of 0 as 1; on CUDA the flags of
+// Broken on purpose, seen to fail: bias correction of v left out; the last, partly filled block of 64 skipped; the
+// norm without its last chunk; Lion's moment kept by beta1, no decay, the sign of 0 as 1; on CUDA the flags of
 // decay shifted by one block, every second load of a chunk added twice, the copy written before the update, the last
 // partly filled vector skipped.
 #include "test/slice.h"
