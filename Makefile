@@ -69,7 +69,7 @@ quick: ## lint, and the tests of files that differ from HEAD: under a minute aft
 	@$(PYTHON) test/quick.py --build $(B)
 
 test-full: ## test, the sanitizers' suites and removals, all in full; CI runs a shorter form
-	@$(MAKE) --no-print-directory test
+	@KILN_TEST_FULL=1 $(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test SANITIZE=1
 	@$(MAKE) --no-print-directory removals
 

@@ -172,7 +172,7 @@ def tools() -> sass_check.Disassembler:
 
 
 def test_the_isa_tests_hold_the_instructions_that_they_are_of(tools: sass_check.Disassembler) -> None:
-    obj = OBJECTS / "sm90" / "test" / "emulator" / "test" / "test_isa.o"
+    obj = OBJECTS / "sm90" / "emulator" / "test" / "test_isa.o"
     if not obj.exists():
         pytest.skip(f"{obj} is not built")
     kernels, bad = sass_check.check(tools, {"test_isa": obj})
