@@ -31,14 +31,10 @@ class RunFold {
         }
         sum_[level] = carry;
     }
-    // After all runs: the buffer with the whole sum.  The next step starts with reset().
+    // After all runs: the buffer with the whole sum, always the first.  Each step folds with a RunFold of its own.
     int result() const {
         CHECK_THAT(sum_.back() != kNone, "result() before all runs were pushed");
         return sum_.back();
-    }
-    void reset() {
-        free_.push_back(result());
-        sum_.back() = kNone;
     }
 
   private:

@@ -70,11 +70,11 @@ TEST_CASE("run fold: pairwise like a binary counter, and the tree over ranks con
     CHECK(folded(0, 4) == "((0+1)+(2+3))");
     CHECK(folded(0, 8) == "(((0+1)+(2+3))+((4+5)+(6+7)))");
     CHECK("(" + folded(0, 4) + "+" + folded(4, 4) + ")" == folded(0, 8));
-    RunFold fold(8);
-    CHECK(fold.n_buffers() == 4);
-    for (int step = 0; step < 3; step++) {  // buffers come back after reset()
-        for (int i = 0; i < 8; i++) fold.push([](int, int) {});
-        fold.reset();
+    CHECK(RunFold(8).n_buffers() == 4);
+    for (int n_runs : {1, 2, 4, 8}) {  // TrainerMemory::gradient() is the first buffer
+        RunFold fold(n_runs);
+        for (int i = 0; i < n_runs; i++) fold.push([](int, int) {});
+        CHECK(fold.result() == 0);
     }
     CHECK_THROWS_AS(RunFold(6), Error);
 }
