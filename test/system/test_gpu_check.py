@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -261,36 +261,30 @@ def test_a_sanitizer_that_ran_no_test_has_not_passed(check: Check, tmp_path: Pat
 
 
 def test_what_the_sanitizers_run(check: Check, tmp_path: Path) -> None:
-    """Every test of test/kernels that runs on a device, but for calls that fail on purpose and hundreds of calls; not
-    whole models, and not the peak, which is the library's largest product."""
+    """Every test of test/kernels, but for calls that fail on purpose and hundreds of calls; not whole models, and not
+    the peak, which is the library's largest product."""
     calls = sanitizer(check, tmp_path, NOTHING)
     assert check.run("sanitize-memcheck sanitize-racecheck") == 0
     memcheck, racecheck = calls.read_text().splitlines()
     assert all("--report-api-errors no" in line for line in (memcheck, racecheck))
     assert "--kernel-name kns=_kernel" in racecheck and "--kernel-name" not in memcheck
 
-    def chosen(line: str, name: str) -> bool:
-        def matches(flag: str) -> bool:
-            (patterns,) = re.findall(f"-{flag}=(.*?)(?: -|$)", line)
-            return any(fnmatchcase(name, p) for p in patterns.split(","))
+    def cases(line: str) -> set[str]:
+        """The tests that the C++ program runs with the flags of this line."""
+        flags = re.findall(r" (-(?:sf|tc|tce)=.*?)(?= -|$)", line)
+        listed = subprocess.run([TRAIN.resolve().parent / "test", "--list-test-cases", "--no-intro", *flags],
+                                check=True, capture_output=True, text=True).stdout
+        return {name for name in listed.splitlines() if not name.startswith(("[doctest]", "==="))}
 
-        return matches("tc") and not matches("tce")
-
-    def on_devices(paths: Iterable[Path]) -> set[str]:
-        cases = [case for path in paths for case in re.split(r"^TEST_CASE\(", path.read_text(), flags=re.M)[1:]]
-        words = ("targets()", "cuda_backend(", "hopper()")
-        return {re.findall(r'^"(.*?)"', case)[0] for case in cases if any(word in case for word in words)}
-
-    kernels = on_devices((REPO / "test" / "kernels").glob("test_*.cpp"))
-    others = on_devices((REPO / "test").rglob("test_*.cpp")) - kernels
-    left_out = {name for name in kernels if not chosen(memcheck, name)}
+    kernels = cases(" -sf=*test/kernels/*")
+    checked = cases(memcheck)
+    left_out = kernels - checked
     no_memory = {"backend: no memory is an error that says how much was asked for",
                  "backend: no pinned memory is an error too"}
     long = {"attention sm90: random shapes against fp32", "attention sm90: the same bits 100 times"}
     assert left_out == no_memory | long
-    large = {name for name in others if name.startswith(("gpt2 on cuda", "peak"))}
-    assert len(large) > 5 and not any(chosen(memcheck, name) for name in large)
-    products = {name for name in kernels if chosen(memcheck, name) and not chosen(racecheck, name)}
+    assert len(checked) > 80 and checked < kernels
+    products = checked - cases(racecheck)
     assert len(products) == 2 and all(name.startswith("linear ") for name in products)
 
 
