@@ -91,12 +91,16 @@ readme: all ## README.md's table of keys, which ./train --keys prints
 	cp build/README.md README.md
 
 VENV := build/deps/venv/bin
-lint: ## formatting, include directions, shell scripts, Python (ruff and mypy by pyproject.toml)
+lint: deps ## formatting, include directions, README's table of keys, shell scripts, Python (ruff and mypy)
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --lint
+	@$(MAKE) --no-print-directory -j$$(nproc) $(B)/train-cpu
 	@for tool in ruff mypy; do [ -x $(VENV)/$$tool ] || \
 	    { echo "$(VENV)/$$tool is missing; scripts/install_deps.sh --lint installs it" >&2; exit 2; }; done
 	@clang-format --dry-run -Werror $(FORMATTED)
 	scripts/build/check_includes.sh
+	@awk '/^\| key \| default/ {table = 1} !/^\|/ {table = 0} table' README.md | \
+	    diff --label README.md --label "./train --keys" -u - <($(B)/train-cpu --keys) || \
+	    { echo "README.md's table of keys is out of date: run make readme" >&2; exit 1; }
 	shellcheck $$(git ls-files '*.sh') .ci/run
 	$(VENV)/ruff check
 	$(VENV)/mypy --python-executable $(PYTHON)
