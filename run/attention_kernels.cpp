@@ -48,7 +48,7 @@ AttentionKernel preferred_attention(const Config& config) {
     return fastest && std::string_view(fastest) == "1" ? AttentionKernel::cudnn_fastest : AttentionKernel::cudnn;
 }
 
-AttentionChoice choose_attention(const Config& config, const std::string& refusal, bool training) {
+SelectedAttention select_attention(const Config& config, const std::string& refusal, bool training) {
     const AttentionKernel preferred = preferred_attention(config);
     if (preferred == AttentionKernel::portable) return {};
     const char* name = attention_name(preferred);
@@ -59,11 +59,11 @@ AttentionChoice choose_attention(const Config& config, const std::string& refusa
     if (asked_for && !unfit.empty())
         fail(Exit::usage, "device.attention: {} cannot be used: {}, or use device.attention: auto", name, unfit);
     if (!refusal.empty() || !unfit.empty()) return {};
-    AttentionChoice chosen{.kernel = preferred};
+    SelectedAttention selected{.kernel = preferred};
     if (training && config.model.dropout > 0)
-        chosen.note = fmt::format(
+        selected.note = fmt::format(
             "attention with dropout uses the portable kernels: with model.dropout = {} training does, and evaluation, "
             "without dropout, uses {}",
             config.model.dropout, name);
-    return chosen;
+    return selected;
 }

@@ -5,7 +5,7 @@
 #include "common/config.h"
 #include "kernels/ops.h"
 
-struct AttentionChoice {
+struct SelectedAttention {
     AttentionKernel kernel = AttentionKernel::portable;
     std::string note;  // the part of the run that other kernels compute; empty: none
 };
@@ -19,4 +19,4 @@ AttentionKernel preferred_attention(const Config& config);
 // `refusal`: why some rank's device cannot run preferred_attention(); empty: all can.  Where a device, the dtype or the
 // head size rules them out, `auto` takes `portable`, and kernels asked for by name are Error(Exit::usage).
 // Dropout rules out none: in `training` the portable kernels compute attention with dropout, and `note` says so.
-AttentionChoice choose_attention(const Config& config, const std::string& refusal, bool training);
+SelectedAttention select_attention(const Config& config, const std::string& refusal, bool training);

@@ -100,8 +100,8 @@ std::string attention_refusal(Comm& comm, AttentionKernel kernel) {
 
 RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool training) {
     const CudaDevice device = open_cuda_device(comm.local_rank() % n_devices);
-    const AttentionChoice attention =
-        choose_attention(config, attention_refusal(comm, preferred_attention(config)), training);
+    const SelectedAttention attention =
+        select_attention(config, attention_refusal(comm, preferred_attention(config)), training);
     const Backend& k = cuda_backend(attention.kernel);
     const std::string place = this_host() + "/" + device.bus_id;
     const bool has_own_gpu = every_rank_has_its_own_device(comm, place),

@@ -18,7 +18,7 @@ struct RunDevice {
     size_t workspace_bytes = 0;   // of the GPU's memory: scratch of the computing stream
     size_t nccl_bytes = 0;        // of the GPU's memory: taken by NCCL so far
     MemoryState memory;           // of the GPU, with CUDA's context but nothing else taken; zero on the CPU
-    std::string note;             // why `auto` took the CPU, or AttentionChoice::note
+    std::string note;             // why `auto` took the CPU, or SelectedAttention::note
 };
 
 // Bytes of a GPU's memory that CUDA's libraries take before the first step.

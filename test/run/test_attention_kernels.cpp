@@ -17,14 +17,14 @@ Config run(const std::vector<std::string>& overrides) {
     return parse_config(kSmall, "f.yaml", all);
 }
 std::string attention(const std::vector<std::string>& overrides, const std::string& refused = "") {
-    return attention_name(choose_attention(run(overrides), refused, true).kernel);
+    return attention_name(select_attention(run(overrides), refused, true).kernel);
 }
 std::string error(const std::vector<std::string>& overrides, const std::string& refused = "") {
-    return refusal_of([&] { choose_attention(run(overrides), refused, true); });
+    return refusal_of([&] { select_attention(run(overrides), refused, true); });
 }
 }  // namespace
 
-TEST_CASE("attention choice: auto takes sm90 where device, dtype and head size fit it, else portable") {
+TEST_CASE("attention kernels: auto takes sm90 where device, dtype and head size fit it, else portable") {
     CHECK(attention({}) == "sm90");
     CHECK(attention({"model.n_head=1"}) == "sm90");  // heads of 128
     CHECK(attention({}, kRefused) == "portable");
@@ -34,7 +34,7 @@ TEST_CASE("attention choice: auto takes sm90 where device, dtype and head size f
     CHECK(attention({"device.dtype=fp32", "model.n_head=4"}, kRefused) == "portable");
 }
 
-TEST_CASE("attention choice: kernels asked for by name are those or an error") {
+TEST_CASE("attention kernels: kernels asked for by name are those or an error") {
     for (const char* name : {"sm90", "cudnn"}) {
         const std::string asked = std::string("device.attention=") + name,
                           cannot = std::string("device.attention: ") + name + " cannot be used: ";
@@ -51,7 +51,7 @@ TEST_CASE("attention choice: kernels asked for by name are those or an error") {
         CHECK(attention({"device.attention=portable", "model.n_head=4", dtype}) == "portable");
 }
 
-TEST_CASE("attention choice: the kernels that the devices are asked about") {
+TEST_CASE("attention kernels: the kernels that the devices are asked about") {
     for (const auto& [value, preferred] :
          {std::pair{"auto", AttentionKernel::sm90}, std::pair{"portable", AttentionKernel::portable},
           std::pair{"sm90", AttentionKernel::sm90}, std::pair{"cudnn", AttentionKernel::cudnn}})
@@ -64,9 +64,9 @@ TEST_CASE("attention choice: the kernels that the devices are asked about") {
     unsetenv("KILN_CUDNN_FASTEST");
 }
 
-TEST_CASE("attention choice: dropout is left to the portable kernels in training, and that is said") {
+TEST_CASE("attention kernels: dropout is left to the portable kernels in training, and that is said") {
     const auto note = [](const std::vector<std::string>& overrides, bool training, const std::string& refused = "") {
-        return choose_attention(run(overrides), refused, training).note;
+        return select_attention(run(overrides), refused, training).note;
     };
     const std::string dropout = "model.dropout=0.1";
     CHECK(attention({dropout}) == "sm90");
