@@ -1,8 +1,8 @@
-"""The goals for one H200, as data: what is to be reached, and how it is read from the results of gpu_check.py.
+"""The goals for one H200, as data: each with its limit, and the place of its figure in the results of gpu_check.py.
 
-A goal whose stage has not run, has run on another GPU or another build than the last, or has left its figure out is
-"not measured", never met. So is one of two sides in turn of which fewer than ROUNDS rounds are there, and one of
-several ops of which one is missing. What a stage has measured until it failed can miss a goal and not meet it.
+A goal is "not measured", never met, where its stage has not run, has run on another GPU or another build than the
+last, or has left the figure out; where a comparison of two sides has fewer than ROUNDS rounds; and where one of
+several ops is missing. The figures of a stage that failed can miss a goal; they cannot meet one.
 """
 from __future__ import annotations
 

@@ -194,8 +194,8 @@ def options(stage: str) -> Data:
 
 
 def keep(result: Data | None, here: Data) -> bool:
-    """A result that need not be made again: it passed, made by this code under these options on this machine. What a
-    dirty tree stands for nobody can say later."""
+    """A result that need not be made again: it passed, made by this code under these options on this machine. Results
+    of a dirty tree are made again: nobody can tell later which code made them."""
     if FORCE or not result or result["result"] != "passed" or str(here["commit"]).endswith("-dirty"):
         return False
     before = result["environment"]
@@ -225,7 +225,7 @@ def run_stage(name: str, gpu: Gpu, here: Data, seconds: float) -> Data:
 
 
 def merge() -> Path:
-    """All results in OUT in one file. What is the same for all stages is said once."""
+    """All results in OUT in one file. The environment, the same for nearly all stages, stands there once."""
     results = [r for r in map(read_result, stages()) if r]
     environments = [r.pop("environment") for r in results]
     common = environments[-1] if environments else {}
@@ -240,7 +240,7 @@ def merge() -> Path:
 
 
 def asked_for(names: list[str]) -> list[list[str]]:
-    """What STAGE says, as groups of stages: those of one group share the time of one stage."""
+    """The stages that STAGE names, in groups. The stages of a group share the time of one stage."""
     sdpa = os.environ.get("SDPA") or "default"
     if sdpa not in SDPA:
         raise ValueError(f"SDPA={sdpa}; known are {', '.join(SDPA)}")

@@ -1,7 +1,6 @@
 """The stages of gpu_check.py that measure speed and quality, beside PyTorch where it can do the same.
 
-What is read from their results stands in goals.py. A figure that could not be taken is None in the data, with the
-reason.
+goals.py judges their figures. A figure that could not be taken is None in the data, with the reason.
 """
 from __future__ import annotations
 
@@ -226,9 +225,9 @@ def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
 
 
 def modes(s: Stage) -> tuple[str, Data]:
-    """What training takes, whose bits never change, in turn with the fastest that there is: cuDNN's attention with
-    atomics in its backward. All else has one way only, and the matrix products are chosen among those that repeat their
-    bits. All runs of the first kind must end with the same weights."""
+    """The kernels of training, which repeat their bits, in turn with the fastest: cuDNN's attention, whose backward
+    pass uses atomics. The other kernels have one form only, and matrix products are chosen among those that repeat
+    their bits. All runs with the kernels of training must end with the same weights."""
     size, batch = "124m", BATCHES["124m"]
     fastest = {"device.attention": "cudnn"}
     data: Data = {"compared": "device.attention: auto against cudnn_fastest", "B": batch, "auto": [], "fastest": []}
@@ -274,9 +273,9 @@ def busy_ms(report: Path, n_steps: int, step_ms: float) -> float:
 
 
 def gaps(s: Stage) -> tuple[str, Data]:
-    """What launches cost: steps of 64 and of 4 sequences, as a CUDA graph and without; and, where Nsight Systems is
-    there, how long the GPU does nothing: what the profiler says that it works on a step, against the length of a step
-    without the profiler, which adds a pause to each launch."""
+    """The cost of launches: steps of 64 and of 4 sequences, with a CUDA graph and without. Where Nsight Systems is
+    installed, also the GPU's idle time: the length of a step minus the time that kernels ran, as the profiler reports
+    it. The length comes from a run without the profiler, because the profiler delays each launch."""
     nsys = shutil.which("nsys") or next(iter(sorted(Path("/opt/nvidia").glob("nsight-systems/*/bin/nsys"))), None)
     data: Data = {"size": "124m", "runs": [], "profiler": str(nsys) if nsys else None}
     for batch in GAP_STEPS:
@@ -404,7 +403,7 @@ def pytorch_stage(size: str, sdpa: str) -> str:
 
 
 QUALITY = [*(f"quality-{seed}" for seed in SEEDS), "quality-fp32"]
-# What `make bench-gpu` runs, the most telling first: the machine may be taken away.
+# The stages of `make bench-gpu`, the most telling first: the machine may be taken away.
 BENCH = ["pytorch-124m-cudnn", "ops-124m", "attention", "modes", "start", "gaps", "pytorch-1558m-cudnn", "ops-1558m",
          *QUALITY, "pytorch-350m-cudnn", "pytorch-774m-cudnn",
          *(f"pytorch-{size}-flash" for size in SIZES)]

@@ -1,5 +1,5 @@
-"""What a training step of GPT-2 has to do at least: FLOP and bytes of each op, counted by hand as ./train bench counts
-them (a test compares the two), and the least time in which a device with given peaks can do it.
+"""The least work of a training step of GPT-2: FLOP and bytes of each op, counted by hand. ./train bench counts them a
+second time, and a test compares the counts. Printed with the least time that a device of given peaks needs.
 
 An op counts its tensors once, read or written, as if caches held nothing from the op before; small vectors are left
 out. One micro-batch, one optimizer step, bf16, biases, no dropout.

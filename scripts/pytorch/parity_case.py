@@ -184,7 +184,7 @@ def write_case(c: Case, directory: Path) -> None:
 
 
 def describe(c: Case, directory: Path) -> dict:
-    """What a golden file says about its case: all parameters, and the checksums of the files made from them."""
+    """The head of a golden file: all parameters of the case, and the checksums of the files made from them."""
     files = [directory / "model" / "model.safetensors", *sorted((directory / "data").glob("*.bin"))]
     return {**asdict(c), "shard_tokens": list(c.shard_tokens),
             "sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}}

@@ -36,7 +36,7 @@ Doubles rms_of_rows(const Doubles& v, int HS) {
     return rms;
 }
 
-// What an element may be off by, q, k, v and dy being standard normal and exact in bf16:
+// The largest allowed error of an element.  q, k, v and dy are standard normal and exact in bf16:
 //
 //     2^-6 (|want| + rms + 2 through_D)
 //

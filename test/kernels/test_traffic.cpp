@@ -19,7 +19,7 @@ namespace {
 constexpr double kSector = 32;
 // Of the allowed bytes: rows that do not begin on a sector, blocks' single results, lanes beyond a tensor's end.
 constexpr double kSlack = 0.03;
-// What a row allows and its kernel does not use would hide a second read of a small tensor.
+// Of the allowed bytes, a kernel may leave this share unused.  With more, a second read of a small tensor would pass.
 constexpr double kUnused = 0.08;
 
 // Bytes that one kernel may move, and how well: `used` is the least share of the sectors' bytes that lanes asked for.

@@ -1,4 +1,4 @@
-// What the reduction tests add up: a pure function of rank and place, so that each rank knows what all others hold.
+// The numbers that the reduction tests add up: a pure function of rank and place.  Each rank knows those of all others.
 #pragma once
 #include <cmath>
 #include <vector>

@@ -1,4 +1,4 @@
-"""What the system tests share: a tiny data set and config, a way to run ./train, readers of what a run leaves."""
+"""Shared by the system tests: a tiny data set and config, a way to run ./train, readers of what a run leaves."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def program(path: Path, text: str) -> None:
 
 
 def bound_by_modes() -> list[str]:
-    """What to put before a command so that files of mode 000 are closed to it: root reads everything."""
+    """A prefix for a command, so that it cannot read files of mode 000, which root could."""
     if os.geteuid() != 0:
         return []
     prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]

@@ -1,4 +1,4 @@
-"""What the tests of scripts/prepare_data.py share: a way to run it, and readers of what it leaves.
+"""Shared by the tests of scripts/prepare_data.py: a way to run it, and readers of what it leaves.
 
 Shards are read back here by code of their own, from the description of the format, not by the script's.
 """

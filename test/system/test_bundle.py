@@ -37,7 +37,7 @@ def pack(build: Path, archive: Path, **env: object) -> Result:
 
 
 def compiled(build: Path, source: str, architectures: Sequence[str]) -> Path:
-    """What nvcc leaves of a kernel's source, older than the programs; the folder of the kernels' objects."""
+    """Makes the object that nvcc makes of a kernel's source, older than the programs; returns the objects' folder."""
     folder = build.parent / build.name.split("-")[0] / "obj" / "cuda" / "kernels" / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
     line = "ptxas info    : Compiling entry function '_Z3add' for 'sm_{}'\n"

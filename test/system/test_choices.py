@@ -75,7 +75,7 @@ def test_the_fastest_are_chosen_and_the_next_run_takes_them_from_the_cache(gpus:
     gpus.train("other", env=fastest(1, tmp_path / "other"))
     assert bits(gpus.run("other")) != bits(gpus.run("first"))
     assert hashes(gpus.run("other")) != hashes(gpus.run("first"))
-    # What a run does not use stays in the cache, and is none of the run's choices.
+    # A line that a run does not use stays in the cache, and does not come into the run's checkpoint.
     wider = counts(gpus.train("wider", {"model.n_embd": 32}, env=fastest(2, cache)).out)
     assert wider["timed"] > 0
     again = counts(gpus.train("again", env=fastest(1, cache)).out)

@@ -38,7 +38,7 @@ def numbers(r: Run) -> list[float]:
 
 
 def val_loss(out: str) -> str:
-    """What `eval` printed."""
+    """The results that `eval` printed."""
     found = re.search(r"val loss (\S+) ", out)
     assert found, out
     return found.group(1)
@@ -278,7 +278,7 @@ def test_ranks_on_unlike_gpus_take_the_same_attention_kernels(gpus: Lab) -> None
 
 
 def test_a_resumed_run_may_change_its_attention_kernels_and_says_so(gpus: Lab) -> None:
-    """What was computed by counts, not the key: on an older GPU auto is portable."""
+    """The kernels that ran count, not the key: on an older GPU auto is portable."""
     settings: dict[str, object] = HEADS_OF_64 | {"checkpoint.interval": 2, "model.dropout": 0}
     for name in ("moved", "newer"):
         gpus.train(name, settings | {"device.attention": "portable"}, env=OLDER)
@@ -303,7 +303,7 @@ def test_eval_and_generate_take_the_attention_kernels_too(sampled: Lab) -> None:
     assert texts[0].out == texts[1].out and texts[0].err == "" == texts[1].err
 
 
-# What the user is told.
+# Messages to the user.
 
 
 def test_no_device_is_said_and_never_silent(gpus: Lab) -> None:

@@ -105,7 +105,7 @@ def test_memory_that_does_not_suffice_is_refused_with_a_change_that_does(gpus: L
 
 
 def test_the_plan_is_what_the_device_lacks(gpus: Lab) -> None:
-    """What is printed before step 0 against what the device says after it: 2 %, as promised."""
+    """The memory that is printed before step 0, beside the device's count after step 0: within 2 %, as promised."""
     out = gpus.train("run", {"parallel.allreduce": "ordered"}, 2).out
     totals = r"memory of one rank: .* \(parameters .* KiB, .*gradients .* KiB, .*; train.log has the tensors\)"
     assert re.search(totals, out) and "wte" not in out and "wte" in (gpus.run("run").path / "train.log").read_text()

@@ -1,4 +1,4 @@
-"""What goes wrong in configs, launches, data and numbers: one message that says it, the right exit code through
+"""Faults in configs, launches, data and numbers: one message that says it, the right exit code through
 mpirun, and nothing that was saved is lost.  Damaged checkpoints are in test_checkpoint_files.py."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What cuda.mk does for kernels/cuda/*_sm90.cu, shown by an nvcc that says what a real one has said.
+"""cuda.mk's rules for kernels/cuda/*_sm90.cu. A stand-in for nvcc prints messages that a real nvcc has printed.
 
 Seen to fail: ARCH not overridden, a message left out, an object left behind that the next make takes for built.
 """

@@ -9,7 +9,7 @@ from conftest import MPIRUN, TRAIN, Lab
 
 
 def on_terminal(command: list[str]) -> str:
-    """What a command writes to a pseudo-terminal."""
+    """The output of a command that runs on a pseudo-terminal."""
     primary, secondary = pty.openpty()
     process = subprocess.Popen(command, stdout=secondary, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     os.close(secondary)

@@ -59,7 +59,7 @@ class Bench:
         return run([TRAIN, "--config", config, *flags], env | preload)
 
     def disturb(self, call: Call, action: str, check: Callable[[Call, Run, Result], None]) -> str:
-        """What went wrong with a disturbed run and its resumption, or nothing."""
+        """The faults of a disturbed run and its resumption; empty: none."""
         n, kind, path = call
         name = f"{action}{n}"
         try:
@@ -114,7 +114,7 @@ def ended_with_5(call: Call, run_: Run, result: Result) -> None:
 
 
 def test_the_save_protocol(bench: Bench) -> None:
-    """What makes a save atomic and durable: files, directory, metrics.jsonl, rename, parent; only then the old one."""
+    """The order of a save: files, directory, metrics.jsonl, rename, parent; only then the old one is removed."""
     calls = [(call, re.sub(r"-[0-9a-f]{8}", "", path.removeprefix("/run/"))) for _, call, path in bench.second_save()]
     order = [c for c in calls if c[0] != "write" and c[0] != "open"]
     files = ["model.safetensors", "config.json", "optimizer.safetensors", "state.json", "manifest.json"]
