@@ -219,8 +219,9 @@ cublasStatus_t check(const Problem& p, Algorithm& a) {
 // Duration on the nominal clock (Machine::has_clock).
 double product_us(const Problem& p, const Algorithm& a) {
     const emulator::Machine& m = emulator::machine();
+    const double size = double(p.m()) * double(p.n()) * double(p.k()) / (256.0 * 256.0 * 256.0);
     return 100.0 * (a.number == m.fastest_algorithm ? 1 : 2 + a.number) +
-           (p.desc.epilogue == CUBLASLT_EPILOGUE_DEFAULT ? 0 : m.epilogue_us);
+           (p.desc.epilogue == CUBLASLT_EPILOGUE_DEFAULT ? 0 : m.epilogue_us) + (size < 1 ? 0 : 20e3 * size);
 }
 
 struct Operands {
