@@ -77,10 +77,18 @@ void reset_fiber(Thread& t, void (*entry)()) {
 
 void note_main_stack([[maybe_unused]] Block& b) {
 #if EMULATOR_ASAN
-    pthread_attr_t attributes;
-    pthread_getattr_np(pthread_self(), &attributes);
-    pthread_attr_getstack(&attributes, &b.main_stack, &b.main_stack_bytes);
-    pthread_attr_destroy(&attributes);
+    struct Stack {
+        void* start;
+        size_t n_bytes;
+        Stack() {
+            pthread_attr_t attributes;
+            pthread_getattr_np(pthread_self(), &attributes);  // reads /proc/self/maps: slow
+            pthread_attr_getstack(&attributes, &start, &n_bytes);
+            pthread_attr_destroy(&attributes);
+        }
+    };
+    thread_local const Stack stack;  // of this OS thread
+    b.main_stack = stack.start, b.main_stack_bytes = stack.n_bytes;
 #endif
 }
 
