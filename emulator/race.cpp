@@ -39,7 +39,7 @@ ShadowCell find_global(const uint8_t* p) {
         b.last_buffer = a;
     }
     if (p < a->p || p >= a->p + a->n_bytes) return {Region::redzone, nullptr};
-    if (a->cells.empty()) a->cells.resize(a->n_bytes / kGranule + 2);
+    if (!a->cells) a->cells.reset(static_cast<Cell*>(std::calloc(a->n_bytes / kGranule + 2, sizeof(Cell))));
     return {Region::global, &a->cells[size_t(p - a->p) / kGranule]};
 }
 

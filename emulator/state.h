@@ -10,6 +10,7 @@
 // These files are compiled without instrumentation.  Code that touches memory on behalf of a kernel stands here and not
 // in the headers: there it would be instrumented with the kernel, and reports would blame the last lane.
 #pragma once
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -153,10 +154,15 @@ struct Cell {
 };
 constexpr int kGranule = 2;
 
+struct FreeMemory {
+    void operator()(void* p) const { std::free(p); }
+};
 struct DeviceBuffer {
     uint8_t* p;
     size_t n_bytes;
-    std::vector<Cell> cells;  // made at the first checked access
+    // Made at the first checked access, by calloc: stale cells are all zero, and the system makes only the pages that are
+    // used.  Many times as large as the buffer.
+    std::unique_ptr<Cell[], FreeMemory> cells;
 };
 
 struct Request;
