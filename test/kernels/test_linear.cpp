@@ -8,6 +8,8 @@
 #include <omp.h>
 
 #include <cstring>
+#include <map>
+#include <memory>
 #include <utility>
 
 #include "kernels/cuda/gemm.h"
@@ -19,6 +21,7 @@ struct Shape {
     size_t in() const { return size_t(BT) * C; }
     size_t out() const { return size_t(BT) * OC; }
     size_t weights() const { return size_t(C) * OC; }
+    bool operator==(const Shape&) const = default;
 };
 // Also what the GPU's GEMM treats apart: multiples of 8 in all (bias and GELU fused), in some, in none; one row.
 const Shape small[] = {{1, 1, 1},  {1, 7, 1},     {5, 1, 3},    {13, 29, 31},   {33, 40, 100}, {1, 64, 128},
@@ -30,6 +33,7 @@ struct Flags {
     bool bias, gelu;
     Residual residual;
     bool w_transposed;
+    bool operator==(const Flags&) const = default;
 };
 std::vector<Flags> all_flags() {
     std::vector<Flags> all;
@@ -45,7 +49,7 @@ std::vector<Flags> all_flags() {
 // A float sum of n products differs from the exact one by at most n 2^-24 sum |a_i b_i|; no factor on top of that.
 constexpr double kUnit = 0x1p-24;
 // Of a number that was stored in bf16, whose spacing is at most 2^-7 of it.
-double stored(const Target& t, double v) { return t.real == DType::bf16 ? 0x1p-8 * std::abs(v) : 0; }
+double stored(DType t, double v) { return t == DType::bf16 ? 0x1p-8 * std::abs(v) : 0; }
 // gelu and gelu' themselves: see test_gelu.cpp.
 constexpr double kGelu = 2.5e-6, kGeluGrad = 1e-5, kMaxSlope = 1.13;
 
@@ -81,10 +85,13 @@ Inputs abs(const Inputs& i) { return {abs(i.x), abs(i.w), abs(i.b), abs(i.residu
 class Skipped {
   public:
     Skipped(const Target& t, DType dtype, const Doubles& values, size_t skip)
-        : n_(values.size()), skip_(skip), memory_(t, dtype, shifted(values, skip)) {}
+        : n_(values.size()),
+          skip_(skip),
+          memory_(skip == 0 ? Dev(t, dtype, values) : Dev(t, dtype, shifted(values, skip))) {}
     operator Buf() const { return Buf(memory_).slice(skip_, n_); }
     Doubles host() const {
-        const Doubles all = memory_.host();
+        Doubles all = memory_.host();
+        if (skip_ == 0) return all;
         for (size_t i = 0; i < skip_; i++) CHECK(std::isnan(all[i]));  // nothing is written before the tensor
         return {all.begin() + ptrdiff_t(skip_), all.end()};
     }
@@ -104,8 +111,10 @@ struct Outputs {
 };
 Outputs forward(const Target& t, const Shape& s, const Flags& f, const Inputs& i, unsigned off = 0) {
     const auto real = [&](const Doubles& v) { return Skipped(t, t.real, v, std::exchange(off, off >> 1) & 1); };
-    Skipped y = real(f.residual == Residual::in_place ? i.residual : poison(s.out())), pre = real(poison(s.out()));
-    Skipped x = real(i.x), w = real(i.w), b = real(i.b), residual = real(i.residual);
+    Skipped y = real(f.residual == Residual::in_place ? i.residual : poison(s.out()));
+    Skipped pre = real(f.gelu ? poison(s.out()) : Doubles());
+    Skipped x = real(i.x), w = real(i.w), b = real(i.b);
+    Skipped residual = real(f.residual == Residual::apart ? i.residual : Doubles());
     t.k->linear_forward(
         {.y = y,
          .pre_gelu = f.gelu ? Buf(pre) : Buf(),
@@ -123,7 +132,14 @@ Outputs forward(const Target& t, const Shape& s, const Flags& f, const Inputs& i
 
 struct GradFlags {
     bool dx, db, gelu, w_transposed, accumulate;
+    bool operator==(const GradFlags&) const = default;
 };
+std::vector<GradFlags> all_grad_flags() {
+    std::vector<GradFlags> all;
+    for (unsigned bits = 0; bits < 32; bits++)
+        all.push_back({!!(bits & 1), !!(bits & 2), !!(bits & 4), !!(bits & 8), !!(bits & 16)});
+    return all;
+}
 struct GradInputs {
     Doubles dy, x, w, pre, dw, db;  // dw and db: what is there before
 };
@@ -143,7 +159,8 @@ Grads backward(const Target& t, const Shape& s, const GradFlags& f, const GradIn
     const auto next = [&] { return std::exchange(off, off >> 1) & 1; };
     const auto real = [&](const Doubles& v) { return Skipped(t, t.real, v, next()); };
     const auto stat = [&](const Doubles& v) { return Skipped(t, t.stat(), v, next()); };
-    Skipped dx = real(poison(s.in())), dy = real(i.dy), x = real(i.x), w = real(i.w), pre = real(i.pre);
+    Skipped dx = real(f.dx ? poison(s.in()) : Doubles()), dy = real(i.dy), x = real(i.x), w = real(i.w);
+    Skipped pre = real(f.gelu ? i.pre : Doubles());
     Skipped dw = stat(f.accumulate ? i.dw : poison(s.weights())), db = stat(f.accumulate ? i.db : poison(s.OC));
     t.k->linear_backward({.dx = f.dx ? Buf(dx) : Buf(),
                           .dw = dw,
@@ -161,11 +178,35 @@ Grads backward(const Target& t, const Shape& s, const GradFlags& f, const GradIn
     return {f.dx ? dx.host() : Doubles(), dw.host(), f.db ? db.host() : Doubles()};
 }
 
-void check_forward(const Target& t, const Shape& s, const Flags& f, unsigned off = 0) {
-    INFO(std::string(t.name), " BT ", s.BT, " C ", s.C, " OC ", s.OC, " off ", off);
-    INFO(" bias ", f.bias, " gelu ", f.gelu, " residual ", int(f.residual), " w_transposed ", f.w_transposed);
-    const Inputs in = inputs(s, t.real);
-    const Outputs got = forward(t, s, f, in, off), want = forward(reference(), s, f, in);
+// Keeps the last value that was made, for each dtype: the reference is slow, and the targets of a dtype share it.
+template <class Value, class Flags>
+class Memo {
+  public:
+    template <class Make>
+    const Value& get(DType t, const Shape& s, const Flags& f, Make&& make) {
+        Last& last = last_[t];
+        if (!last.value || !(last.s == s && last.f == f)) last = {s, f, std::make_unique<Value>(make())};
+        return *last.value;
+    }
+
+  private:
+    struct Last {
+        Shape s{};
+        Flags f{};
+        std::unique_ptr<Value> value;
+    };
+    std::map<DType, Last> last_;
+};
+
+struct Expected {
+    std::shared_ptr<const Inputs> in;
+    Outputs want, bound;  // bound: the largest allowed error of each element
+};
+Expected expect(const Shape& s, const Flags& f, DType t) {
+    static Memo<std::shared_ptr<const Inputs>, int> memo;
+    const auto kept = memo.get(t, s, 0, [&] { return std::make_shared<const Inputs>(inputs(s, t)); });
+    const Inputs& in = *kept;
+    const Outputs want = forward(reference(), s, f, in);
     Flags linear = f;
     linear.gelu = false;
     Doubles bound = forward(reference(), s, linear, abs(in)).y;
@@ -176,25 +217,32 @@ void check_forward(const Target& t, const Shape& s, const Flags& f, unsigned off
         // a bias that is not fused is first added to the residual and stored
         if (f.bias && f.residual != Residual::none) bound[i] += stored(t, in.b[i % size_t(s.OC)] + in.residual[i]);
     }
-    if (f.gelu) {
-        CHECK(worst_bound(got.pre_gelu, want.pre_gelu, bound) <= 1);
-        // gelu carries the error of pre_gelu on by its slope: its rounding too, where gelu reads what was stored
-        for (size_t i = 0; i < bound.size(); i++)
-            bound[i] = kMaxSlope * bound[i] + kGelu * std::abs(want.y[i]) + 1e-7 + stored(t, want.y[i]);
-    }
-    CHECK(worst_bound(got.y, want.y, bound) <= 1);
+    if (!f.gelu) return {kept, want, {bound, {}}};
+    // gelu carries the error of pre_gelu on by its slope: its rounding too, where gelu reads what was stored
+    Doubles of_gelu = bound;
+    for (size_t i = 0; i < bound.size(); i++)
+        of_gelu[i] = kMaxSlope * bound[i] + kGelu * std::abs(want.y[i]) + 1e-7 + stored(t, want.y[i]);
+    return {kept, want, {of_gelu, bound}};
 }
-
-// Rounding errors of a column sum: the CPU's order has short chains, elsewhere any order is allowed.
-int column_sum_roundings(const Target& t, int BT) {
-    return t.k == &cpu_backend() ? std::min(BT, 32) + (BT + 31) / 32 : BT;
-}
-
-void check_backward(const Target& t, const Shape& s, const GradFlags& f, unsigned off = 0) {
+void check_forward(const Target& t, const Shape& s, const Flags& f, unsigned off = 0) {
     INFO(std::string(t.name), " BT ", s.BT, " C ", s.C, " OC ", s.OC, " off ", off);
-    INFO(" dx ", f.dx, " db ", f.db, " gelu ", f.gelu, " w_transposed ", f.w_transposed, " accumulate ", f.accumulate);
-    const GradInputs in = grad_inputs(s, t.real);
-    const Grads got = backward(t, s, f, in, off), want = backward(reference(), s, f, in);
+    INFO(" bias ", f.bias, " gelu ", f.gelu, " residual ", int(f.residual), " w_transposed ", f.w_transposed);
+    static Memo<Expected, Flags> memo;
+    const auto& [in, want, bound] = memo.get(t.real, s, f, [&] { return expect(s, f, t.real); });
+    const Outputs got = forward(t, s, f, *in, off);
+    if (f.gelu) CHECK(worst_bound(got.pre_gelu, want.pre_gelu, bound.pre_gelu) <= 1);
+    CHECK(worst_bound(got.y, want.y, bound.y) <= 1);
+}
+
+struct ExpectedGrads {
+    std::shared_ptr<const GradInputs> in;
+    Grads want, bound;  // bound: the largest allowed error of each element; of db per rounding of its sum
+};
+ExpectedGrads expect(const Shape& s, const GradFlags& f, DType t) {
+    static Memo<std::shared_ptr<const GradInputs>, int> memo;
+    const auto kept = memo.get(t, s, 0, [&] { return std::make_shared<const GradInputs>(grad_inputs(s, t)); });
+    const GradInputs& in = *kept;
+    const Grads want = backward(reference(), s, f, in);
     GradFlags linear = f;
     linear.gelu = false;
     Grads bound = backward(reference(), s, linear, {abs(in.dy), abs(in.x), abs(in.w), in.pre, abs(in.dw), abs(in.db)});
@@ -202,10 +250,24 @@ void check_backward(const Target& t, const Shape& s, const GradFlags& f, unsigne
     // a gelu' that is not fused multiplies a dx that was stored: two roundings, both relative to the result
     for (size_t i = 0; i < bound.dx.size(); i++) bound.dx[i] += (1 + f.gelu) * stored(t, want.dx[i]);
     for (double& b : bound.dw) b *= (s.BT + f.accumulate) * kUnit;
-    for (double& b : bound.db) b *= (column_sum_roundings(t, s.BT) + f.accumulate) * kUnit;
+    for (double& b : bound.db) b *= kUnit;
+    return {kept, want, bound};
+}
+// Rounding errors of a column sum: the CPU's order has short chains, elsewhere any order is allowed.
+int column_sum_roundings(const Target& t, int BT) {
+    return t.k == &cpu_backend() ? std::min(BT, 32) + (BT + 31) / 32 : BT;
+}
+void check_backward(const Target& t, const Shape& s, const GradFlags& f, unsigned off = 0) {
+    INFO(std::string(t.name), " BT ", s.BT, " C ", s.C, " OC ", s.OC, " off ", off);
+    INFO(" dx ", f.dx, " db ", f.db, " gelu ", f.gelu, " w_transposed ", f.w_transposed, " accumulate ", f.accumulate);
+    static Memo<ExpectedGrads, GradFlags> memo;
+    const auto& [in, want, bound] = memo.get(t.real, s, f, [&] { return expect(s, f, t.real); });
+    Doubles bound_of_db = bound.db;
+    for (double& b : bound_of_db) b *= column_sum_roundings(t, s.BT) + f.accumulate;
+    const Grads got = backward(t, s, f, *in, off);
     CHECK(worst_bound(got.dx, want.dx, bound.dx) <= 1);
     CHECK(worst_bound(got.dw, want.dw, bound.dw) <= 1);
-    CHECK(worst_bound(got.db, want.db, bound.db) <= 1);
+    CHECK(worst_bound(got.db, want.db, bound_of_db) <= 1);
 }
 }  // namespace
 
@@ -257,40 +319,34 @@ TEST_CASE("linear backward: the fp64 instance is the definition") {
 }
 
 TEST_CASE("linear forward: every backend agrees with the fp64 reference") {
-    for (const Target& t : targets()) {
-        for (const Shape& s : small)
-            for (const Flags& f : all_flags()) check_forward(t, s, f);
-        check_forward(t, real, {true, true, Residual::none, false});
-        check_forward(t, real, {true, false, Residual::in_place, true});
-    }
+    for (const Shape& s : small)
+        for (const Flags& f : all_flags())
+            for (const Target& t : targets()) check_forward(t, s, f);
+    for (const Flags& f : {Flags{true, true, Residual::none, false}, Flags{true, false, Residual::in_place, true}})
+        for (const Target& t : targets()) check_forward(t, real, f);
 }
 
 TEST_CASE("linear backward: every backend agrees with the fp64 reference") {
-    for (const Target& t : targets()) {
-        for (const Shape& s : small)
-            for (unsigned bits = 0; bits < 32; bits++)
-                check_backward(t, s, {!!(bits & 1), !!(bits & 2), !!(bits & 4), !!(bits & 8), !!(bits & 16)});
-        check_backward(t, real, {true, true, true, false, false});
-        check_backward(t, real, {true, true, false, true, true});
-    }
+    for (const Shape& s : small)
+        for (const GradFlags& f : all_grad_flags())
+            for (const Target& t : targets()) check_backward(t, s, f);
+    for (const GradFlags& f : {GradFlags{true, true, true, false, false}, GradFlags{true, true, false, true, true}})
+        for (const Target& t : targets()) check_backward(t, real, f);
 }
 
-// Whatever the library's algorithms and epilogues do when they have been chosen by timing.  The choices of the
-// machine's own clock, so another run may see others.
+// The library's algorithms and epilogues that timing chose.  This machine's clock decides, so another run may test
+// others.
 TEST_CASE("linear: what was chosen by timing agrees with the fp64 reference") {
     for (const Target& t : targets()) {
         CAPTURE(t.name);
         for (const Shape& s : {Shape{7, 8, 24}, Shape{16, 128, 40}, Shape{72, 24, 13}}) {
             const auto all = [&] {
                 for (const Flags& f : all_flags()) check_forward(t, s, f);
-                for (unsigned bits = 0; bits < 32; bits++)
-                    check_backward(t, s, {!!(bits & 1), !!(bits & 2), !!(bits & 4), !!(bits & 8), !!(bits & 16)});
+                for (const GradFlags& f : all_grad_flags()) check_backward(t, s, f);
             };
             t.k->tune(true);
             for (const Flags& f : all_flags()) forward(t, s, f, inputs(s, t.real));
-            for (unsigned bits = 0; bits < 32; bits++)
-                backward(t, s, {!!(bits & 1), !!(bits & 2), !!(bits & 4), !!(bits & 8), !!(bits & 16)},
-                         grad_inputs(s, t.real));
+            for (const GradFlags& f : all_grad_flags()) backward(t, s, f, grad_inputs(s, t.real));
             t.k->tune(false);
             CHECK(t.k->choices().empty() == (t.k == &cpu_backend()));
             all();
@@ -325,13 +381,12 @@ TEST_CASE("linear forward: a GELU that is not fused sees pre_gelu as it is store
 TEST_CASE("linear: tensors may begin anywhere, and the bits of db do not depend on where") {
     for (const Target& t : targets())
         for (const Shape& s : {Shape{24, 40, 64}, Shape{7, 13, 3}, Shape{200, 16, 264}}) {
-            for (unsigned off : {~0u, 1u, 2u, 4u, 8u, 16u, 32u}) {
-                check_forward(t, s, {true, true, Residual::none, false}, off);
-                check_forward(t, s, {true, false, Residual::apart, true}, off);
-                check_forward(t, s, {false, false, Residual::in_place, false}, off);
-            }
-            for (unsigned off : {~0u, 1u, 2u, 4u, 8u, 16u, 32u, 64u})
-                for (bool gelu : {false, true}) check_backward(t, s, {true, true, gelu, gelu, true}, off);
+            for (const Flags& f : {Flags{true, true, Residual::none, false}, Flags{true, false, Residual::apart, true},
+                                   Flags{false, false, Residual::in_place, false}})
+                for (unsigned off : {~0u, 1u, 2u, 4u, 8u, 16u, 32u}) check_forward(t, s, f, off);
+            for (bool gelu : {false, true})
+                for (unsigned off : {~0u, 1u, 2u, 4u, 8u, 16u, 32u, 64u})
+                    check_backward(t, s, {true, true, gelu, gelu, true}, off);
             const GradInputs in = grad_inputs(s, t.real);
             const GradFlags f = {false, true, false, false, true};
             CHECK(worst(backward(t, s, f, in, 0).db, backward(t, s, f, in, ~0u).db, 1e-300, 0) == 0);
