@@ -70,7 +70,7 @@ quick: ## lint, and the tests of files that differ from HEAD: under a minute aft
 
 test-full: ## test, the sanitizers' suites and removals, all in full; CI runs a shorter form
 	@KILN_TEST_FULL=1 $(MAKE) --no-print-directory test
-	@$(MAKE) --no-print-directory test SANITIZE=1
+	@KILN_TEST_FULL=1 $(MAKE) --no-print-directory test SANITIZE=1
 	@$(MAKE) --no-print-directory removals
 
 parity: all ## compare losses and gradient norms with PyTorch, both computed anew

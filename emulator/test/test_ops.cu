@@ -1,10 +1,11 @@
-// Every op of the CUDA backend: the same bits under 20 random schedules, on one OS thread and on two.  The shapes reuse
+// Every op of the CUDA backend: the same bits under random schedules, on one OS thread and on two.  The shapes reuse
 // every pipeline's buffers, and together run every instance of every kernel.
-// The race build checks the same runs for races; there and under sanitizers the larger shapes run under 5 schedules.
+// The race build checks the same runs for races.
 // Made to fail by: layernorm's partial rows added in the order in which blocks arrive (an atomicAdd); an instance of a
 // kernel that no shape here chooses.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -25,6 +26,14 @@ constexpr bool kSlow = true;
 #else
 constexpr bool kSlow = false;
 #endif
+
+// Random schedules of an op: 8, and with the race check or sanitizers 3; by make test-full 20, and there 5 of the larger
+// shapes.
+uint64_t n_schedules(bool large) {
+    static const char* full = std::getenv("KILN_TEST_FULL");
+    if (!full) return kSlow ? 3 : 8;
+    return kSlow && large ? 5 : 20;
+}
 
 // Sets the schedule while the object lives; every report of the emulator is an error of the op.
 class Schedule {
@@ -309,7 +318,7 @@ std::set<std::string> kernels_in_program() {
 }
 }  // namespace
 
-TEST_CASE("ops: the same bits under 20 random schedules, by every kernel") {
+TEST_CASE("ops: the same bits under random schedules, by every kernel") {
     emulator::reset_counters();
     for (const Target& t : targets()) {
         if (t.k != &cuda_backend()) continue;
@@ -321,8 +330,7 @@ TEST_CASE("ops: the same bits under 20 random schedules, by every kernel") {
                 return op.run(t);
             }();
             REQUIRE(std::none_of(first.begin(), first.end(), [](double x) { return std::isnan(x); }));
-            const uint64_t seeds = kSlow && op.large ? 5 : 20;
-            for (uint64_t seed = 1; seed <= seeds; seed++) {
+            for (uint64_t seed = 1; seed <= n_schedules(op.large); seed++) {
                 CAPTURE(seed);
                 const Schedule schedule(seed);
                 CHECK(op.run(t) == first);
