@@ -26,6 +26,9 @@ TIMEOUT_S = 1500  # of one suite: a hang is a failure
 def run(command: list[str]) -> tuple[int, str]:
     """Runs a command, shows what it printed when it has ended, and returns its exit code and output."""
     env = dict(os.environ, ASAN_OPTIONS=os.environ.get("ASAN_OPTIONS", "detect_leaks=0"))  # MPI and oneDNN keep memory
+    env["OMP_WAIT_POLICY"] = "passive"  # threads that wait must sleep: two suites share the cores
+    if "-np" in command:
+        env["OMP_NUM_THREADS"] = "1"  # ranks alone are more than the cores
     print(f"running {' '.join(command)}", flush=True)
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
