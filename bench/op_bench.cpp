@@ -33,7 +33,7 @@ class Report {
                      {"samples", o_.settings.samples},
                      {"flush_mib", o_.settings.flush_mib},
                      {"time", utc_now()},
-                     {"B", z.micro_batch_size},
+                     {"B", z.train.micro_batch_size},
                      {"T", c.T},
                      {"n_layer", c.L},
                      {"n_head", c.NH},
@@ -41,7 +41,7 @@ class Report {
                      {"vocab_size", c.V},
                      {"bias", c.bias},
                      {"dropout", c.dropout},
-                     {"recompute", word_of(z.recompute)},
+                     {"recompute", word_of(z.train.recompute)},
                      {"n_micro", n_micro_}});
         json_.write({{"type", "peak"},
                      {"gb_per_s", p.gb_per_s},
@@ -50,7 +50,7 @@ class Report {
                      {"gemm_side", p.gemm_side}});
         fmt::print("{}, {}{}; {} micro-batch(es) of B {} T {}, L {} NH {} C {} V {}; median of {}\n", o_.device,
                    dtype_name(z.real), o_.attention.empty() ? "" : ", attention " + o_.attention, n_micro_,
-                   z.micro_batch_size, c.T, c.L, c.NH, c.C, c.V, o_.settings.samples);
+                   z.train.micro_batch_size, c.T, c.L, c.NH, c.C, c.V, o_.settings.samples);
         fmt::print("peak, copy of {:.1f} MiB         {:10.1f} GB/s\n", double(p.copy_bytes) / 2 / (1 << 20),
                    p.gb_per_s);
         fmt::print("peak, product of {0} x {0} x {0} {1:10.3f} TFLOP/s\n\n", p.gemm_side, p.tflop_per_s);
@@ -119,7 +119,7 @@ class Report {
             shares[part] = parts[part] / step_us;
             text += fmt::format("{}{} {:.1f}%", text.empty() ? "" : ", ", part, 100 * parts[part] / step_us);
         }
-        const double rate = 1e6 * double(o_.step.micro_batch_size) * o_.step.model.T * n_micro_ / step_us;
+        const double rate = 1e6 * double(o_.step.train.micro_batch_size) * o_.step.model.T * n_micro_ / step_us;
         fmt::print("\nall ops of a step in a row: {:.2f} ms, {:.0f} tokens/s; at the peaks {:.2f} ms\n{}\n",
                    step_us / 1e3, rate, bound_us / 1e3, text);
         json_.write({{"type", "step"},

@@ -243,7 +243,7 @@ StepRecord record_step(const TrainerOptions& options) {
     o.graph = UseGraph::off;
     const Group one_rank(recorder_backend());
     Trainer trainer(one_rank, o);
-    const std::vector<int32_t> tokens(size_t(o.micro_batch_size) * size_t(o.model.T));  // (B, T)
+    const std::vector<int32_t> tokens(size_t(o.train.micro_batch_size) * size_t(o.model.T));  // (B, T)
     const Recording step;
     trainer.step(0, 0, [&] { return Trainer::Tokens{.inputs = tokens, .targets = tokens, .order = {}}; });
     Rows rows(trainer.memory());

@@ -53,23 +53,13 @@ ActivationShape forward_shape(const Config& c, int B) {
 
 TrainerOptions training_options(const Context& x) {
     const Config& c = x.config;
-    TrainerOptions o;
-    o.model = model_config(c);
-    o.global_batch_size = c.train.global_batch_size;
-    o.micro_batch_size = c.train.micro_batch_size;
-    o.recompute = c.train.recompute;
-    o.real = real_of(c.device.dtype);
-    o.seed = c.run.seed;
-    o.allreduce = choose_all_reduce(c, x.device, x.comm.size());
-    o.graph = c.device.graph;
-    o.optimizer.kind = c.optimizer.name;
-    o.optimizer.beta1 = float(c.optimizer.beta1);
-    o.optimizer.beta2 = float(c.optimizer.beta2);
-    o.optimizer.eps = float(c.optimizer.eps);
-    o.optimizer.weight_decay = float(c.optimizer.weight_decay);
-    o.optimizer.momentum = float(c.optimizer.momentum);
-    o.grad_clip = float(c.train.grad_clip);
-    return o;
+    return {.model = model_config(c),
+            .train = c.train,
+            .optimizer = c.optimizer,
+            .allreduce = choose_all_reduce(c, x.device, x.comm.size()),
+            .seed = c.run.seed,
+            .real = real_of(c.device.dtype),
+            .graph = c.device.graph};
 }
 
 Schedule schedule_of(const Config& c, int64_t total_steps) {

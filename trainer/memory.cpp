@@ -6,16 +6,20 @@
 
 namespace {
 ActivationShape activation_shape(const TrainerOptions& o) {
-    return {.B = o.micro_batch_size, .T = o.model.T, .real = o.real, .recompute = o.recompute, .backward = true};
+    return {.B = o.train.micro_batch_size,
+            .T = o.model.T,
+            .real = o.real,
+            .recompute = o.train.recompute,
+            .backward = true};
 }
 
 // Bytes of the plan for these options, without the part that a GradientSync plans; 0 where the ranks could not share
 // the batch so.
 size_t planned_bytes(const TrainerOptions& o, int size) {
-    if (o.global_batch_size % (int64_t(o.micro_batch_size) * size) != 0) return 0;
+    if (o.train.global_batch_size % (int64_t(o.train.micro_batch_size) * size) != 0) return 0;
     try {
-        const BatchShare share =
-            batch_share(o.global_batch_size, o.micro_batch_size, 0, size, o.allreduce == AllReduce::ordered);
+        const BatchShare share = batch_share(o.train.global_batch_size, o.train.micro_batch_size, 0, size,
+                                             o.allreduce == AllReduce::ordered);
         return TrainerMemory(o, share.n_micro, RunFold(share.n_runs).n_buffers()).n_bytes();
     } catch (const Error&) { return 0; }
 }
@@ -33,13 +37,13 @@ TrainerMemory::TrainerMemory(const TrainerOptions& options, int n_micro, int n_g
     : ModelMemory(options.model, activation_shape(options)),
       moment_arena(make_param_arena("optimizer state", stat())),
       grads(size_t(n_grads)),
-      batch("tokens of a step", n_micro, size_t(options.micro_batch_size) * options.model.T),
-      staging("tokens of the next step", n_micro, size_t(options.micro_batch_size) * options.model.T),
+      batch("tokens of a step", n_micro, size_t(options.train.micro_batch_size) * options.model.T),
+      staging("tokens of the next step", n_micro, size_t(options.train.micro_batch_size) * options.model.T),
       o_(options) {
     grad_arenas.reserve(grads.size());
     for (Tensors& g : grads)
         plan(grad_arenas.emplace_back(make_param_arena("gradients", stat())), g, param_list, stat());
-    scalar_arena.add(losses, "losses", size_t(n_micro) * size_t(o_.micro_batch_size), stat());
+    scalar_arena.add(losses, "losses", size_t(n_micro) * size_t(o_.train.micro_batch_size), stat());
     scalar_arena.add(clip, "clip", 1, stat());
     scalar_arena.add(norm, "norm", 1, stat());
     scalar_arena.add(norm_scratch, "norm_scratch", grad_norm_scratch(n_params()), stat());
@@ -50,11 +54,12 @@ TrainerMemory::TrainerMemory(const TrainerOptions& options, int n_micro, int n_g
 void TrainerMemory::require(const MemoryState& now, int size) const {
     const auto planned = [&](int B, Recompute level) {
         TrainerOptions changed = o_;
-        changed.micro_batch_size = B, changed.recompute = level;
+        changed.train.micro_batch_size = B, changed.train.recompute = level;
         return planned_bytes(changed, size);
     };
     ModelMemory::require(now, [&](size_t n_free) {
-        const size_t own = planned(o_.micro_batch_size, o_.recompute), sync = n_bytes() - std::min(n_bytes(), own);
-        return what_fits(o_.micro_batch_size, o_.recompute, n_free - std::min(n_free, sync), planned);
+        const size_t own = planned(o_.train.micro_batch_size, o_.train.recompute),
+                     sync = n_bytes() - std::min(n_bytes(), own);
+        return what_fits(o_.train.micro_batch_size, o_.train.recompute, n_free - std::min(n_free, sync), planned);
     });
 }

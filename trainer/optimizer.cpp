@@ -4,6 +4,18 @@
 #include <cmath>
 #include <utility>
 
+namespace {
+// The op of an elementwise rule, without its tensors.
+OptimizerUpdate elementwise(const Config::Optimizer& rule) {
+    return {.kind = rule.name,
+            .beta1 = float(rule.beta1),
+            .beta2 = float(rule.beta2),
+            .eps = float(rule.eps),
+            .weight_decay = float(rule.weight_decay),
+            .momentum = float(rule.momentum)};
+}
+}  // namespace
+
 std::vector<FlatParam> flat_params(const std::vector<ParamInfo>& list) {
     std::vector<FlatParam> out;
     size_t first = 0;
@@ -18,7 +30,7 @@ std::vector<FlatParam> flat_params(const std::vector<ParamInfo>& list) {
 Optimizer::Optimizer(const Backend& k, std::vector<ParamGroup> groups, DType stat)
     : k_(k), stat_(stat), new_rates_(k, groups.size() * 3 * sizeof(double)) {
     for (ParamGroup& group : groups) {
-        Group& g = groups_.emplace_back(Group{std::move(group), {}, {}});
+        GroupState& g = groups_.emplace_back(GroupState{std::move(group), {}, {}});
         for (size_t i = 0; i < g.params.size(); i++) {
             const Range range = g.params[i].range;
             if (g.stretches.empty() || g.stretches.back().range.end() != range.first)
@@ -26,12 +38,12 @@ Optimizer::Optimizer(const Backend& k, std::vector<ParamGroup> groups, DType sta
             g.stretches.back().range.count += range.count;
             n_ = std::max(n_, range.end());
         }
-        g.moments.assign(n_moments(g.rule.kind), Tensors(g.params.size()));
+        g.moments.assign(n_moments(g.rule.name), Tensors(g.params.size()));
     }
 }
 
 void Optimizer::plan(Arena& moments, Arena& scalars) {
-    for (Group& g : groups_)
+    for (GroupState& g : groups_)
         for (size_t m = 0; m < g.moments.size(); m++)
             for (size_t i = 0; i < g.params.size(); i++) {
                 const ParamInfo& info = g.params[i].info;
@@ -43,7 +55,7 @@ void Optimizer::plan(Arena& moments, Arena& scalars) {
 
 void Optimizer::start(Stream s) {
     std::vector<uint8_t> decay(decay_.count);
-    for (const Group& g : groups_)
+    for (const GroupState& g : groups_)
         for (const auto& [info, range] : g.params)
             std::fill_n(decay.begin() + ptrdiff_t(range.first / kDecayBlock), range.count / kDecayBlock, info.decay);
     k_.upload(decay_.data, decay.data(), decay.size(), s);
@@ -53,7 +65,7 @@ void Optimizer::start(Stream s) {
 void Optimizer::set_rate(double learning_rate) {
     const double t = double(updates_ + 1);
     for (size_t g = 0; g < groups_.size(); g++) {
-        const OptimizerUpdate& rule = groups_[g].rule;
+        const OptimizerUpdate rule = elementwise(groups_[g].rule);
         const double rate[3] = {learning_rate, 1 - std::pow(double(rule.beta1), t),
                                 1 - std::pow(double(rule.beta2), t)};
         for (size_t i = 0; i < 3; i++)
@@ -67,11 +79,11 @@ void Optimizer::set_rate(double learning_rate) {
 void Optimizer::update(const OptimizerUpdate& flat, Stream s) {
     k_.upload(rates_.data, new_rates_.as<void>(), rates_.n_bytes(), s);
     for (size_t i = 0; i < groups_.size(); i++) {
-        const Group& g = groups_[i];
+        const GroupState& g = groups_[i];
         for (const auto& [range, first_param] : g.stretches) {
             const auto part = [&](const Buf& all) { return all.slice(range.first, range.count); };
             const auto moment = [&](size_t m) { return Buf(g.moments[m][first_param].data, range.count, stat_); };
-            OptimizerUpdate op = g.rule;
+            OptimizerUpdate op = elementwise(g.rule);
             op.param = part(flat.param);
             if (flat.copy) op.copy = part(flat.copy);
             op.m = moment(0);
@@ -87,7 +99,7 @@ void Optimizer::update(const OptimizerUpdate& flat, Stream s) {
 
 std::vector<StateTensor> Optimizer::state() const {
     std::vector<StateTensor> out;
-    for (const Group& g : groups_)
+    for (const GroupState& g : groups_)
         for (size_t m = 0; m < g.moments.size(); m++)
             for (size_t i = 0; i < g.params.size(); i++)
                 out.push_back(state_tensor(fmt::format("{}.", kMoments[m]), g.params[i].info, g.moments[m][i]));

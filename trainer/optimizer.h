@@ -7,6 +7,7 @@
 #pragma once
 #include <vector>
 
+#include "common/config.h"
 #include "kernels/owners.h"
 #include "model/state.h"
 
@@ -25,7 +26,7 @@ struct FlatParam {
 std::vector<FlatParam> flat_params(const std::vector<ParamInfo>& list);
 
 struct ParamGroup {
-    OptimizerUpdate rule;  // its scalars: kind, betas, eps, weight_decay, momentum
+    Config::Optimizer rule;  // learning_rate is not used: set_rate() has that of the step
     std::vector<FlatParam> params;
 };
 
@@ -57,14 +58,14 @@ class Optimizer {
         Range range;
         size_t first_param;  // in the group
     };
-    struct Group : ParamGroup {
+    struct GroupState : ParamGroup {
         std::vector<Stretch> stretches;
         std::vector<Tensors> moments;  // (n_moments) of the group's parameters; stat
     };
 
     const Backend& k_;
     const DType stat_;
-    std::vector<Group> groups_;
+    std::vector<GroupState> groups_;
     size_t n_ = 0;  // elements of a flat buffer
     uint64_t updates_ = 0;
     Buf decay_;                   // (n/kDecayBlock) u8: see OptimizerUpdate

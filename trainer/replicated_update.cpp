@@ -9,7 +9,7 @@ ReplicatedUpdate::ReplicatedUpdate(const Group& group, const TrainerOptions& opt
     : k_(group.backend()),
       group_(group),
       memory_(memory),
-      max_norm_(options.grad_clip),
+      max_norm_(float(options.train.grad_clip)),
       all_reduce_(make_gradient_all_reduce(group, options.allreduce, memory.n_params())),
       optimizer_(k_, {{options.optimizer, flat_params(memory.param_list)}}, memory.stat()),
       summed_(k_),

@@ -10,7 +10,7 @@ TokenFeed::TokenFeed(const Backend& k, const TrainerOptions& options, const Batc
                      const StepBatch& batch)
     : k_(k),
       share_(share),
-      B_(options.micro_batch_size),
+      B_(options.train.micro_batch_size),
       T_(options.model.T),
       V_(options.model.V),
       staging_(staging),

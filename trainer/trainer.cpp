@@ -38,7 +38,7 @@ Trainer::Trainer(const Group& group, TrainerOptions options, const MakeGradientS
     : k_(group.backend()),
       group_(group),
       o_(checked(std::move(options), group.size())),
-      share_(batch_share(o_.global_batch_size, o_.micro_batch_size, group.rank(), group.size(),
+      share_(batch_share(o_.train.global_batch_size, o_.train.micro_batch_size, group.rank(), group.size(),
                          o_.allreduce == AllReduce::ordered)),
       stream_owner_(k_),
       stream_(stream_owner_.get()),
@@ -46,7 +46,7 @@ Trainer::Trainer(const Group& group, TrainerOptions options, const MakeGradientS
       feed_(k_, o_, share_, memory_.staging, memory_.batch),
       sync_(make_sync(group, o_, memory_)),
       marks_(k_, share_.n_micro),
-      losses_(k_, size_t(share_.n_micro) * size_t(o_.micro_batch_size) * sizeof(double)) {
+      losses_(k_, size_t(share_.n_micro) * size_t(o_.train.micro_batch_size) * sizeof(double)) {
     k_.take_workspace(stream_);  // before the plan is held against what is free
     memory_.require(k_.memory_state(), group.size());
     memory_.allocate(k_, stream_);
@@ -94,11 +94,11 @@ void Trainer::broadcast_state() {
 std::string Trainer::tune() { return tune_on_random_tokens(training_pass(batch(0), memory_.grads[0], false)); }
 
 Batch Trainer::batch(int micro) const {
-    const size_t BT = size_t(o_.micro_batch_size) * o_.model.T, i = size_t(micro);
+    const size_t BT = size_t(o_.train.micro_batch_size) * o_.model.T, i = size_t(micro);
     return {.inputs = memory_.batch.inputs.slice(i * BT, BT),
             .targets = memory_.batch.targets.slice(i * BT, BT),
             .order = memory_.batch.order.slice(i * BT, BT),
-            .B = o_.micro_batch_size,
+            .B = o_.train.micro_batch_size,
             .T = o_.model.T,
             .where = memory_.batch.where.slice(i * 2, 2),
             .seed = o_.seed};
@@ -111,15 +111,15 @@ Pass Trainer::training_pass(const Batch& batch, const Tensors& grads, bool accum
             .acts = memory_.acts,
             .grads = &grads,
             .batch = batch,
-            .recompute = o_.recompute,
+            .recompute = o_.train.recompute,
             .train = true,
-            .grad_scale = 1.0f / (float(o_.global_batch_size) * float(o_.model.T)),
+            .grad_scale = 1.0f / (float(o_.train.global_batch_size) * float(o_.model.T)),
             .accumulate = accumulate,
             .stream = stream_};
 }
 
 void Trainer::accumulate_micro_batches() {
-    const int B = o_.micro_batch_size;
+    const int B = o_.train.micro_batch_size;
     const Architecture& model = *o_.model.architecture;
     RunFold fold(share_.n_runs);
     for (int i = 0; i < share_.n_micro; i++) {
@@ -148,7 +148,7 @@ double Trainer::gather_loss(const std::vector<double>& mine) {
     group_.host().all_gather(mine.data(), all.data(), mine.size() * sizeof(double));
     double sum = 0;
     for (double l : all) sum += l;  // rank order is global sequence order
-    return sum / (double(o_.global_batch_size) * o_.model.T);
+    return sum / (double(o_.train.global_batch_size) * o_.model.T);
 }
 
 // The end of a step's work: new parameters, and the losses on their way to the host.

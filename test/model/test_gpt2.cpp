@@ -16,8 +16,9 @@ constexpr ModelConfig kTiny{
 TrainerOptions options(ModelConfig c, DType real, int global = 2, int micro = 2) {
     TrainerOptions o;
     o.model = c;
-    o.global_batch_size = global;
-    o.micro_batch_size = micro;
+    o.train.global_batch_size = global;
+    o.train.micro_batch_size = micro;
+    o.train.grad_clip = 0, o.optimizer.weight_decay = 0;
     o.real = real;
     o.seed = 42;
     return o;
@@ -145,7 +146,7 @@ TEST_CASE("gpt2: the float instance follows the double one for 20 AdamW steps") 
     std::vector<Doubles> losses;
     for (const DType real : {DType::f32, DType::f64}) {
         TrainerOptions o = options(c, real, 4, 2);
-        o.grad_clip = 1;
+        o.train.grad_clip = 1;
         o.optimizer.weight_decay = 0.1f;
         Trainer trainer(group, o);
         trainer.initialize();

@@ -16,11 +16,11 @@ constexpr ModelConfig kTiny{
 TrainerOptions options(ModelConfig c, DType real) {
     TrainerOptions o;
     o.model = c;
-    o.global_batch_size = 4;
-    o.micro_batch_size = 2;
+    o.train.global_batch_size = 4;
+    o.train.micro_batch_size = 2;
     o.real = real;
     o.seed = 42;
-    o.grad_clip = 1;
+    o.train.grad_clip = 1;
     o.optimizer.weight_decay = 0.1f;
     return o;
 }

@@ -15,15 +15,16 @@ constexpr ModelConfig kTiny{
 TrainerOptions options(DType real, Recompute recompute) {
     TrainerOptions o;
     o.model = kTiny;
-    o.global_batch_size = 4;
-    o.micro_batch_size = 2;
-    o.recompute = recompute;
+    o.train.global_batch_size = 4;
+    o.train.micro_batch_size = 2;
+    o.train.recompute = recompute;
+    o.train.grad_clip = 0, o.optimizer.weight_decay = 0;
     o.real = real;
     o.seed = 42;
     return o;
 }
 ActivationShape shape_of(const TrainerOptions& o) {
-    return {.B = o.micro_batch_size, .T = o.model.T, .real = o.real, .recompute = o.recompute};
+    return {.B = o.train.micro_batch_size, .T = o.model.T, .real = o.real, .recompute = o.train.recompute};
 }
 
 void copy_parameters(const Backend& k, const Trainer& from, Session& to) {

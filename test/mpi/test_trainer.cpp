@@ -23,8 +23,9 @@ struct Outcome {
 Outcome train(AllReduce reduction, const GradientHook& hook, int at = 0) {
     TrainerOptions o;
     o.model = {.architecture = &gpt2, .L = 1, .NH = 2, .C = 8, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
-    o.micro_batch_size = 1;
-    o.global_batch_size = 2 * world().size();
+    o.train.micro_batch_size = 1;
+    o.train.global_batch_size = 2 * world().size();
+    o.train.grad_clip = 0, o.optimizer.weight_decay = 0;
     o.allreduce = reduction;
     o.seed = 5;
     int step = 0;

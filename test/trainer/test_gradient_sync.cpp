@@ -50,8 +50,9 @@ class Recorded final : public GradientSync {
 TrainerOptions options() {
     TrainerOptions o;
     o.model = {.architecture = &gpt2, .L = 1, .NH = 2, .C = 16, .T = 5, .V = 11};
-    o.global_batch_size = 2;
-    o.micro_batch_size = 1;  // two of them
+    o.train.global_batch_size = 2;
+    o.train.micro_batch_size = 1;  // two of them
+    o.train.grad_clip = 0, o.optimizer.weight_decay = 0;
     o.seed = 3;
     return o;
 }

@@ -27,8 +27,8 @@ Backend noting(const Backend& k) {
     return changed;
 }
 
-OptimizerUpdate rule(OptimizerKind kind) {
-    return {.kind = kind, .beta1 = 0.8f, .weight_decay = 0.1f, .momentum = 0.7f};
+Config::Optimizer rule(OptimizerKind kind) {
+    return {.name = kind, .beta1 = 0.8, .weight_decay = 0.1, .momentum = 0.7};
 }
 
 // An optimizer over flat buffers of random numbers.
@@ -79,7 +79,7 @@ Alone alone(const Target& t, const FlatParam& p, OptimizerKind kind) {
     const Dev m(t, DType::f32, Doubles(count)), v(t, DType::f32, Doubles(count));
     const Dev decay(t, DType::u8, Doubles(count / kDecayBlock, p.info.decay));
     for (int step = 1; step <= 2; step++) {
-        OptimizerUpdate op = rule(kind);
+        OptimizerUpdate op = {.kind = kind, .beta1 = 0.8f, .weight_decay = 0.1f, .momentum = 0.7f};  // as rule() has
         const Dev rate(t, DType::f32,
                        {0.01, 1 - std::pow(double(op.beta1), step), 1 - std::pow(double(op.beta2), step)});
         op.param = param, op.grad = grad, op.m = m, op.decay = decay, op.rate = rate, op.clip = clip;

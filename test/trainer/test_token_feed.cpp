@@ -9,7 +9,7 @@ constexpr size_t BT = size_t(B) * T;
 TrainerOptions options() {
     TrainerOptions o;
     o.model = {.L = 1, .NH = 1, .C = 8, .T = T, .V = V};
-    o.micro_batch_size = B;
+    o.train.micro_batch_size = B;
     return o;
 }
 

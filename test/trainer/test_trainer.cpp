@@ -15,11 +15,11 @@ constexpr ModelConfig kTiny{
 TrainerOptions options(DType real) {
     TrainerOptions o;
     o.model = kTiny;
-    o.global_batch_size = 4;
-    o.micro_batch_size = 2;  // two runs: the fold of the ordered reduction has something to do
+    o.train.global_batch_size = 4;
+    o.train.micro_batch_size = 2;  // two runs: the fold of the ordered reduction has something to do
     o.real = real;
     o.seed = 42;
-    o.grad_clip = 1;
+    o.train.grad_clip = 1;
     o.optimizer.weight_decay = 0.1f;
     return o;
 }
@@ -27,7 +27,7 @@ TrainerOptions options(DType real) {
 // Micro-batches of random tokens; counts how many were asked for.
 class Source {
   public:
-    explicit Source(const TrainerOptions& o) : n_(size_t(o.micro_batch_size) * o.model.T), V_(o.model.V) {}
+    explicit Source(const TrainerOptions& o) : n_(size_t(o.train.micro_batch_size) * o.model.T), V_(o.model.V) {}
     Trainer::Tokens operator()() {
         const Doubles in = integers(n_, seed_++, V_), out = integers(n_, seed_++, V_);
         in_.assign(in.begin(), in.end()), out_.assign(out.begin(), out.end());
@@ -175,13 +175,13 @@ TEST_CASE("trainer: recompute gives the bits of keeping everything") {
         CAPTURE(t.name);
         TrainerOptions o = options(t.real);
         const Outcome none = train(*t.k, o, true);
-        o.recompute = Recompute::block;
+        o.train.recompute = Recompute::block;
         CHECK(train(*t.k, o, true) == none);
 
-        o.recompute = Recompute::gelu;
+        o.train.recompute = Recompute::gelu;
         const Outcome gelu = train(*t.k, o, true);
         const Backend unfused = without_fused_gelu(*t.k);
-        o.recompute = Recompute::none;
+        o.train.recompute = Recompute::none;
         CHECK(train(unfused, o, true) == gelu);
         CHECK(worst(gelu.numbers, none.numbers, 0, 2e-2) <= 1);  // in bf16 GELU saw its input rounded, 2^-9 each
     }
@@ -192,7 +192,7 @@ TEST_CASE("trainer: recompute needs less memory, and the plan is what is taken")
     size_t before = SIZE_MAX;
     for (Recompute level : {Recompute::none, Recompute::gelu, Recompute::block}) {
         TrainerOptions o = options(t.real);
-        o.recompute = level;
+        o.train.recompute = level;
         const Group group(*t.k);
         const size_t n_free = t.k->memory_state().n_free;
         const size_t workspace = workspace_bytes(*t.k);
@@ -206,12 +206,12 @@ TEST_CASE("trainer: recompute needs less memory, and the plan is what is taken")
 // Seen to fail with: a proposal of the next smaller size whether it fits or not.
 TEST_CASE("trainer: a plan that does not fit is refused with changes that do") {
     TrainerOptions o = options(DType::bf16);
-    o.global_batch_size = 48;
-    o.micro_batch_size = 24;
+    o.train.global_batch_size = 48;
+    o.train.micro_batch_size = 24;
     const auto planned = [&](int B, Recompute level) {
         TrainerOptions changed = o;
-        changed.micro_batch_size = B;
-        changed.recompute = level;
+        changed.train.micro_batch_size = B;
+        changed.train.recompute = level;
         const BatchShare share = batch_share(48, B, 0, 1, true);
         return TrainerMemory(changed, share.n_micro, RunFold(share.n_runs).n_buffers()).n_bytes();
     };

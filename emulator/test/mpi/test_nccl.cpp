@@ -73,8 +73,9 @@ TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction 
     const Group group = nccl_group(kTimeout);
     TrainerOptions o;
     o.model = {.architecture = &gpt2, .L = 1, .NH = 2, .C = 16, .T = 4, .V = 11, .bias = true, .dropout = 0.1f};
-    o.micro_batch_size = 1;
-    o.global_batch_size = 2 * world().size();
+    o.train.micro_batch_size = 1;
+    o.train.global_batch_size = 2 * world().size();
+    o.train.grad_clip = 0, o.optimizer.weight_decay = 0;
     o.allreduce = AllReduce::nccl;
     o.real = DType::bf16;
     std::optional<Trainer> made;
