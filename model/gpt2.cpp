@@ -224,7 +224,7 @@ std::vector<ParamInfo> params(const ModelConfig& c) {
           [&](int layer, const char* name, Buf&, std::vector<size_t> shape, Init init, Split split, size_t n_rows) {
               const bool decay = shape.size() >= 2;
               list.push_back({layer < 0 ? name : fmt::format("h.{}.{}", layer, name), std::move(shape), n_rows, init,
-                              decay, split});
+                              decay, split, layer});
           });
     return list;
 }

@@ -164,7 +164,7 @@ void TrainingRun::start(OpenMode mode) {
     // buffers and loaded kernels, or belongs to another process.
     const size_t ours = trainer_.memory().n_bytes() + x_.device.workspace_bytes, taken = memory_taken(x_.device);
     if (x_.device.has_own_gpu) libraries_.all = taken - std::min(taken, ours);
-    libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.reduction_bytes());
+    libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.sync().library_bytes());
     x_.log.open((x_.run_dir / "train.log").string());
     if (x_.config.checkpoint.interval > 0 || x_.config.run.max_minutes > 0) {
         const Snapshot::Kind kind = snapshot_kind(x_.device.k);
@@ -234,7 +234,7 @@ void TrainingRun::announce() {
     const std::string& attention = x_.device.attention;
     x_.log.info("kiln {}: {} x {} in {}{}{} on {}, {} thread(s) each, {} reduction", x_.commit, x_.comm.size(),
                 x_.device.name, word_of(x_.config.device.dtype), attention.empty() ? "" : " with attention ", attention,
-                x_.comm.name(), x_.threads, trainer_.reduction());
+                x_.comm.name(), x_.threads, trainer_.sync().name());
     if (!x_.device.note.empty()) x_.log.info("{}", x_.device.note);
     x_.log.info("{} parameters, {} layers, {} heads, width {}, context {}, vocabulary {}", count_params(c), c.L, c.NH,
                 c.C, c.T, c.V);

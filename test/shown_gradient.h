@@ -7,32 +7,21 @@
 #include <utility>
 #include <vector>
 
+#include "test/decorated_sync.h"
 #include "trainer/replicated_update.h"
 
 // Sees this rank's gradient (n) in host memory just before it is summed, and may change it.
 using GradientHook = std::function<void(std::span<double>)>;
 
-class ShownGradient final : public GradientSync {
+class ShownGradient final : public DecoratedSync {
   public:
-    ShownGradient(const Backend& k, TrainerMemory& memory, std::unique_ptr<GradientSync> shown, GradientHook hook)
-        : k_(k), memory_(memory), shown_(std::move(shown)), hook_(std::move(hook)) {}
-    const char* name() const override { return shown_->name(); }
-    void start(Stream s) override { shown_->start(s); }
-    size_t library_bytes() const override { return shown_->library_bytes(); }
-    void begin_step(int64_t step, double learning_rate) override { shown_->begin_step(step, learning_rate); }
-    void gradient_ready(Range part, Stream s) override { shown_->gradient_ready(part, s); }
+    ShownGradient(const Backend& k, TrainerMemory& memory, std::unique_ptr<GradientSync> inner, GradientHook hook)
+        : DecoratedSync(std::move(inner)), k_(k), memory_(memory), hook_(std::move(hook)) {}
     void finish_step(StepGraphs& graphs, Stream s) override {
         show(s);
-        shown_->finish_step(graphs, s);
+        DecoratedSync::finish_step(graphs, s);
     }
     bool needs_host() const override { return true; }
-    Outcome wait(Stream s) override { return shown_->wait(s); }
-    const Mark* summed() const override { return shown_->summed(); }
-    const Mark* updated() const override { return shown_->updated(); }
-    std::vector<StateTensor> state() override { return shown_->state(); }
-    uint64_t updates() const override { return shown_->updates(); }
-    void set_updates(uint64_t n) override { shown_->set_updates(n); }
-    void broadcast_state(Stream s) override { shown_->broadcast_state(s); }
 
   private:
     void show(Stream s) {
@@ -50,7 +39,6 @@ class ShownGradient final : public GradientSync {
 
     const Backend& k_;
     TrainerMemory& memory_;
-    const std::unique_ptr<GradientSync> shown_;
     const GradientHook hook_;
 };
 

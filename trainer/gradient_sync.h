@@ -3,9 +3,9 @@
 // Trainer calls in every step, on every rank alike:
 //
 //     begin_step        on the host, before it gives the stream any work of the step
-//     gradient_ready    when the stream has all work that writes a part of the flat gradient.  Parts come in the order
-//                       of the backward pass, last layer first; together they are all elements, each once.  Today
-//                       there is one part: everything
+//     gradient_ready    when the stream has all work that writes a part of the flat gradient: that of a block's
+//                       parameters (block_ranges() in trainer/flat_params.h).  Parts come in the order of the backward
+//                       pass, last block first; together they are all elements, each once
 //     finish_step       sum over ranks, norm and clip, update, and gather where the parameters are scattered
 //     wait              on the host, after finish_step
 //

@@ -16,17 +16,6 @@ OptimizerUpdate elementwise(const Config::Optimizer& rule) {
 }
 }  // namespace
 
-std::vector<FlatParam> flat_params(const std::vector<ParamInfo>& list) {
-    std::vector<FlatParam> out;
-    size_t first = 0;
-    for (const ParamInfo& info : list) {
-        const size_t count = (info.count() + kDecayBlock - 1) / kDecayBlock * kDecayBlock;
-        out.push_back({info, {first, count}});
-        first += count;
-    }
-    return out;
-}
-
 Optimizer::Optimizer(const Backend& k, std::vector<ParamGroup> groups, DType stat)
     : k_(k), stat_(stat), new_rates_(k, groups.size() * 3 * sizeof(double)) {
     for (ParamGroup& group : groups) {

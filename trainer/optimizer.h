@@ -1,29 +1,15 @@
 // The optimizer: groups of parameters, each with its rule, and the moments that the rules keep between steps.
 //
-// Masters, gradient and each moment are flat buffers, in which a parameter begins at the same element.  An elementwise
-// rule (AdamW, Adam, SGD) makes one call for all parameters of its group that lie side by side; a group of everything
-// is one call over everything.  A rule that needs whole matrices, such as Muon's, would make a call for each parameter
-// of its group: ParamInfo has the shape.
+// Masters, gradient and each moment are flat buffers (trainer/flat_params.h).  An elementwise rule (AdamW, Adam, SGD, Lion) makes one call for all parameters of its group that lie side by side; a group of
+// everything is one call over everything.  A rule that needs whole matrices, such as Muon's, would make a call for each
+// parameter of its group, whose shape stands in ParamInfo.
 #pragma once
 #include <vector>
 
 #include "common/config.h"
 #include "kernels/owners.h"
 #include "model/state.h"
-
-// Elements [first, first + count) of a flat buffer.
-struct Range {
-    size_t first = 0, count = 0;
-    size_t end() const { return first + count; }
-    bool operator==(const Range&) const = default;
-};
-
-struct FlatParam {
-    ParamInfo info;
-    Range range;  // its place in the flat buffers, up to the next parameter: whole blocks of kDecayBlock elements
-};
-// Parameters in the order of the list, as arenas that align tensors to kDecayBlock elements have them.
-std::vector<FlatParam> flat_params(const std::vector<ParamInfo>& list);
+#include "trainer/flat_params.h"
 
 struct ParamGroup {
     Config::Optimizer rule;  // learning_rate is not used: set_rate() has that of the step
@@ -44,7 +30,7 @@ class Optimizer {
 
     // Before each update, on the host: its learning rate and Adam's bias corrections.
     void set_rate(double learning_rate);
-    // Gives the update of all groups to the stream.  Of `flat` it reads param, copy and grad, all (n), and clip.
+    // Gives the update of all groups to the stream.  Of `flat` it reads param, copy and grad, all (n), and clip (1).
     void update(const OptimizerUpdate& flat, Stream s);
 
     // Updates that were not skipped, which the bias corrections depend on.

@@ -46,6 +46,7 @@ Trainer::Trainer(const Group& group, TrainerOptions options, const MakeGradientS
       feed_(k_, o_, share_, memory_.staging, memory_.batch),
       sync_(make_sync(group, o_, memory_)),
       marks_(k_, share_.n_micro),
+      block_ranges_(block_ranges(flat_params(memory_.param_list), o_.model.L)),
       losses_(k_, size_t(share_.n_micro) * size_t(o_.train.micro_batch_size) * sizeof(double)) {
     k_.take_workspace(stream_);  // before the plan is held against what is free
     memory_.require(k_.memory_state(), group.size());
@@ -131,15 +132,34 @@ void Trainer::accumulate_micro_batches() {
         k_.row_sum({.y = sums, .x = memory_.loss, .B = B, .T = o_.model.T}, stream_);
         k_.set_mark(marks_.forward[size_t(i)].get(), stream_);
 
-        model.backward(x);
-        if ((i + 1) % share_.run_length == 0)
-            fold.push([&](int into, int from) {
+        std::vector<std::pair<int, int>> folds;  // gradient buffers (into, from) to be added now
+        if ((i + 1) % share_.run_length == 0) fold.push([&](int into, int from) { folds.emplace_back(into, from); });
+        if (i + 1 < share_.n_micro) {
+            model.backward(x);
+            for (const auto& [into, from] : folds)
                 k_.add({.y = memory_.flat_gradient(into), .x = memory_.flat_gradient(from)}, stream_);
-            });
+        } else {
+            finish_gradient(x, folds);
+        }
         k_.set_mark(marks_.backward[size_t(i)].get(), stream_);
     }
     CHECK_THAT(fold.result() == 0, "the gradient's sum is in buffer {}, expected 0", fold.result());
-    sync_->gradient_ready({0, memory_.n_params()}, stream_);
+}
+
+// The backward pass of the last micro-batch, block by block.  After each block a part of the gradient is final, and the
+// GradientSync may send this part while the pass goes on.
+void Trainer::finish_gradient(const Pass& last, const std::vector<std::pair<int, int>>& folds) {
+    for (int l = o_.model.L - 1; l >= 0; l--) {
+        Pass block = last;
+        block.first_layer = l, block.last_layer = l + 1;
+        o_.model.architecture->backward(block);
+        const Range part = block_ranges_[size_t(l)];
+        for (const auto& [into, from] : folds)
+            k_.add({.y = memory_.flat_gradient(into).slice(part.first, part.count),
+                    .x = memory_.flat_gradient(from).slice(part.first, part.count)},
+                   stream_);
+        sync_->gradient_ready(part, stream_);
+    }
 }
 
 // The mean loss of the global batch from this rank's sums.

@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "comm/group.h"
@@ -63,9 +64,7 @@ class Trainer {
     bool finite();
     const BatchShare& share() const { return share_; }
     const ModelConfig& config() const { return o_.model; }
-    const char* reduction() const { return sync_->name(); }  // how gradients are summed: "ordered through host memory"
-    // Device memory that the library which sums them took for itself.
-    size_t reduction_bytes() const { return sync_->library_bytes(); }
+    const GradientSync& sync() const { return *sync_; }
     const TrainerMemory& memory() const { return memory_; }
     Stream stream() const { return stream_; }  // all work but the tokens' way to the device
     // Whether steps are replayed from graphs, and why not where they could have been.
@@ -80,6 +79,7 @@ class Trainer {
     };
 
     void accumulate_micro_batches();
+    void finish_gradient(const Pass& last, const std::vector<std::pair<int, int>>& folds);
     double gather_loss(const std::vector<double>& mine);
     void finish_step();
     void collect(StepResult& result);
@@ -96,7 +96,8 @@ class Trainer {
     TokenFeed feed_;
     const std::unique_ptr<GradientSync> sync_;
     const Marks marks_;
-    const HostBuffer losses_;  // (n_micro * B) stat, pinned: on their way back
+    const std::vector<Range> block_ranges_;  // (L) of the flat gradient
+    const HostBuffer losses_;                // (n_micro * B) stat, pinned: on their way back
     StepGraphs::Piece piece_;  // a whole step, or what comes before finish_step() where that needs the host
     // Once there is memory:
     std::optional<StepGraphs> graphs_;

@@ -87,7 +87,8 @@ def test_calls_follow_the_config(tmp_path: Path) -> None:
     assert calls["layernorm forward"] == 30 and calls["layernorm backward, +="] == 16
     assert calls["last layernorm backward"] == 2 and calls["last layernorm backward, +="] == 4
     assert calls["head backward"] == 2 and calls["head backward, +="] == 4 and calls["head backward, dw alone"] == 0
-    assert calls["adamw"] == 1 and calls["gradient norm"] == 1 and calls["add"] == 1
+    assert calls["adamw"] == 1 and calls["gradient norm"] == 1
+    assert sum(r["calls"] for r in rows if r.get("op") == "add") == 2  # a part of the gradient for each block
     assert calls["dropout"] == calls["dropout + residual"] == calls["gelu forward"] == 0
     assert rows[0]["n_micro"] == 6 and rows[0]["bias"] is False
 

@@ -105,6 +105,15 @@ TEST_CASE("optimizer: parameters lie in whole blocks of decay flags") {
     for (size_t i = 0; i < 4; i++) CHECK(flat[i].range == want[i]);
 }
 
+TEST_CASE("optimizer: the ranges of blocks are the flat buffer, in order") {
+    std::vector<ParamInfo> list = kParams;
+    list[1].block = 0, list[2].block = 1;
+    CHECK(block_ranges(flat_params(list), 2) == std::vector<Range>{{0, 64 + 128}, {64 + 128, 128 + 64}});
+    list[2].block = 0;
+    CHECK(block_ranges(flat_params(list), 1) == std::vector<Range>{{0, n}});
+    CHECK_THROWS_AS(block_ranges(flat_params(list), 2), Error);  // no parameter is in block 1
+}
+
 TEST_CASE("optimizer: a group of all parameters is one call over everything") {
     for (const Target& t : targets_in_f32())
         for (OptimizerKind kind : values_of<OptimizerKind>()) {

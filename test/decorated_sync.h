@@ -1,0 +1,29 @@
+// A GradientSync around another one: each call goes on to the inner one, and a test overrides the calls that it watches.
+#pragma once
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "trainer/gradient_sync.h"
+
+class DecoratedSync : public GradientSync {
+  public:
+    explicit DecoratedSync(std::unique_ptr<GradientSync> inner) : inner_(std::move(inner)) {}
+    const char* name() const override { return inner_->name(); }
+    void start(Stream s) override { inner_->start(s); }
+    size_t library_bytes() const override { return inner_->library_bytes(); }
+    void begin_step(int64_t step, double learning_rate) override { inner_->begin_step(step, learning_rate); }
+    void gradient_ready(Range part, Stream s) override { inner_->gradient_ready(part, s); }
+    void finish_step(StepGraphs& graphs, Stream s) override { inner_->finish_step(graphs, s); }
+    bool needs_host() const override { return inner_->needs_host(); }
+    Outcome wait(Stream s) override { return inner_->wait(s); }
+    const Mark* summed() const override { return inner_->summed(); }
+    const Mark* updated() const override { return inner_->updated(); }
+    std::vector<StateTensor> state() override { return inner_->state(); }
+    uint64_t updates() const override { return inner_->updates(); }
+    void set_updates(uint64_t n) override { inner_->set_updates(n); }
+    void broadcast_state(Stream s) override { inner_->broadcast_state(s); }
+
+  private:
+    const std::unique_ptr<GradientSync> inner_;
+};

@@ -1,0 +1,28 @@
+#include "trainer/flat_params.h"
+
+#include <algorithm>
+
+std::vector<FlatParam> flat_params(const std::vector<ParamInfo>& list) {
+    std::vector<FlatParam> out;
+    size_t first = 0;
+    for (const ParamInfo& info : list) {
+        const size_t count = (info.count() + kDecayBlock - 1) / kDecayBlock * kDecayBlock;
+        out.push_back({info, {first, count}});
+        first += count;
+    }
+    return out;
+}
+
+std::vector<Range> block_ranges(const std::vector<FlatParam>& flat, int n_blocks) {
+    std::vector<Range> out;
+    size_t first = 0;
+    for (int block = 0; block < n_blocks; block++) {
+        const auto next = std::ranges::find(flat, block + 1, [](const FlatParam& p) { return p.info.block; });
+        CHECK_THAT((next == flat.end()) == (block + 1 == n_blocks), "parameters of block {} of {}", block + 1,
+                   n_blocks);
+        const size_t end = next == flat.end() ? flat.back().range.end() : next->range.first;
+        out.push_back({first, end - first});
+        first = end;
+    }
+    return out;
+}
