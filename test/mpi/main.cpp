@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
     the_world = &mpi.world();
     doctest::Context context(argc, argv);
     context.setOption("minimal", world().rank() != 0);
+    if (world().rank() != 0) context.setOption("duration", false);  // lines of several ranks would mix
     const int failed = context.run();
     std::vector<int> all(static_cast<size_t>(world().size()));
     world().all_gather(&failed, all.data(), sizeof failed);
