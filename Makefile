@@ -120,7 +120,7 @@ $(B)/test_mpi: $(MPI_TESTS) $(EMU_MPI_TESTS) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(B)/bench_gemm: $(O)/bench/bench_gemm.o $(LIB_OBJ); $(LINK)
 COMMIT = -DKILN_COMMIT='"$(shell cat build/commit)"'
 $(O)/%.o: %.cpp; $(COMPILE) -c $< -o $@
-COMPUTING_TESTS = $(RACE_TESTS:$(RACE)%=$(B)%)
+COMPUTING_TESTS = $(RACE_SRC:%.cpp=$(O)/%.o)
 ifdef SANITIZE
 $(patsubst %,$(O)/%/%.o,bench checkpoint comm common data model run trainer) $(filter-out $(COMPUTING_TESTS),$(TEST_OBJ)): LEVEL = -O0
 else ifndef DEBUG

@@ -110,8 +110,10 @@ TO_HOOKS   := $(foreach f,memcpy memmove memset,--redefine-sym $(f)=__tsan_$(f))
 RACE_CUDA  := $(patsubst %.cu,$(RACE)/obj/emulated/%.o,$(filter %.cu,$(CUDA_SRC)))
 RACE_HOST  := $(filter-out $(patsubst %.cu,$(O)/emulated/%.o,$(filter %.cu,$(CUDA_SRC))),$(EMU_OBJ))
 # A race is a matter of one launch.  The tests left out launch the kernels of a trainer at a trainer's shapes.
-RACE_TESTS := $(patsubst %.cpp,$(RACE)/obj/%.o,test/main.cpp $(filter-out test/model/test_cut.cpp test/model/test_session.cpp \
-                test/checkpoint/% test/bench/%,$(shell grep -lE 'targets\(\)|cuda_backend' $(TEST_SRC))))
+RACE_SRC   := test/main.cpp $(filter-out test/model/test_cut.cpp test/model/test_session.cpp test/checkpoint/% test/bench/%, \
+                $(shell grep -lE 'targets\(\)|cuda_backend' $(TEST_SRC)))
+RACE_TESTS := $(RACE)/obj/test/main.o $(RACE)/obj/test/kernels/test_traffic.o \
+              $(patsubst %.cpp,$(O)/%.o,$(filter-out test/main.cpp test/kernels/test_traffic.cpp,$(RACE_SRC)))
 
 $(RACE)/test_emulator: $(O)/test/main.o $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA) $(EMU_KERNEL_TESTS:%.cu=$(RACE)/obj/emulated/%.o); $(LINK)
 $(RACE)/test_race: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(RACE_CUDA); $(LINK)
