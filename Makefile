@@ -22,6 +22,8 @@ CCACHE     ?= $(call first,ccache)## compiler cache; empty: none
 export MPIRUN PYTHON
 # Clones share the compiler cache: paths below this folder are relative, in debug information too.
 export CCACHE_BASEDIR ?= $(CURDIR)
+# A new source is not preprocessed for the cache alone: the list of headers that -MD writes is its key.
+export CCACHE_DEPEND ?= 1
 
 VARIANT    := $(if $(SANITIZE),sanitize,$(if $(DEBUG),debug,release))
 B          := build/$(VARIANT)$(patsubst %,-%,$(filter-out native,$(CPU)))
@@ -113,7 +115,7 @@ deps:
 
 LINK = @echo "link $@"; $(MPICXX) -fopenmp $(SAN) $(filter %.o,$^) $(LIBS) -o $@
 COMPILE = @[ -n "$(MPICXX)" ] || { echo "mpicxx not found; run scripts/install_deps.sh first"; exit 2; }; \
-          mkdir -p $(@D); echo "compile $<"; $(CCACHE) $(MPICXX) $(CXXFLAGS) -MMD -MP
+          mkdir -p $(@D); echo "compile $<"; $(CCACHE) $(MPICXX) $(CXXFLAGS) -MD -MP
 $(B)/train-cpu: $(MAIN:%=$(O)/%.o) $(RUN_OBJ) $(LIB_OBJ); $(LINK)
 $(B)/test: $(TEST_OBJ) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(B)/test_mpi: $(MPI_TESTS) $(EMU_MPI_TESTS) $(LIB_OBJ) $(EMU_OBJ); $(LINK)

@@ -59,7 +59,7 @@ $(B)/test_isa_native: $(O)/test/main.o $(N)/emulator/test/test_isa.o $(LIB_OBJ);
 $(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/bench_attention: $(O)/cuda/bench/bench_attention.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 KERNEL = @[ -n "$(NVCC)" ] || { echo "nvcc not found: kernels need the CUDA toolkit (CUDA_HOME); without it: make CUDA=0, make emulated"; exit 2; }; \
-         echo "nvcc $<"; scripts/build/nvcc.sh $@ $(CCACHE) $(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@
+         echo "nvcc $<"; scripts/build/nvcc.sh $@ $(CCACHE) $(NVCC) $(NVCC_FLAGS) -MD -MP -c $< -o $@
 # A change of compiler, ARCH or flags recompiles the kernels.
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
