@@ -92,7 +92,7 @@ emulated: $(B)/train-emulated ## build ./train-emulated: the whole GPU program o
 	@ln -sf $(B)/train-emulated train-emulated
 
 $(B)/train-emulated: $(MAIN:%=$(O)/emulated/%.o) $(RUN_OBJ) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
-$(B)/test_emulator: $(O)/test/main.o $(EMU_TESTS) $(LIB_OBJ) $(EMU_OBJ); $(LINK)
+$(B)/test_emulator: $(LIB_OBJ) $(EMU_OBJ) $(O)/test/main.o $(EMU_TESTS); $(LINK)
 BENCH_EMULATED := $(B)/bench_attention-emulated
 $(BENCH_EMULATED): $(O)/emulated/bench/bench_attention.o $(LIB_OBJ) $(EMU_OBJ); $(LINK)
 $(EMU_CORE): SAN = $(if $(SANITIZE),-DEMULATOR_ASAN=1)
