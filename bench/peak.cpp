@@ -122,7 +122,8 @@ double rate(const Backend& k, size_t smallest, size_t largest, double enough_ms,
         if (e.code != Exit::memory) throw;
     }
     // Long enough for a GPU to leave its idle clocks, short enough to go unnoticed.
-    return work ? work->amount() / timer.best_ms(*work, 50, 200) * 1e3 : 0;
+    const double total_ms = k.host_addressable ? 10 : 50;
+    return work ? work->amount() / timer.best_ms(*work, total_ms, 200) * 1e3 : 0;
 }
 
 struct VendorPeak {
