@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <exception>
 #include <future>
 #include <thread>
@@ -21,6 +22,17 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kAbortWait{1};    // for an abort that no graph holds up
 constexpr std::chrono::seconds kAbortLimit{10};  // for an abort whose graphs are destroyed; then nothing waits on
+
+// A switch with NVLink SHARP (NVLS) adds in an order that differs from call to call (NCCL issue 1497).
+constexpr const char* kRepeatable = "^NVLS,NVLSTree";
+
+// Settings of the environment, which NCCL reads when it makes the first communicator; the user's own go before.
+void set_environment(const Comm& comm) {
+    setenv("NCCL_ALGO", kRepeatable, 0);
+    // In a graph NCCL registers the whole allocation of a buffer with the network, here all of kiln's memory; some
+    // networks hang then (NCCL issue 2389).
+    if (comm.size() > comm.local_size()) setenv("NCCL_GRAPH_REGISTER", "0", 0);
+}
 
 // Waits between two polls: at first by yielding, after 1 ms by short sleeps, so that a long step costs no core.
 class Patience {
@@ -140,6 +152,7 @@ struct NcclComm::State {
 
 NcclComm::NcclComm(Comm& comm, double timeout_s)
     : DeviceComm(comm.rank(), comm.size()), state_(new State{.size = comm.size(), .timeout_s = timeout_s}) {
+    set_environment(comm);
     const ncclUniqueId id = agree_on_id(comm);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
@@ -220,6 +233,11 @@ void NcclComm::wait(Stream s) {
         if (patience.over()) state_->give_up_waiting();
         patience.rest();
     }
+}
+
+std::string nccl_algorithms() {
+    const char* set = std::getenv("NCCL_ALGO");
+    return set ? set : "";
 }
 
 bool every_rank_has_its_own_device(const std::vector<std::string>& device_of_rank) {

@@ -30,6 +30,10 @@ class NcclComm final : public DeviceComm {
     std::unique_ptr<State> state_;
 };
 
+// The algorithms that NCCL may take, as in its variable NCCL_ALGO.  NcclComm sets it to those that repeat their bits,
+// where the user has not set it.
+std::string nccl_algorithms();
+
 // No two ranks name the same device.
 bool every_rank_has_its_own_device(const std::vector<std::string>& device_of_rank);
 // The same on every rank; `mine` names host and device of this one.

@@ -7,7 +7,7 @@
 //   call is not on the stream, and the next call is refused.
 //   Buffers must be device memory.  Two ranks with one device are refused.
 //   ncclAllReduce and ncclReduceScatter add every shard in a ring's order, which differs from shard to shard and from
-//   kiln's own sums.
+//   kiln's own sums.  Where NCCL_ALGO allows NVLS, the order also differs from call to call, as in a switch that adds.
 //   Groups hold sends and receives only, of one type on one stream.  Only the ranks of its messages call a group.
 //   ncclCommAbort ends the communicator's work on the stream at once, and returns when no graph holds calls of the
 //   communicator.  Any thread may call ncclCommAbort.  The next communicator drains the MPI messages left under way.
@@ -74,6 +74,15 @@ void drain_abandoned() {
             PMPI_Recv(bin.data(), n_bytes, MPI_BYTE, status.MPI_SOURCE, c->tag, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
         }
     }
+}
+// NCCL_ALGO is a list of algorithms, "Ring,Tree", or, behind "^", of those that may not be taken.
+bool allows(const std::string& algorithm) {
+    const char* set = std::getenv("NCCL_ALGO");
+    if (!set) return true;
+    std::string list = set;
+    const bool excludes = list.starts_with('^');
+    list = "," + list.substr(excludes) + ",";
+    return (list.find("," + algorithm + ",") != std::string::npos) != excludes;
 }
 }  // namespace
 
@@ -195,6 +204,7 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int n_ranks, ncclUniqueId 
     PMPI_Comm_rank(MPI_COMM_WORLD, &world_rank);
     PMPI_Comm_size(MPI_COMM_WORLD, &world_size);
     c->rank = rank, c->size = n_ranks, c->root = own.root;
+    c->by_switch = allows("NVLS") || allows("NVLSTree");
     c->tag = kFirstTag + int((int64_t(own.number) * world_size + own.root) % kTags);
     if (c->faulty()) return ncclInProgress;
     Member me{.rank = rank, .n_ranks = n_ranks, .world_rank = world_rank, .device = {}};

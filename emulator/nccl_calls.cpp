@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <random>
 #include <stdexcept>
 #include <utility>
 
@@ -47,12 +48,12 @@ struct Op : Call {
 
     enum { start, comparing, moving } phase = start;
     Messages messages;
-    std::vector<uint64_t> mine, all;        // (kHead + 2 size), (size, kHead + 2 size): each rank's call
+    std::vector<uint64_t> mine, all;        // (words), (size, words): each rank's call
     std::vector<std::vector<char>> copies;  // (size) of what is summed
 
     Op(Call call, std::shared_ptr<ncclComm> comm) : Call(std::move(call)), c(std::move(comm)) {}
     static constexpr size_t kHead = 5;  // number, kind, type, count, root: equal on all ranks that take part
-    size_t words() const { return kHead + 2 * size_t(c->size); }
+    size_t words() const { return kHead + 2 * size_t(c->size) + 1; }
     const uint64_t* of(int r) const { return &all[size_t(r) * words()]; }
     uint64_t sent(int from, int to) const { return of(from)[kHead + 2 * size_t(to)]; }
     uint64_t expected(int from, int to) const { return of(to)[kHead + 2 * size_t(from) + 1]; }
@@ -94,6 +95,7 @@ struct Op : Call {
         mine.assign(words(), 0);
         mine[0] = uint64_t(number), mine[1] = uint64_t(kind), mine[2] = uint64_t(type), mine[3] = count;
         mine[4] = uint64_t(root);
+        if (c->by_switch) mine.back() = std::random_device{}();  // rank 0's turns the order of the sum
         for (const Part& p : parts) mine[kHead + 2 * size_t(p.peer) + !p.is_send] += p.count + 1;  // empty ones count
         all.assign(size_t(c->size) * words(), 0);
         for (int r = 0; r < c->size; r++) {
@@ -166,11 +168,12 @@ struct Op : Call {
 
     void add() {
         float* out = reinterpret_cast<float*>(recv);
+        const size_t turn = c->by_switch ? size_t(of(0)[words() - 1]) % size_t(c->size) : 0;
         for (size_t i = 0; i < count; i++) {
             const size_t shard = kind == Kind::reduce_scatter ? size_t(c->rank) : i * size_t(c->size) / count;
             float sum = 0;
             for (size_t r = 1; r <= size_t(c->size); r++) {
-                const char* from = copies[(shard + r) % size_t(c->size)].data();
+                const char* from = copies[(shard + turn + r) % size_t(c->size)].data();
                 const float x = reinterpret_cast<const float*>(from)[i];
                 sum = r == 1 ? x : sum + x;
             }

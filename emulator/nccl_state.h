@@ -59,6 +59,7 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
     bool made = false, collecting = false;        // collecting: the root, until all members have reported
     ncclResult_t state = ncclInProgress;
     std::string error;
+    bool by_switch = false;  // sums may be made by NVLink SHARP
     bool hung = false, destroyed = false;
     std::atomic<bool> aborted = false;                           // perhaps by another thread
     std::shared_ptr<void> in_graphs = std::make_shared<char>();  // each captured call holds a copy

@@ -123,6 +123,7 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
             .is_first_on_gpu = is_first_on_gpu,
             .workspace_bytes = device.workspace_bytes,
             .nccl_bytes = nccl_bytes,
+            .nccl_algorithms = by_nccl ? nccl_algorithms() : "",
             .memory = device.memory,
             .note = attention.note};
 }

@@ -17,6 +17,7 @@ struct RunDevice {
     bool is_first_on_gpu = true;  // false: a rank before this one has the same GPU
     size_t workspace_bytes = 0;   // of the GPU's memory: scratch of the computing stream
     size_t nccl_bytes = 0;        // of the GPU's memory: taken by NCCL so far
+    std::string nccl_algorithms;  // that NCCL may take (comm/nccl.h); empty without NCCL
     MemoryState memory;           // of the GPU, with CUDA's context but nothing else taken; zero on the CPU
     std::string note;             // why `auto` took the CPU, or SelectedAttention::note
 };

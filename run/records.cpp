@@ -46,6 +46,7 @@ ordered_json run_record(const Context& x, const Trainer& trainer, const RunState
                            {"dtype", word_of(x.config.device.dtype)}};
     if (!x.device.attention.empty()) record["attention"] = x.device.attention;
     if (!state.choices.empty()) record["gemm_choices"] = hash_text(hash64(state.choices));
+    if (!x.device.nccl_algorithms.empty()) record["nccl_algorithms"] = x.device.nccl_algorithms;
     record.update({{"world", x.comm.size()},
                    {"threads", x.threads},
                    {"allreduce", all_reduce_name(training_options(x).allreduce)},

@@ -75,6 +75,19 @@ def test_nccl_agrees_with_ordered(gpus: Lab) -> None:
     assert len(gpus.run("nccl3").losses()) == STEPS
 
 
+def test_nccl_repeats_its_bits_although_the_machine_has_a_switch_that_does_not(gpus: Lab) -> None:
+    """The stand-in adds in another order at each call, unless NCCL_ALGO excludes sums in the switch."""
+    for name in ("one", "two"):
+        gpus.train(name, {"parallel.allreduce": "nccl"}, 4)
+    one, two = gpus.run("one"), gpus.run("two")
+    assert one.losses() == two.losses() and one.hashes(STEPS) == two.hashes(STEPS)
+    assert one.records("run")[0]["nccl_algorithms"] == "^NVLS,NVLSTree"
+    gpus.train("user", {"parallel.allreduce": "nccl"}, 2, env={"NCCL_ALGO": "Ring"})
+    assert gpus.run("user").records("run")[0]["nccl_algorithms"] == "Ring"
+    gpus.train("alone", {"parallel.allreduce": "nccl"}, 1)
+    assert "nccl_algorithms" not in gpus.run("alone").records("run")[0]
+
+
 def test_auto_takes_nccl_with_a_gpu_each_and_host_memory_on_a_shared_one(gpus: Lab) -> None:
     for devices, expected in ((2, "nccl"), (1, "ordered")):
         name = f"auto{devices}"

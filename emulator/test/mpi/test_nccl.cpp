@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
 
 #include "model/gpt2.h"
 #include "test/mpi/device_gradient.h"
@@ -60,6 +61,22 @@ Calls calls_of(const std::function<void()>& f) {
     return emulator::nccl_calls();
 }
 }  // namespace
+
+// With one or two ranks every order gives the same bits.
+TEST_CASE("nccl: a sum repeats its bits, which it would not in the switch") {
+    const auto n_results = [&] {
+        const Group group = nccl_group(kTimeout);
+        const auto reduction = make_gradient_all_reduce(group, AllReduce::nccl, 4001);
+        std::set<std::vector<float>> seen;
+        for (int call = 0; call < 12; call++) seen.insert(summed(group, *reduction, 4001));
+        return seen.size();
+    };
+    CHECK(n_results() == 1);
+    CHECK(nccl_algorithms() == "^NVLS,NVLSTree");
+    const Setting user("NCCL_ALGO", "NVLS");
+    if (world().size() > 2) CHECK(n_results() > 1);  // 12 equal of size() orders: less than once in 10^5 runs
+    CHECK(nccl_algorithms() == "NVLS");
+}
 
 TEST_CASE("nccl: exactly one call for a gradient") {
     const Group group = nccl_group(kTimeout);
