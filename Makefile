@@ -8,7 +8,7 @@ first       = $(firstword $(foreach c,$(1),$(shell command -v $(c))))
 comma      := ,
 
 CPU        ?= native## instruction set for -march=; x86-64-v3 for a binary that moves between machines
-SANITIZE   ?=## 1: address and undefined-behaviour sanitizers (C++ tests only)
+SANITIZE   ?=## 1: address and undefined-behaviour sanitizers, without the system tests
 DEBUG      ?=## 1: -O1, assertions on
 CUDA       ?= $(if $(NVCC),1,0)## 0: a ./train for the CPU alone, without nvcc
 ARCH       ?= 80 86 89 90a 100## compute capabilities to compile for; the last also as PTX, for later GPUs
@@ -93,9 +93,8 @@ readme: all ## README.md's table of keys, which ./train --keys prints
 	cp build/README.md README.md
 
 VENV := build/deps/venv/bin
-lint: deps ## formatting, include directions, README's table of keys, shell scripts, Python (ruff and mypy)
+lint: $(B)/train-cpu ## formatting, include directions, README's table of keys, shell scripts, Python (ruff and mypy)
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --lint
-	@$(MAKE) --no-print-directory -j$$(nproc) $(B)/train-cpu
 	@for tool in ruff mypy; do [ -x $(VENV)/$$tool ] || \
 	    { echo "$(VENV)/$$tool is missing; scripts/install_deps.sh --lint installs it" >&2; exit 2; }; done
 	@clang-format --dry-run -Werror $(FORMATTED)
@@ -117,15 +116,16 @@ LINK = @echo "link $@"; $(MPICXX) -fopenmp $(SAN) $(filter %.o,$^) $(LIBS) -o $@
 COMPILE = @[ -n "$(MPICXX)" ] || { echo "mpicxx not found; run scripts/install_deps.sh first"; exit 2; }; \
           mkdir -p $(@D); echo "compile $<"; $(CCACHE) $(MPICXX) $(CXXFLAGS) -MD -MP
 $(B)/train-cpu: $(MAIN:%=$(O)/%.o) $(RUN_OBJ) $(LIB_OBJ); $(LINK)
-$(B)/test: $(LIB_OBJ) $(EMU_OBJ) $(TEST_OBJ); $(LINK)
-$(B)/test_mpi: $(LIB_OBJ) $(EMU_OBJ) $(MPI_TESTS) $(EMU_MPI_TESTS); $(LINK)
+$(B)/test: $(LIB_OBJ) $(EMU_REST) $(TEST_OBJ) $(EMU_CORE); $(LINK)
+$(B)/test_mpi: $(LIB_OBJ) $(EMU_REST) $(MPI_TESTS) $(EMU_MPI_TESTS) $(EMU_CORE); $(LINK)
 $(B)/bench_gemm: $(O)/bench/bench_gemm.o $(LIB_OBJ); $(LINK)
 COMMIT = -DKILN_COMMIT='"$(shell cat build/commit)"'
 $(O)/%.o: %.cpp; $(COMPILE) -c $< -o $@
-COMPUTING_TESTS = $(RACE_SRC:%.cpp=$(O)/%.o)
+COMPUTING_TESTS = $(TARGET_TESTS:%.cpp=$(O)/%.o)
 ifdef SANITIZE
-# Tests are checked for addresses alone: the checks for undefined behaviour take as long to compile as the tests.  A link
-# takes inline functions from the first object that has them, so product code comes first and keeps both.
+# Tests are checked for addresses alone: the checks for undefined behaviour take as long to compile as the tests.  A
+# link takes an inline function from the first object that has it.  Product code, checked for both, therefore comes
+# first, and the emulator's core, checked for nothing, last.
 $(TEST_OBJ) $(MPI_TESTS) $(EMU_HOST_TESTS) $(EMU_MPI_TESTS): SAN = -fsanitize=address -fno-omit-frame-pointer \
     -Wno-maybe-uninitialized
 $(patsubst %,$(O)/%/%.o,bench checkpoint comm common data model run trainer) $(filter-out $(COMPUTING_TESTS),$(TEST_OBJ)): LEVEL = -O0

@@ -121,7 +121,7 @@ double rate(const Backend& k, size_t smallest, size_t largest, double enough_ms,
     } catch (const Error& e) {  // `work` is still the largest that fitted into memory
         if (e.code != Exit::memory) throw;
     }
-    // Long enough for a GPU to leave its idle clocks, short enough to go unnoticed.
+    // A GPU needs 50 ms to leave its idle clocks; a CPU does not.
     const double total_ms = k.host_addressable ? 10 : 50;
     return work ? work->amount() / timer.best_ms(*work, total_ms, 200) * 1e3 : 0;
 }

@@ -7,8 +7,8 @@
 #include "kernels/ops.h"
 
 namespace {
-// Elements per rank and message.  Bounds the scratch memory at 2 * size * 4 * kShard bytes; sums are element by
-// element, so the piece size does not touch the bits.
+// Elements per rank and message, which bounds the scratch memory at 2 * size * 4 * kShard bytes.  It changes no bit of
+// `ordered`.  It changes those of `ring`, where the shard of an element decides at which rank the sum begins.
 constexpr size_t kShard = size_t(1) << 18;
 
 void ordered(Comm& comm, std::span<float> data) {
@@ -29,7 +29,7 @@ void ordered(Comm& comm, std::span<float> data) {
     }
 }
 
-// Shard s of the ring: a contiguous n-th of the buffer; some are empty when there are more ranks than elements.
+// Shard s of the ring: a contiguous part of the buffer, one for each rank; some are empty where elements are fewer.
 std::span<float> ring_shard(std::span<float> data, int size, int s) {
     const size_t begin = data.size() * size_t(s) / size_t(size), end = data.size() * (size_t(s) + 1) / size_t(size);
     return data.subspan(begin, end - begin);
@@ -39,7 +39,7 @@ void ring_piece(Comm& comm, std::span<float> data, std::vector<float>& incoming)
     const int size = comm.size(), rank = comm.rank();
     const int next = (rank + 1) % size, previous = (rank + size - 1) % size;
     const auto shard = [&](int s) { return ring_shard(data, size, (s % size + size) % size); };
-    for (int i = 0; i < size - 1; i++) {  // reduce-scatter: the sum of shard s travels from rank s to rank s - 1
+    for (int i = 0; i < size - 1; i++) {  // reduce-scatter: shard s starts at rank s and is complete at rank s - 1
         const auto out = shard(rank - i), in = shard(rank - i - 1);
         comm.send_recv(out.data(), out.size_bytes(), next, incoming.data(), in.size_bytes(), previous);
         for (size_t j = 0; j < in.size(); j++) in[j] += incoming[j];

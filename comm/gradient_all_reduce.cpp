@@ -16,7 +16,7 @@ class OneRank final : public GradientAllReduce {
     const char* name() const override { return "one rank"; }
 };
 
-// In memory that the host addresses, of a backend whose work is done when a call returns.
+// In place, on a backend whose memory the host addresses and whose work is done when a call returns.
 class InPlaceSum final : public GradientAllReduce {
   public:
     InPlaceSum(Comm& host, AllReduce how, size_t n) : host_(host), how_(how), n_(n) {}
@@ -74,9 +74,9 @@ class Nccl final : public GradientAllReduce {
     const size_t n_;
 };
 
-// Every rank gets one shard of a piece from all ranks, sums it by the tree, and hands it to all.  Sums are element by
-// element: the sizes of pieces and shards do not touch the bits.  The last few elements, too few to make a shard for
-// every rank, go to every rank, and every rank sums them.
+// The gradient is cut into pieces, and a piece into one shard for each rank.  A rank receives its shard from all ranks,
+// sums these by the tree, and sends the sum to all.  The sizes of pieces and shards change no bit.  The last few
+// elements, too few to make a shard for every rank, go to every rank, and every rank sums them.
 class OrderedByNccl final : public GradientAllReduce {
   public:
     OrderedByNccl(const Backend& k, DeviceComm& device, size_t n, size_t longest)
@@ -107,8 +107,8 @@ class OrderedByNccl final : public GradientAllReduce {
 
   private:
     static constexpr size_t kShardUnit = 4;  // shards begin on 16 bytes
-    // 64 MiB of scratch memory, but no shard below 2^18 elements, where messages cost more than their bytes, or above
-    // 2^22.
+    // 64 MiB of scratch memory, where that makes shards of 2^18 to 2^22 elements.  In shorter shards the fixed cost of
+    // a message exceeds the time of its bytes.
     static constexpr size_t affordable(size_t ranks) {
         return std::clamp((size_t(1) << 24) / ranks, size_t(1) << 18, size_t(1) << 22) / kShardUnit * kShardUnit;
     }

@@ -24,11 +24,12 @@ constexpr std::chrono::seconds kAbortWait{1};    // for an abort that no graph h
 constexpr std::chrono::seconds kAbortLimit{10};  // for an abort whose graphs are destroyed; then nothing waits on
 
 // A switch with NVLink SHARP (NVLS) adds in an order that differs from call to call (NCCL issue 1497).
-constexpr const char* kRepeatable = "^NVLS,NVLSTree";
+constexpr const char* kNotInTheSwitch = "^NVLS,NVLSTree";
 
-// Settings of the environment, which NCCL reads when it makes the first communicator; the user's own go before.
+// Variables that NCCL reads when it makes the first communicator.  A value that the environment has stays; a value in a
+// file nccl.conf does not: NCCL takes it for variables alone that are not set.
 void set_environment(const Comm& comm) {
-    setenv("NCCL_ALGO", kRepeatable, 0);
+    setenv("NCCL_ALGO", kNotInTheSwitch, 0);
     // In a graph NCCL registers the whole allocation of a buffer with the network, here all of kiln's memory; some
     // networks hang then (NCCL issue 2389).
     if (comm.size() > comm.local_size()) setenv("NCCL_GRAPH_REGISTER", "0", 0);

@@ -30,8 +30,8 @@ class NcclComm final : public DeviceComm {
     std::unique_ptr<State> state_;
 };
 
-// The algorithms that NCCL may take, as in its variable NCCL_ALGO.  NcclComm sets it to those that repeat their bits,
-// where the user has not set it.
+// The algorithms that NCCL may take, as its variable NCCL_ALGO says.  Where the environment does not set the variable,
+// NcclComm excludes sums in an NVLink switch, whose bits differ from call to call.
 std::string nccl_algorithms();
 
 // No two ranks name the same device.

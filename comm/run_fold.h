@@ -1,6 +1,6 @@
 // The order of the ordered reduction inside one rank: run sums are folded pairwise, like the carries of a binary
 // counter, ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).  The tree over ranks continues it, so that the bits do not depend
-// on how many ranks share the runs.  Pure bookkeeping over buffer numbers; the caller owns the buffers and adds.
+// on how many ranks share the runs.  RunFold only says which buffers to add; the caller owns and adds them.
 #pragma once
 #include <bit>
 #include <vector>

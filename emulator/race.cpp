@@ -12,6 +12,7 @@
 // Not seen: code that was not executed.  Too coarse: accesses of different bytes in one granule of 2 count as
 // conflicting.
 #include <algorithm>
+#include <new>
 
 #include "state.h"
 
@@ -39,7 +40,10 @@ ShadowCell find_global(const uint8_t* p) {
         b.last_buffer = a;
     }
     if (p < a->p || p >= a->p + a->n_bytes) return {Region::redzone, nullptr};
-    if (!a->cells) a->cells.reset(static_cast<Cell*>(std::calloc(a->n_bytes / kGranule + 2, sizeof(Cell))));
+    if (!a->cells) {
+        a->cells.reset(static_cast<Cell*>(std::calloc(a->n_bytes / kGranule + 2, sizeof(Cell))));
+        if (!a->cells) throw std::bad_alloc();
+    }
     return {Region::global, &a->cells[size_t(p - a->p) / kGranule]};
 }
 

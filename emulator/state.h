@@ -160,8 +160,8 @@ struct FreeMemory {
 struct DeviceBuffer {
     uint8_t* p;
     size_t n_bytes;
-    // Made at the first checked access, by calloc: stale cells are all zero, and the system makes only the pages that are
-    // used.  Many times as large as the buffer.
+    // Made at the first checked access, by calloc: stale cells are all zero, and the system makes only the pages that
+    // are used.  Many times as large as the buffer.
     std::unique_ptr<Cell[], FreeMemory> cells;
 };
 

@@ -42,6 +42,7 @@ struct Embedding {  // y = wte[token] + wpe[t]
     Buf wpe;        // (>= T, C)
     int B = 0, T = 0, C = 0, V = 0;
 };
+// dwte[v] += the sum of dy where the token is v; dwpe[t] = the sum of dy over the batch
 struct EmbeddingGrad {
     Buf dwte;    // (Vp, C)    out  +=  always: the tied classifier has written dwte before
     Buf dwpe;    // (>= T, C)  out  =, or += when accumulate; with =, rows from T on become zero
@@ -157,7 +158,7 @@ struct Add {  // y += x: adds up gradient buffers
     Buf x;    // (n)  stat
 };
 
-struct TreeSum {  // y = the balanced binary tree over the parts' numbers, ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
+struct TreeSum {  // y = the parts' sum as a balanced tree in their order, ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))
     Buf y;        // (n)         out  =   f32; may be the first part
     Buf x;        // (parts, n)  f32, destroyed; parts is a power of two
     int parts = 0;

@@ -1,7 +1,7 @@
 // A model architecture: a constant table, as Backend is one for devices.
 //
 // An architecture has two lists, of its parameters and of its activations.  Weights, gradients and moments hold a
-// number per parameter.  Each of them is a Tensors: a Buf for each line of the list, in the list's order.  Memory plans,
+// number per parameter: each is a Tensors, a Buf for each line of the list, in the list's order.  Memory plans,
 // optimizers and checkpoints work with lists and know no architecture.
 #pragma once
 #include <cstdint>
@@ -37,7 +37,7 @@ struct ParamInfo {
     Init init;
     bool decay;  // AdamW decays tensors of two dimensions
     Split split;
-    int block = -1;  // -1: in none
+    int block = -1;  // that it belongs to; -1: outside of blocks
     size_t count() const;
     size_t count_saved() const { return count() / shape[0] * n_rows_saved; }
     std::vector<size_t> shape_saved() const;

@@ -65,7 +65,7 @@ struct Named {
         return {
             .where = batch.where, .seed = batch.seed, .site = dropout_site(layer, kind), .p = train ? c.dropout : 0};
     }
-    // The activations of a block, wherever they are kept.
+    // The activations of a block.  Where a block keeps no tensor of its own, the one that all blocks use in turn.
     BlockActs acts_of(int layer) const {
         BlockActs h = a.block[size_t(layer)];
         const auto shared = [&](auto... member) { ((h.*member = h.*member ? h.*member : a.shared.*member), ...); };
@@ -148,7 +148,7 @@ void forward(const Pass& pass) {
                      .BT = BT, .V = c.V, .Vp = c.Vp(), .grad_scale = pass.grad_scale}, x.s);
 }
 
-// Brings back what the block did not keep.  The last block's is still there.
+// Computes again the activations that a block did not keep.  Those of the last block still lie in the shared tensors.
 void recompute(const Named& x, int l) {
     if (l == x.c.L - 1) return;
     const BlockActs h = x.acts_of(l);
@@ -165,16 +165,16 @@ void backward(const Pass& pass) {
     const GPT2Params g = bind(*pass.grads, c);
     const int B = x.batch.B, T = x.batch.T, BT = B * T, C = c.C, NH = c.NH, HS = c.HS();
     const bool acc = pass.accumulate;
-    // Without dropout a projection's output gradient is the residual stream's, and its bias gradient the column sums
-    // that the LayerNorm's backward takes along as it writes it: for the last projection of a block, the LayerNorm that
-    // the next block begins with.
+    // Without dropout d_res is the gradient of a projection's output, and its column sums are the gradient of the
+    // projection's bias.  layernorm_backward writes d_res and these sums (dx_sum): ln2 those of projb; those of fcprojb
+    // the LayerNorm that the next block begins with.
     const bool dropout = c.dropout > 0;
     const auto from_layernorm = [&](Buf bias) { return dropout ? Buf() : bias; };  // (C)
     const auto from_linear = [&](Buf bias) { return dropout ? bias : Buf(); };     // (C)
     const auto bias_below = [&](int l) { return l > 0 ? from_layernorm(g.block[size_t(l - 1)].fcprojb) : Buf(); };
     CHECK_THAT(pass.is_first() || dropout || !c.bias || bias_below(pass.first_layer),
                "no gradient for the bias below block {}", pass.first_layer);
-    if (pass.is_last()) {
+    if (pass.is_last()) {  // cross_entropy has replaced the logits by their gradient
         k.linear_backward({.dx = a.d_ln, .dw = g.wte, .dy = a.logits, .x = a.lnf, .w = x.p.wte,
                            .BT = BT, .C = C, .OC = c.Vp(), .w_transposed = true, .accumulate = acc}, x.s);
         k.layernorm_backward({.dx = a.d_res, .dw = g.lnfw, .db = g.lnfb, .dx_sum = bias_below(c.L),

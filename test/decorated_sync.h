@@ -1,4 +1,4 @@
-// A GradientSync around another one: each call goes on to the inner one, and a test overrides the calls that it watches.
+// A GradientSync around another one.  Each call goes on to the inner one; a test overrides the calls that it watches.
 #pragma once
 #include <memory>
 #include <utility>

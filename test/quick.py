@@ -84,7 +84,7 @@ def main() -> int:
                 f"{args.build}/test_emulator": [t for t in tests if t.startswith("emulator/test/")]}
     programs = [binary for binary, files in binaries.items() if files]
     if system or any(f.startswith(("run/", "train.cu")) for f in changed):
-        programs += ["all", "emulated"]
+        programs += ["all", "emulated", f"{args.build}/test"]
     if not run(["make", "--no-print-directory", "DEPS=0", f"-j{CORES}", "lint", *programs]):
         return 2
     passed = True

@@ -18,9 +18,10 @@ std::vector<Range> block_ranges(const std::vector<FlatParam>& flat, int n_blocks
     size_t first = 0;
     for (int block = 0; block < n_blocks; block++) {
         const auto next = std::ranges::find(flat, block + 1, [](const FlatParam& p) { return p.info.block; });
-        CHECK_THAT((next == flat.end()) == (block + 1 == n_blocks), "parameters of block {} of {}", block + 1,
-                   n_blocks);
         const size_t end = next == flat.end() ? flat.back().range.end() : next->range.first;
+        CHECK_THAT((next == flat.end()) == (block + 1 == n_blocks) && end > first,
+                   "expected the parameters of {} blocks, one block after the other; not so behind block {}", n_blocks,
+                   block);
         out.push_back({first, end - first});
         first = end;
     }

@@ -27,7 +27,7 @@ class TrainerMemory : public ModelMemory {
     Buf flat_moments() const { return moment_arena.flat(stat()); }
     // The rounded parameters that ops read; absent where ops read the masters.
     Buf flat_copy() const { return has_masters() ? param_arena.flat(real()) : Buf(); }
-    // Buffer 0: RunFold leaves the sum of all micro-batches there.
+    // Gradient buffer 0, where RunFold leaves the sum of this rank's micro-batches.
     Buf gradient() const { return flat_gradient(0); }
     Buf flat_gradient(int buffer) const { return grad_arenas[size_t(buffer)].flat(stat()); }
 

@@ -1,8 +1,9 @@
 // The optimizer: groups of parameters, each with its rule, and the moments that the rules keep between steps.
 //
-// Masters, gradient and each moment are flat buffers (trainer/flat_params.h).  An elementwise rule (AdamW, Adam, SGD, Lion) makes one call for all parameters of its group that lie side by side; a group of
-// everything is one call over everything.  A rule that needs whole matrices, such as Muon's, would make a call for each
-// parameter of its group, whose shape stands in ParamInfo.
+// Masters, gradient and each moment are flat buffers (trainer/flat_params.h).  An elementwise rule (AdamW, Adam, SGD,
+// Lion) makes one call for all parameters of its group that lie side by side; a group of everything is one call over
+// everything.  A rule that needs whole matrices, such as Muon's, would make a call for each parameter of its group: the
+// shape stands in ParamInfo.
 #pragma once
 #include <vector>
 

@@ -19,7 +19,8 @@ ReplicatedUpdate::ReplicatedUpdate(const Group& group, const TrainerOptions& opt
     all_reduce_->plan(memory.scalar_arena);
 }
 
-// NCCL connects the ranks, and takes memory for that, at the first call of a size: here, while the gradient is zero.
+// At its first call of a size NCCL connects the ranks and takes memory.  start() makes this call while the gradient is
+// zero.
 void ReplicatedUpdate::start(Stream s) {
     optimizer_.start(s);
     if (all_reduce_->needs_host()) return;

@@ -128,11 +128,12 @@ void Trainer::accumulate_micro_batches() {
         const Pass x = training_pass(batch(i), grads, i % share_.run_length != 0);
         k_.set_mark(marks_.start[size_t(i)].get(), stream_);
         model.forward(x);
+        // memory_.loss is the activation `loss`, one of each token, that the forward pass has written.
         const Buf sums = memory_.losses.slice(size_t(i) * B, size_t(B));  // (B)
         k_.row_sum({.y = sums, .x = memory_.loss, .B = B, .T = o_.model.T}, stream_);
         k_.set_mark(marks_.forward[size_t(i)].get(), stream_);
 
-        std::vector<std::pair<int, int>> folds;  // gradient buffers (into, from) to be added now
+        std::vector<std::pair<int, int>> folds;  // gradient buffers (into, from) to add after the backward pass
         if ((i + 1) % share_.run_length == 0) fold.push([&](int into, int from) { folds.emplace_back(into, from); });
         if (i + 1 < share_.n_micro) {
             model.backward(x);
@@ -162,7 +163,7 @@ void Trainer::finish_gradient(const Pass& last, const std::vector<std::pair<int,
     }
 }
 
-// The mean loss of the global batch from this rank's sums.
+// Gathers the sums of all ranks; the mean loss of a token of the global batch.
 double Trainer::gather_loss(const std::vector<double>& mine) {
     std::vector<double> all(mine.size() * size_t(group_.size()));
     group_.host().all_gather(mine.data(), all.data(), mine.size() * sizeof(double));
@@ -171,7 +172,7 @@ double Trainer::gather_loss(const std::vector<double>& mine) {
     return sum / (double(o_.train.global_batch_size) * o_.model.T);
 }
 
-// The end of a step's work: new parameters, and the losses on their way to the host.
+// Gives the stream the end of a step: from the gradient to new parameters, and the copy of the losses to the host.
 void Trainer::finish_step() {
     sync_->finish_step(*graphs_, stream_);
     k_.download(losses_.as<void>(), memory_.losses.data, memory_.losses.n_bytes(), stream_);
@@ -193,7 +194,7 @@ StepResult Trainer::step(int64_t step, double learning_rate, const NextMicroBatc
     const double fetched_ms = clock.ms();
     if (needs_host) finish_step();
     collect(result);
-    // Until then the device had work while the next tokens were fetched.
+    // While tokens were fetched the device had work for busy_ms.
     const double busy_ms =
         result.ms.forward + result.ms.backward + (needs_host ? 0 : result.ms.reduce + result.ms.optimizer);
     result.ms.data += std::max(0.0, fetched_ms - std::max(given_ms, busy_ms));

@@ -34,8 +34,8 @@ struct Machine {
     size_t memory_bytes = size_t(8) << 30;  // KILN_EMULATOR_MEMORY: of each device
     // KILN_EMULATOR_CLOCK=1: events read a nominal clock, on which a kernel takes 10 us, a copy or a fill 5 us, and a
     // matrix product 100 us by algorithm `fastest_algorithm` or (2 + n) * 100 us by another algorithm n, plus
-    // `epilogue_us` where the product has an epilogue.  One of 256 x 256 x 256 takes 20 ms more, and larger ones in
-    // proportion, so that a peak is measured on small products.  Otherwise events read the host's clock.
+    // `epilogue_us` where the product has an epilogue.  A product of 256^3 multiply-adds or more takes another 20 ms
+    // for each 256^3 of them, so that a peak is measured on small products.  Otherwise events read the host's clock.
     bool has_clock = false;
     int fastest_algorithm = 0;      // KILN_EMULATOR_FASTEST_ALGORITHM
     int epilogue_us = 0;            // KILN_EMULATOR_EPILOGUE_US

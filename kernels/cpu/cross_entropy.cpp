@@ -6,7 +6,8 @@
 //   shapes     logits (BT, Vp)    targets, loss, correct (BT)
 //   traffic    one read and one write of the logits; the passes after the first find the row in L2.   bound: memory
 //   limits     any V <= Vp; a target outside [0, V) is refused before anything is written
-//   order      sum: SIMD lanes within pieces of 1024 columns, pieces in order, in double.  Tasks are rows.
+//   order      sum: SIMD lanes add up 1024 columns in the logits' type; these sums are added in order in double.  A
+//              thread takes whole rows.
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/math.h"
 
@@ -15,9 +16,9 @@
 #include <limits>
 
 namespace {
-constexpr int kPiece = 1024;  // columns summed in T; the sums of pieces are added in double
+constexpr int kPiece = 1024;  // columns that are summed in the logits' type
 
-// sum_v exp(x[v] - m), and the terms to x when `keep`.
+// sum_v exp(x[v] - m).  With `keep` writes the terms to x.
 template <bool keep, class T>
 double exp_sum(T* x, int V, T m) {
     double sum = 0;

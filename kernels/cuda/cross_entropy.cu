@@ -11,7 +11,8 @@
 //              outside [0, V) reads and writes nothing out of bounds, the row's loss and gradient become NaN
 //   order      one block per row.  A thread takes every blockDim-th vector of 16 bytes and keeps a running maximum and
 //              the fp32 sum relative to it.  Then the thread sums are scaled to the block's maximum and added in a
-//              fixed tree.  The number of threads follows from Vp alone: both ways of reading give the same bits
+//              fixed tree.  The number of threads follows from Vp alone: a row in shared memory and a row read
+//              twice give the same bits
 #include "kernels/cuda/launch.h"
 #include "kernels/elementwise.cuh"
 #include "kernels/ptx.cuh"

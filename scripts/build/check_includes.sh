@@ -1,9 +1,10 @@
 #!/bin/bash
-# Who may include whom:
+# Checks the source's includes.  Who may include whom:
 #   train.cu -> run -> trainer, checkpoint, bench -> model, comm -> kernels -> common    run -> data -> common
 #   emulator -> kernels, common    tests, and the programs bench/bench_*.cpp -> anything
-# that no header includes itself through others, that no room includes the headers of ops on CPUs or GPUs,
-# and what keeps kernel files parsing as plain C++20 (the rules at the head of kernels/simt.h):
+# No header includes itself through others.  (Not checked in emulator/, whose includes are relative.)
+# Headers of kernels/cpu and kernels/cuda belong to the ops there.
+# Rules that keep kernel files parsing as plain C++20 (they stand at the head of kernels/simt.h):
 #   headers of CUDA, cuBLASLt, cuDNN and NCCL only in kernels/*.cuh, kernels/simt.h, kernels/tensor_map.h, kernels/cuda/
 #   and comm/nccl.cpp, and for bf16 in common/buf.h; in kernels/, inline asm only in ptx.cuh and wgmma.cuh, <<<>>> and
 #   __shared__ only in simt.h, cooperative groups and printf nowhere.  Comments do not count.
@@ -39,7 +40,7 @@ check data data common
 check run run trainer checkpoint bench data model comm kernels common
 check train.cu run trainer checkpoint bench data model comm kernels common
 
-headers=$(git ls-files '*.h' '*.cuh' | grep -v '^emulator/include/')
+headers=$(git ls-files '*.h' '*.cuh' | grep -v '^emulator/')
 report "no header may include itself through others:" "$(
     # shellcheck disable=SC2086
     grep -HE '^ *# *include "' $headers | sed -E 's,^([^:]*):.*"([^"]*)".*,\1 \2,' | tsort 2>&1 >/dev/null || true
@@ -59,7 +60,8 @@ only_in 'kernels/cuda/[^:]*|kernels/[^/:]*\.cuh|kernels/(simt|tensor_map)\.h|com
     'only kernels for GPUs and comm/nccl.cpp may include headers of CUDA, cuBLASLt, cuDNN and NCCL:' "$CUDA_HEADER" "${SOURCES[@]}"
 only_in 'kernels/cuda/[^:]*\.cuh?|kernels/[^/:]*\.cuh|kernels/tensor_map\.h|kernels/cuda/launch\.h' \
     'only files of kernels include simt.h; the others need cuda.h alone:' 'include "kernels/simt\.h"' kernels
-only_in 'kernels/cuda/[^:]*' 'kernels for GPUs alone include headers of kernels/cuda:' 'include "kernels/cuda/' "${SOURCES[@]}"
+only_in 'kernels/cuda/[^:]*' 'kernels for GPUs alone include headers of kernels/cuda:' \
+    'include "kernels/cuda/' "${SOURCES[@]}"
 only_in 'kernels/cpu/[^:]*|bench/bench_gemm\.cpp' 'ops on CPUs alone include headers of kernels/cpu:' \
     'include "kernels/cpu/' "${SOURCES[@]}"
 only_in 'kernels/(ptx|wgmma)\.cuh' 'inline asm belongs into kernels/ptx.cuh:' '\basm\b|__asm' kernels

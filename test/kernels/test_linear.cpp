@@ -179,20 +179,20 @@ Grads backward(const Target& t, const Shape& s, const GradFlags& f, const GradIn
 }
 
 // Keeps the last value that was made, for each dtype: the reference is slow, and the targets of a dtype share it.
-template <class Value, class Flags>
+template <class Value, class Key>
 class Memo {
   public:
     template <class Make>
-    const Value& get(DType t, const Shape& s, const Flags& f, Make&& make) {
+    const Value& get(DType t, const Shape& s, const Key& key, Make&& make) {
         Last& last = last_[t];
-        if (!last.value || !(last.s == s && last.f == f)) last = {s, f, std::make_unique<Value>(make())};
+        if (!last.value || !(last.s == s && last.key == key)) last = {s, key, std::make_unique<Value>(make())};
         return *last.value;
     }
 
   private:
     struct Last {
         Shape s{};
-        Flags f{};
+        Key key{};
         std::unique_ptr<Value> value;
     };
     std::map<DType, Last> last_;

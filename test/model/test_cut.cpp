@@ -147,13 +147,13 @@ template <class F>
 void for_each_cut(F&& f) {
     for (const Target& t : targets())
         for (const Case& config : kCases) {
+            CAPTURE(t.name);
+            CAPTURE(config.bias);
+            CAPTURE(config.dropout);
+            CAPTURE(int(config.recompute));
             Memory whole(t, config);
             whole.run({{0, kThree.L}});
             for (const std::vector<Cut>& cuts : kCuts) {
-                CAPTURE(t.name);
-                CAPTURE(config.bias);
-                CAPTURE(config.dropout);
-                CAPTURE(int(config.recompute));
                 CAPTURE(cuts.size());
                 CAPTURE(cuts[0].last);
                 f(t, config, cuts, whole);

@@ -1,5 +1,6 @@
 // MPICH's ranks spin while they wait.  Where ranks are more than cores, a spinning rank keeps the core from the rank
-// that it waits for.  Over UCX, MPICH finds this function before UCX's own: when nothing has arrived, another rank runs.
+// that it waits for.  Over UCX, MPICH finds this function before UCX's own, and lets another rank run when nothing has
+// arrived.
 #include <dlfcn.h>
 #include <sched.h>
 

@@ -31,7 +31,7 @@ MPIRUN = os.environ.get("MPIRUN") or shutil.which("mpirun.mpich") or "mpirun"
 # Matrix products are chosen by timing: on a clock of the emulator's own, and never into the user's cache.
 CACHE = tempfile.mkdtemp(prefix="kiln-cache-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("KILN_")} | {
+ENV = {k: v for k, v in os.environ.items() if not k.startswith(("KILN_", "NCCL_"))} | {
     "OMP_WAIT_POLICY": "passive",
     "XDG_CACHE_HOME": CACHE,
     "KILN_EMULATOR_CLOCK": "1",

@@ -102,6 +102,7 @@ class Copied final : public DecoratedSync {
         : DecoratedSync(std::move(inner)), parts(memory.n_params(), NAN), k_(k), memory_(memory) {}
     void gradient_ready(Range part, Stream s) override {
         std::ranges::copy(read(part, s), parts.begin() + ptrdiff_t(part.first));
+        DecoratedSync::gradient_ready(part, s);
     }
     void finish_step(StepGraphs& graphs, Stream s) override {
         whole = read({0, memory_.n_params()}, s);

@@ -112,6 +112,8 @@ TEST_CASE("optimizer: the ranges of blocks are the flat buffer, in order") {
     list[2].block = 0;
     CHECK(block_ranges(flat_params(list), 1) == std::vector<Range>{{0, n}});
     CHECK_THROWS_AS(block_ranges(flat_params(list), 2), Error);  // no parameter is in block 1
+    list[1].block = 2, list[2].block = 1, list[3].block = 0;
+    CHECK_THROWS_AS(block_ranges(flat_params(list), 3), Error);  // in another order
 }
 
 TEST_CASE("optimizer: a group of all parameters is one call over everything") {

@@ -23,11 +23,15 @@ constexpr double kTimeout = 60;  // of communicators that are not expected to fa
 // Sets a variable of the environment for a while.
 class Setting {
   public:
-    Setting(const char* name, const std::string& value) : name_(name) { setenv(name, value.c_str(), 1); }
-    ~Setting() { unsetenv(name_); }
+    Setting(const char* name, const std::string& value) : name_(name) {
+        if (const char* before = std::getenv(name)) before_ = before;
+        setenv(name, value.c_str(), 1);
+    }
+    ~Setting() { before_ ? setenv(name_, before_->c_str(), 1) : unsetenv(name_); }
 
   private:
     const char* name_;
+    std::optional<std::string> before_;
 };
 
 // Late streams: in the other modes a call of the emulated runtime may last until the device is done, and no deadline
@@ -71,6 +75,7 @@ TEST_CASE("nccl: a sum repeats its bits, which it would not in the switch") {
         for (int call = 0; call < 12; call++) seen.insert(summed(group, *reduction, 4001));
         return seen.size();
     };
+    unsetenv("NCCL_ALGO");
     CHECK(n_results() == 1);
     CHECK(nccl_algorithms() == "^NVLS,NVLSTree");
     const Setting user("NCCL_ALGO", "NVLS");
