@@ -58,8 +58,10 @@ $(B)/test_mpi_native: $(MPI_TESTS) $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_isa_native: $(O)/test/main.o $(N)/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/test_isa_sm90_native: $(O)/test/main.o $(N)/sm90/emulator/test/test_isa.o $(LIB_OBJ); $(LINK) $(CUDA_LIBS)
 $(B)/bench_attention: $(O)/cuda/bench/bench_attention.o $(LIB_OBJ) $(CUDA_OBJ); $(LINK) $(CUDA_LIBS)
+# Clones share nvcc's objects.  In -lineinfo such an object names the folder of the clone that compiled it.
+NVCC_CACHE = $(CCACHE:%=env -u CCACHE_DEPEND CCACHE_NOHASHDIR=1 %)
 KERNEL = @[ -n "$(NVCC)" ] || { echo "nvcc not found: kernels need the CUDA toolkit (CUDA_HOME); without it: make CUDA=0, make emulated"; exit 2; }; \
-         echo "nvcc $<"; scripts/build/nvcc.sh $@ $(CCACHE) $(NVCC) $(NVCC_FLAGS) -MD -MP -c $< -o $@
+         echo "nvcc $<"; scripts/build/nvcc.sh $@ $(NVCC_CACHE) $(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@
 # A change of compiler, ARCH or flags recompiles the kernels.
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
