@@ -164,7 +164,7 @@ void TrainingRun::start(OpenMode mode) {
     // buffers and loaded kernels, or belongs to another process.
     const size_t ours = trainer_.memory().n_bytes() + x_.device.workspace_bytes, taken = memory_taken(x_.device);
     if (x_.device.has_own_gpu) libraries_.all = taken - std::min(taken, ours);
-    libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.sync().library_bytes());
+    libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.sync().connection_bytes());
     x_.log.open((x_.run_dir / "train.log").string());
     if (x_.config.checkpoint.interval > 0 || x_.config.run.max_minutes > 0) {
         const Snapshot::Kind kind = snapshot_kind(x_.device.k);

@@ -11,7 +11,7 @@ class DecoratedSync : public GradientSync {
     explicit DecoratedSync(std::unique_ptr<GradientSync> inner) : inner_(std::move(inner)) {}
     const char* name() const override { return inner_->name(); }
     void start(Stream s) override { inner_->start(s); }
-    size_t library_bytes() const override { return inner_->library_bytes(); }
+    size_t connection_bytes() const override { return inner_->connection_bytes(); }
     void begin_step(int64_t step, double learning_rate) override { inner_->begin_step(step, learning_rate); }
     void gradient_ready(Range part, Stream s) override { inner_->gradient_ready(part, s); }
     void finish_step(StepGraphs& graphs, Stream s) override { inner_->finish_step(graphs, s); }

@@ -59,7 +59,7 @@ class GradientSync {
     // Once, before the first step, when memory is placed and zero: writes constants and connects the ranks.
     virtual void start(Stream s) = 0;
     // Device memory that a library took for the connections, beyond the plan.
-    virtual size_t library_bytes() const { return 0; }
+    virtual size_t connection_bytes() const { return 0; }
 
     // `step` counts all global batches before, as in Trainer::step.
     virtual void begin_step(int64_t step, double learning_rate) = 0;

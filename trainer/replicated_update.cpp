@@ -27,7 +27,7 @@ void ReplicatedUpdate::start(Stream s) {
     const size_t before = k_.memory_state().n_free;
     all_reduce_->sum(memory_.gradient(), s);
     group_.device().wait(s);
-    library_bytes_ = before - std::min(before, k_.memory_state().n_free);
+    connection_bytes_ = before - std::min(before, k_.memory_state().n_free);
 }
 
 void ReplicatedUpdate::begin_step(int64_t, double learning_rate) { optimizer_.set_rate(learning_rate); }

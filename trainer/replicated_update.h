@@ -8,7 +8,7 @@ class ReplicatedUpdate final : public GradientSync {
     ReplicatedUpdate(const Group& group, const TrainerOptions& options, TrainerMemory& memory);
     const char* name() const override { return all_reduce_->name(); }
     void start(Stream s) override;
-    size_t library_bytes() const override { return library_bytes_; }
+    size_t connection_bytes() const override { return connection_bytes_; }
 
     void begin_step(int64_t step, double learning_rate) override;
     void gradient_ready(Range, Stream) override {}  // one call sums all parts
@@ -32,7 +32,7 @@ class ReplicatedUpdate final : public GradientSync {
     const float max_norm_;  // 0: never clip
     const std::unique_ptr<GradientAllReduce> all_reduce_;
     Optimizer optimizer_;
-    size_t library_bytes_ = 0;
+    size_t connection_bytes_ = 0;
     const MarkOwner summed_, updated_;
     StepGraphs::Piece after_sum_;
     const HostBuffer norm_;  // (1) stat, pinned: on its way back

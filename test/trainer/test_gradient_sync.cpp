@@ -19,7 +19,7 @@ class Recorded final : public GradientSync {
         : k_(k), needs_host_(needs_host), events_(events), summed_(k), updated_(k) {}
     const char* name() const override { return "recorded"; }
     void start(Stream) override { events_.push_back("start"); }
-    size_t library_bytes() const override { return 17; }
+    size_t connection_bytes() const override { return 17; }
     void begin_step(int64_t step, double learning_rate) override {
         events_.push_back(fmt::format("begin {} {}", step, learning_rate));
     }
@@ -188,7 +188,7 @@ TEST_CASE("gradient sync: state, updates and names are the method's") {
     };
     Steps steps(cpu_backend(), make, events);
     CHECK(std::string(steps.trainer.sync().name()) == "recorded");
-    CHECK(steps.trainer.sync().library_bytes() == 17);
+    CHECK(steps.trainer.sync().connection_bytes() == 17);
     REQUIRE(steps.trainer.moments().size() == 1);
     CHECK(steps.trainer.moments()[0].name == "anchor");
     steps.trainer.set_updates(5);
