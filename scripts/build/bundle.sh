@@ -145,7 +145,7 @@ rm -f "$archive"
 # The programs share the kernels' code: a compression window over several programs stores that code once.
 pack=(tar --sort=name --owner=0 --group=0 --numeric-owner -C "$work" -c kiln-bundle)
 case $archive in
-    *.zst) "${pack[@]}" | zstd -q -T0 "-${LEVEL:-15}" --long=27 -o "$archive" ;;
+    *.zst) "${pack[@]}" | zstd -q -T0 "-${LEVEL:-12}" --long=27 -o "$archive" ;;
     *.xz) "${pack[@]}" | xz -T0 "--lzma2=preset=${LEVEL:-6},dict=128MiB" >"$archive" ;;
 esac
 size=$(stat -c %s "$archive")
