@@ -8,7 +8,7 @@ KERNEL_OBJ := $(patsubst %.cu,$(N)/%.o,$(filter %.cu,$(CUDA_SRC)))
 CUDA_OBJ   := $(KERNEL_OBJ) $(patsubst %.cpp,$(O)/cuda/%.o,$(filter %.cpp,$(CUDA_SRC)))
 TOOLKIT    := $(if $(NVCC),$(abspath $(dir $(realpath $(NVCC)))..))
 CUDA_FLAGS := -I$(TOOLKIT)/include -DKILN_CUDA=1
-CUDA_LIBS   = -L$(TOOLKIT)/lib64 -Wl,-rpath,$(TOOLKIT)/lib64 $(CUDNN_RPATH) -lcublasLt -lnccl -lcudart_static -ldl -lrt -lpthread
+CUDA_LIBS   = -L$(TOOLKIT)/lib64 -Wl,-rpath,$(TOOLKIT)/lib64 $(CUDNN_RPATH) -lnccl -lcudart_static -ldl -lrt -lpthread
 
 # cuDNN, for comparison: a build needs the headers of cuDNN and cudnn-frontend; a program loads the library when asked.
 # The headers may be beside nvcc, in /usr, in python's packages, and where scripts/install_deps.sh --cudnn puts them.

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#define CUBLASLT_STAND_IN 1  // for kernels/cuda/cublaslt.cpp
+
 enum cublasStatus_t {
     CUBLAS_STATUS_SUCCESS = 0,
     CUBLAS_STATUS_NOT_INITIALIZED = 1,

@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/gemm_tuning.h"
 
 namespace {
 using cuda::Gemm;
+using cuda::lt;
 using Key = cuda::GemmKey;
 using Plan = cuda::GemmPlan;
 
@@ -61,14 +63,13 @@ const char* name_of(cublasLtEpilogue_t e) {
 }
 
 void check(cublasStatus_t status, const char* call) {
-    if (status != CUBLAS_STATUS_SUCCESS)
-        fail(Exit::internal, "cuBLASLt: {} in {}", cublasLtGetStatusName(status), call);
+    if (status != CUBLAS_STATUS_SUCCESS) fail(Exit::internal, "cuBLASLt: {} in {}", lt().GetStatusName(status), call);
 }
 #define LT_CHECK(call) check((call), #call)
 
 [[noreturn]] void refused(const Gemm& g, cublasStatus_t status) {
     fail(Exit::internal, "cuBLASLt: {} for M x N x K = {} x {} x {}{}{}, {} x {} -> {}, epilogue {}",
-         cublasLtGetStatusName(status), g.M, g.N, g.K, g.a_transposed ? ", a transposed" : "",
+         lt().GetStatusName(status), g.M, g.N, g.K, g.a_transposed ? ", a transposed" : "",
          g.b_transposed ? ", b transposed" : "", dtype_name(g.a.dtype), dtype_name(g.b.dtype), dtype_name(g.d.dtype),
          name_of(epilogue_of(g)));
 }
@@ -98,11 +99,11 @@ Key key_of(const Gemm& g) {
 
 template <class T>
 void set(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t attribute, const T& value) {
-    LT_CHECK(cublasLtMatmulDescSetAttribute(d, attribute, &value, sizeof value));
+    LT_CHECK(lt().MatmulDescSetAttribute(d, attribute, &value, sizeof value));
 }
 template <class T>
 void set(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
-    LT_CHECK(cublasLtMatmulPreferenceSetAttribute(p, attribute, &value, sizeof value));
+    LT_CHECK(lt().MatmulPreferenceSetAttribute(p, attribute, &value, sizeof value));
 }
 
 // Sets the addresses that a product's descriptor carries.  The search infers alignments from them.
@@ -114,13 +115,13 @@ void set_pointers(cublasLtMatmulDesc_t product, const Gemm& g) {
 // The layout of a matrix that is (rows, columns) in row-major memory.
 cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns) {
     cublasLtMatrixLayout_t l = nullptr;
-    LT_CHECK(cublasLtMatrixLayoutCreate(&l, type, uint64_t(columns), uint64_t(rows), columns));
+    LT_CHECK(lt().MatrixLayoutCreate(&l, type, uint64_t(columns), uint64_t(rows), columns));
     return l;
 }
 
 cublasLtMatmulPreference_t preference(const Key& k) {
     cublasLtMatmulPreference_t p = nullptr;
-    LT_CHECK(cublasLtMatmulPreferenceCreate(&p));
+    LT_CHECK(lt().MatmulPreferenceCreate(&p));
     set(p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(cuda::gemm_workspace_bytes()));
     // Parts of a split sum may be added in fp32 only.  The in-place scheme adds them in d's dtype.
     uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
@@ -137,7 +138,7 @@ cublasLtMatmulPreference_t preference(const Key& k) {
 cublasLtHandle_t handle() {
     static const cublasLtHandle_t h = [] {
         cublasLtHandle_t made = nullptr;
-        LT_CHECK(cublasLtCreate(&made));
+        LT_CHECK(lt().Create(&made));
         return made;
     }();
     return h;
@@ -151,15 +152,14 @@ bool split(cuda::GemmAlgorithm& a, int32_t parts) {
     size_t n = 0;
     cublasLtMatmulAlgo_t* o = &a;
     const auto done = [](cublasStatus_t status) { return status == CUBLAS_STATUS_SUCCESS; };
-    return done(cublasLtMatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_SPLITK_SUPPORT, &can, sizeof can, &n)) && can &&
-           done(cublasLtMatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_REDUCTION_SCHEME_MASK, &known, sizeof known,
-                                                  &n)) &&
+    return done(lt().MatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_SPLITK_SUPPORT, &can, sizeof can, &n)) && can &&
+           done(lt().MatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_REDUCTION_SCHEME_MASK, &known, sizeof known, &n)) &&
            known & reduction &&
-           done(cublasLtMatmulAlgoConfigGetAttribute(o, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &now, sizeof now, &n)) &&
+           done(lt().MatmulAlgoConfigGetAttribute(o, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &now, sizeof now, &n)) &&
            now != parts &&
-           done(cublasLtMatmulAlgoConfigSetAttribute(o, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts)) &&
-           done(cublasLtMatmulAlgoConfigSetAttribute(o, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
-                                                     sizeof reduction));
+           done(lt().MatmulAlgoConfigSetAttribute(o, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts)) &&
+           done(lt().MatmulAlgoConfigSetAttribute(o, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
+                                                  sizeof reduction));
 }
 
 // The library itself asks only that the auxiliary matrix has a leading dimension that is a multiple of 8, at 16 bytes.
@@ -212,7 +212,7 @@ std::string text_of(const GemmKey& k) {
 
 GemmPlan describe(const Gemm& g, const GemmKey& k) {
     GemmPlan p;
-    LT_CHECK(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    LT_CHECK(lt().MatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     const cublasOperation_t of_a = g.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasOperation_t of_b = g.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     set(p.product, CUBLASLT_MATMUL_DESC_TRANSA, int32_t(of_a));
@@ -226,8 +226,8 @@ GemmPlan describe(const Gemm& g, const GemmKey& k) {
     return p;
 }
 void destroy(const GemmPlan& p) {
-    for (cublasLtMatrixLayout_t l : {p.a, p.b, p.d}) cublasLtMatrixLayoutDestroy(l);
-    cublasLtMatmulDescDestroy(p.product);
+    for (cublasLtMatrixLayout_t l : {p.a, p.b, p.d}) lt().MatrixLayoutDestroy(l);
+    lt().MatmulDescDestroy(p.product);
 }
 
 // Adds the found algorithms with k split otherwise, if they are few: a weight gradient has few tiles and a long k.
@@ -247,8 +247,8 @@ std::vector<GemmAlgorithm> guesses(const GemmPlan& p, const GemmKey& k, int n, c
     const cublasLtMatmulPreference_t wanted = preference(k);
     cublasLtMatmulHeuristicResult_t found[kMaxCandidates] = {};
     int n_found = 0;
-    *status = cublasLtMatmulAlgoGetHeuristic(handle(), p.product, p.a, p.b, p.d, p.d, wanted, n, found, &n_found);
-    LT_CHECK(cublasLtMatmulPreferenceDestroy(wanted));
+    *status = lt().MatmulAlgoGetHeuristic(handle(), p.product, p.a, p.b, p.d, p.d, wanted, n, found, &n_found);
+    LT_CHECK(lt().MatmulPreferenceDestroy(wanted));
     std::vector<GemmAlgorithm> all;
     for (int i = 0; i < n_found && *status == CUBLAS_STATUS_SUCCESS; i++)
         if (found[i].state == CUBLAS_STATUS_SUCCESS && found[i].workspaceSize <= gemm_workspace_bytes())
@@ -259,7 +259,7 @@ std::vector<GemmAlgorithm> guesses(const GemmPlan& p, const GemmKey& k, int n, c
 
 cublasStatus_t check_algorithm(const GemmPlan& p, const GemmAlgorithm& algorithm) {
     cublasLtMatmulHeuristicResult_t r = {};
-    const cublasStatus_t status = cublasLtMatmulAlgoCheck(handle(), p.product, p.a, p.b, p.d, p.d, &algorithm, &r);
+    const cublasStatus_t status = lt().MatmulAlgoCheck(handle(), p.product, p.a, p.b, p.d, p.d, &algorithm, &r);
     if (status == CUBLAS_STATUS_SUCCESS && r.workspaceSize > gemm_workspace_bytes()) return CUBLAS_STATUS_NOT_SUPPORTED;
     return status;
 }
@@ -269,8 +269,8 @@ cublasStatus_t multiply(const Gemm& g, const GemmPlan& p, const GemmAlgorithm& a
     const Buf workspace = gemm_workspace(s);
     const float one = 1, beta = adds && g.c ? 1 : 0;
     const void* c = adds ? added_to(g).data : g.d.data;
-    const cublasStatus_t status = cublasLtMatmul(handle(), p.product, &one, g.b.data, p.a, g.a.data, p.b, &beta, c, p.d,
-                                                 g.d.data, p.d, &algorithm, workspace.data, workspace.count, s);
+    const cublasStatus_t status = lt().Matmul(handle(), p.product, &one, g.b.data, p.a, g.a.data, p.b, &beta, c, p.d,
+                                              g.d.data, p.d, &algorithm, workspace.data, workspace.count, s);
     if (status == CUBLAS_STATUS_SUCCESS)
         check_launch(cudaSuccess, "cublasLtMatmul");  // a later fault may name this launch
     return status;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/tuning_cache.h"
+#include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/cuda.h"
 
 namespace {
@@ -44,7 +45,7 @@ std::string made_for() {
     CUDA_CHECK(cudaGetDevice(&ordinal));
     CUDA_CHECK(cudaGetDeviceProperties(&p, ordinal));
     return fmt::format("{}, compute capability {}.{}, {} multiprocessors, cuBLASLt {} with {} MiB", p.name, p.major,
-                       p.minor, p.multiProcessorCount, cublasLtGetVersion(), cuda::gemm_workspace_bytes() >> 20);
+                       p.minor, p.multiProcessorCount, cuda::lt().GetVersion(), cuda::gemm_workspace_bytes() >> 20);
 }
 
 // An algorithm as 128 hexadecimal digits.
@@ -128,7 +129,8 @@ bool repeats(const Gemm& g, const Plan& p, const Algorithm& a, Stream s) {
     uint64_t hashes[2] = {};
     for (uint64_t& h : hashes) {
         const cublasStatus_t status = cuda::multiply(g, p, a, g.c.data != g.d.data, s);
-        CHECK_THAT(status == CUBLAS_STATUS_SUCCESS, "cuBLASLt: {} when it is repeated", cublasLtGetStatusName(status));
+        CHECK_THAT(status == CUBLAS_STATUS_SUCCESS, "cuBLASLt: {} when it is repeated",
+                   cuda::lt().GetStatusName(status));
         h = hash_of_outputs(g, s);
     }
     return hashes[0] == hashes[1];
@@ -186,7 +188,8 @@ void take_given(Plan& p, const Key& k, bool has_apart) {
     if (p.apart) return;
     if (read(given->second, p.algorithm)) p.status = cuda::check_algorithm(p, p.algorithm);
     p.chosen = p.status == CUBLAS_STATUS_SUCCESS;
-    if (!p.chosen) note(k, fmt::format("the choice that was kept cannot be used: {}", cublasLtGetStatusName(p.status)));
+    if (!p.chosen)
+        note(k, fmt::format("the choice that was kept cannot be used: {}", cuda::lt().GetStatusName(p.status)));
 }
 
 void take_first_guess(Plan& p, const Key& k) {
