@@ -123,12 +123,14 @@ COMMIT = -DKILN_COMMIT='"$(shell cat build/commit)"'
 $(O)/%.o: %.cpp; $(COMPILE) -c $< -o $@
 COMPUTING_TESTS = $(TARGET_TESTS:%.cpp=$(O)/%.o)
 ifdef SANITIZE
+# ASan checks an address by a call: such code compiles in 10 to 25 % less time than with the check in line, and is slower.
+CALLS := --param asan-instrumentation-with-call-threshold=0
 # Tests are checked for addresses alone: the checks for undefined behaviour take as long to compile as the tests.  A
 # link takes an inline function from the first object that has it.  Product code, checked for both, therefore comes
 # first, and the emulator's core, checked for nothing, last.
 $(TEST_OBJ) $(MPI_TESTS) $(EMU_HOST_TESTS) $(EMU_MPI_TESTS): SAN = -fsanitize=address -fno-omit-frame-pointer \
-    -Wno-maybe-uninitialized
-$(patsubst %,$(O)/%/%.o,bench checkpoint comm common data model run trainer) $(filter-out $(COMPUTING_TESTS),$(TEST_OBJ)): LEVEL = -O0
+    -Wno-maybe-uninitialized $(CALLS)
+$(patsubst %,$(O)/%/%.o,bench checkpoint comm common data model run trainer) $(filter-out $(COMPUTING_TESTS),$(TEST_OBJ)): LEVEL = -O0 $(CALLS)
 else ifndef DEBUG
 $(patsubst %,$(O)/%/%.o,comm kernels/cpu): LEVEL = -O3
 $(TEST_OBJ) $(MPI_TESTS): LEVEL = -O0

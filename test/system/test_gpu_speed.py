@@ -104,10 +104,10 @@ def test_what_time_allows_of_the_modes_is_kept(check: Check, tmp_path: Path) -> 
 
 def test_the_start_ends_with_the_first_step_of_each_run(check: Check, tmp_path: Path) -> None:
     beside(check, check.patch, tmp_path)
-    check.patch.setenv("SLEEP", "6")  # 0.1 s before each of 60 steps
+    check.patch.setenv("SLEEP", "3")  # 0.05 s before each of 60 steps
     assert check.run("start") == 0, check.result("start")
     data = check.result("start")["data"]
-    assert all(0.1 <= data[key] < 4 for key in ("first_s", "warm_s")), data
+    assert all(0.05 <= data[key] < 2 for key in ("first_s", "warm_s")), data
 
 
 def test_the_gpus_work_is_that_of_the_steps_alone(check: Check, tmp_path: Path) -> None:
