@@ -84,7 +84,7 @@ EMU_SRC    := $(CUDA_SRC) $(wildcard emulator/*.cpp)
 EMU_OBJ    := $(patsubst %,$(O)/emulated/%.o,$(basename $(EMU_SRC)))
 EMU_FLAGS  := -Iemulator/include -DKILN_CUDA=1
 # The emulator's core is optimised and uninstrumented in every variant; sanitizer builds poison memory by hand.
-EMU_CORE   := $(patsubst %,$(O)/emulated/emulator/%.o,async counters fiber hooks launch memory mma race report scheduler sync tma wgmma)
+EMU_CORE   := $(patsubst %,$(O)/emulated/emulator/%.o,async counters fiber hooks launch memory mma race report scheduler sync tma warpgroup wgmma)
 EMU_REST   := $(filter-out $(EMU_CORE),$(EMU_OBJ))
 EMU_KERNEL_TESTS := $(wildcard emulator/test/*.cu)
 EMU_HOST_TESTS   := $(patsubst %.cpp,$(O)/emulated/%.o,$(wildcard emulator/test/*.cpp))

@@ -81,8 +81,14 @@ Mbarrier& find_mbarrier(uint32_t address) {
     return it->second;
 }
 
+// Arrivals and bytes that an mbarrier can count.
+constexpr int64_t kMaxCount = (1 << 20) - 1;
+
 void mbar_init(uint32_t address, unsigned count) {
     Block& b = block();
+    if (count < 1 || count > kMaxCount)
+        fail("synccheck",
+             "mbarrier.init for " + std::to_string(count) + " arrivals: not 1 .. " + std::to_string(kMaxCount));
     if (address % 8) fail("memcheck", "an mbarrier is not aligned to 8 bytes");
     check_bounds(shared_pointer(address), 8, "mbarrier.init");
     if (b.mbarriers.size() >= kMaxMbarriers) fail("synccheck", "more mbarriers than the emulator keeps");
@@ -108,14 +114,20 @@ void complete_phase(Mbarrier& m) {
     wake(m.waiting);
 }
 
-void mbar_expect_tx(uint32_t address, int64_t n_bytes) { find_mbarrier(address).transaction_bytes += n_bytes; }
+void add_transaction_bytes(Mbarrier& m, int64_t n_bytes) {
+    m.transaction_bytes += n_bytes;
+    if (std::abs(m.transaction_bytes) > kMaxCount)
+        fail("synccheck", "an mbarrier counts " + std::to_string(m.transaction_bytes) + " bytes; its limit is " +
+                              std::to_string(kMaxCount));
+}
+void mbar_expect_tx(uint32_t address, int64_t n_bytes) { add_transaction_bytes(find_mbarrier(address), n_bytes); }
 
 void mbar_arrive(uint32_t address, unsigned count, int64_t expect_tx) {
     Block& b = block();
     Thread& t = self();
     Mbarrier& m = find_mbarrier(address);
     use_word(address, CALLER_PC());
-    m.transaction_bytes += expect_tx;
+    add_transaction_bytes(m, expect_tx);
     if (b.racecheck) {
         if (m.arriving_epoch != b.epoch) {
             m.arriving.assign(size_t(b.n_agents), 0);
@@ -168,12 +180,13 @@ void finish_thread() {
     const Warp& w = own_warp();
     cp_async_commit();
     cp_async_wait(0);
-    if (!t.bulk.empty() || !t.bulk_groups.empty())
+    if (reads_of_bulk_are_open())
         report("synccheck", 4, 4, [&] {
             return agent_name(int(t.lin)) + " exits without waiting for its TMA stores, which still read shared memory";
         });
     bulk_commit();
-    bulk_wait(0);
+    bulk_wait_read(0);
+    self().bulk_groups.clear();  // the stores may write global memory until the grid ends
     if (!b.failed && (!w.wgmma.empty() || !w.wgmma_groups.empty()))
         report("synccheck", 5, 5, [&] { return agent_name(int(t.lin)) + " exits with wgmma in flight"; });
 }

@@ -58,25 +58,6 @@ Thread* pick() {
     }
 }
 
-// setmaxnreg redistributes the registers that a block was launched with: at most 65,536, in steps of 8 and at most 255
-// a thread.  On hardware a warp that asks for more waits for ever.
-void check_registers_of_block() {
-    const Block& b = block();
-    const int n_threads = b.n_warps * 32, launched = std::min(65536 / n_threads / 8 * 8, 255);
-    int n = 0;
-    bool any = false;
-    for (int w = 0; w < b.n_warps; w++) {
-        const int own = b.warps[w].registers;
-        any = any || own;
-        n += 32 * (own ? own : launched);
-    }
-    if (any && n > n_threads * launched)
-        report("synccheck", 7, 7, [&] {
-            return "setmaxnreg: the warps ask for " + std::to_string(n) + " registers, the block has " +
-                   std::to_string(n_threads * launched) + " (seen as " + agent_name(int(self().lin)) + " exits)";
-        });
-}
-
 void leave_warp(Thread& t) {
     Block& b = block();
     Warp& w = b.warps[t.warp];
@@ -88,7 +69,7 @@ void leave_warp(Thread& t) {
         if (w.collectives[i].mask >> t.lane & 1)
             fail("synccheck",
                  std::string("exits while its warp waits in ") + w.collectives[i].op + " with a mask that names it");
-    if (b.live == 0) check_registers_of_block();
+    if (b.live == 0) check_warpgroups();
     release_if_all_arrived();
 }
 
@@ -119,7 +100,11 @@ void start_warps(Block& b) {
         warp.wgmma_groups.clear();
         warp.wgmma_fenced = false;
         warp.registers = 0;
+        warp.n_group_instructions = 0;
     }
+    for (Warpgroup& g : b.warpgroups) g = Warpgroup{};
+    b.free_registers = 0;
+    for (uint32_t& lanes : b.wait_for_registers) lanes = 0;
 }
 
 void start_threads(Block& b, dim3 dim) {

@@ -5,7 +5,7 @@
 //   sync.cpp       collectives of a warp, barriers of a block       report.cpp   reports, names of places
 //   async.cpp      cp.async, mbarrier      tma.cpp   TMA            race.cpp     vector clocks, shadow memory
 //   mma.cpp        mma.sync, ldmatrix      wgmma.cpp Hopper's mma   hooks.cpp    hooks that instrumented kernels call
-//   counters.cpp   sectors and bank conflicts
+//   warpgroup.cpp  agreement of a warpgroup, setmaxnreg             counters.cpp sectors and bank conflicts
 //
 // These files are compiled without instrumentation.  Code that touches memory on behalf of a kernel stands here and not
 // in the headers: there it would be instrumented with the kernel, and reports would blame the last lane.
@@ -59,6 +59,9 @@ struct TmaOp {
     int at[5];
     bool store, add, done;
     uintptr_t pc;
+    // A store reads shared memory first; until then the bytes are empty.  Then it writes global memory, and is done.
+    std::vector<uint8_t> bytes;
+    bool waited = false;  // for its reads, by wait_group.read or wait_group
 };
 using TmaGroup = std::vector<std::shared_ptr<TmaOp>>;
 
@@ -109,8 +112,19 @@ struct Warp {
     std::vector<WgmmaOp> wgmma;
     std::deque<std::vector<WgmmaOp>> wgmma_groups;
     bool wgmma_fenced = false;
-    int registers = 0;  // of each thread by setmaxnreg; 0: as launched
+    int registers = 0;                  // of each thread by setmaxnreg; 0: as launched
+    uint64_t n_group_instructions = 0;  // executed so far, of those that a whole warpgroup executes
     uint32_t wgmma_clock = 0;
+};
+constexpr int kWarpsOfGroup = 4;
+struct GroupInstruction {
+    std::string name;  // with its operands, as far as the warps of a group must agree on these
+    uintptr_t pc;      // of the first warp; the compiler may have copied the instruction for another one
+    bool operator==(const GroupInstruction& other) const { return name == other.name; }
+};
+struct Warpgroup {
+    uint64_t n_common = 0;               // instructions that all four warps have executed
+    std::deque<GroupInstruction> ahead;  // later ones, which at least one warp has executed
 };
 struct Barrier {
     int count = -1, arrived = 0;  // count -1: nobody has arrived
@@ -176,6 +190,9 @@ struct Block {
     std::vector<Thread> threads;
     Thread main;  // the OS thread itself
     Warp warps[kMaxWarps];
+    Warpgroup warpgroups[kMaxWarps / kWarpsOfGroup];
+    int free_registers = 0;  // given up by setmaxnreg.dec
+    uint32_t wait_for_registers[kMaxWarps] = {};
     Barrier barriers[kBarriers];
     std::map<uint32_t, Mbarrier> mbarriers;        // by address
     std::deque<std::shared_ptr<TmaOp>> in_flight;  // TMA copies; the scheduler decides when each lands
@@ -247,10 +264,14 @@ void run_block(Block& b, dim3 grid, dim3 block_dim, uint64_t number, size_t n_sh
 void collective_at(const char* op, uint32_t mask, void* argument, CollectiveBody body, uintptr_t pc);
 void release_if_all_arrived();  // called when a thread exits: __syncthreads may have waited for this thread alone
 
-// ---- async.cpp, tma.cpp, wgmma.cpp ----
+// ---- async.cpp, tma.cpp, wgmma.cpp, warpgroup.cpp ----
 Mbarrier& find_mbarrier(uint32_t address);
 void complete_phase(Mbarrier& b);
 void run_tma(TmaOp& op);
+bool reads_of_bulk_are_open();  // of stores that the thread has not waited for
+void add_transaction_bytes(Mbarrier& m, int64_t n_bytes);
+void join_warpgroup(const GroupInstruction& own);  // once for each warp
+void check_warpgroups();                           // at the end of a block
 uint32_t swizzled(uint32_t address, int mode);
 void finish_thread();  // completes and reports what an exiting thread leaves in flight
 

@@ -119,14 +119,6 @@ void warp_fence(uint32_t mask) {
         "__syncwarp", mask, nullptr, [](void* const*, uint32_t lanes) { order_lanes(lanes); }, CALLER_PC());
 }
 
-void setmaxnreg(int n) {
-    if (n < 24 || n > 256 || n % 8) fail("synccheck", "setmaxnreg of " + std::to_string(n) + ": not 24, 32, .. 256");
-    collective_at(
-        "setmaxnreg", kFullMask, &n,
-        [](void* const* arguments, uint32_t) { own_warp().registers = *static_cast<const int*>(arguments[0]); },
-        CALLER_PC());
-}
-
 void bar_sync(int id, int count) { sync_at(id, count, CALLER_PC()); }
 
 void bar_arrive(int id, int count) {

@@ -1,6 +1,8 @@
 // TMA: copies boxes of a tensor between global and shared memory; elements outside the tensor read as zero and are not
 // written.
+#include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "common/buf.h"
 #include "state.h"
@@ -71,10 +73,20 @@ void add_elements(uint8_t* to, const uint8_t* from, int n_bytes) {
     }
 }
 
-void land_store(const TmaOp& op) {
+void read_source(TmaOp& op) {
+    if (!op.bytes.empty()) return;
     for_box(op, [&](const Chunk& c) {
+        const uint8_t* from = block().arena + c.shared;
+        op.bytes.insert(op.bytes.end(), from, from + kChunk);
+    });
+}
+void land_store(TmaOp& op) {
+    read_source(op);
+    size_t at = 0;
+    for_box(op, [&](const Chunk& c) {
+        const uint8_t* from = &op.bytes[at] + c.lead;
+        at += kChunk;
         if (!c.global) return;
-        const uint8_t* from = block().arena + c.shared + c.lead;
         if (!op.add)
             std::memcpy(c.global, from, size_t(c.valid));
         else if (op.map.element_bytes == 4)
@@ -99,7 +111,7 @@ void land_load(const TmaOp& op) {
         uint8_t* to = b.arena + chunk.shared;
         std::memset(to, 0, kChunk);
         if (chunk.global) std::memcpy(to + chunk.lead, chunk.global, size_t(chunk.valid));
-        m.transaction_bytes -= kChunk;
+        add_transaction_bytes(m, -int64_t(kChunk));
         if (!b.racecheck) return;
         for_cells(to, kChunk, [&](Cell& c) {
             c.pending_write = false;
@@ -156,7 +168,10 @@ void tma_store(const TensorMap* map, uint32_t from, std::initializer_list<int> a
             c.pending_reads++;
             c.read_pc = pc;
         });
-        if (chunk.global) check_access({chunk.global, size_t(chunk.valid), true, pc, thread, add});
+        if (!chunk.global) return;
+        check_access({chunk.global, size_t(chunk.valid), true, pc, thread, add});
+        if (!add)  // stores that add may meet in one element
+            for_cells(chunk.global, size_t(chunk.valid), [](Cell& c) { c.pending_write = true; });
     });
     self().bulk.push_back(op);
     b.in_flight.push_back(op);
@@ -177,15 +192,46 @@ void bulk_commit() {
     t.bulk.clear();
 }
 
-void bulk_wait(int n_left) {
+bool reads_of_bulk_are_open() {
+    const Thread& t = self();
+    const auto any_open = [](const TmaGroup& group) {
+        return std::any_of(group.begin(), group.end(), [](const auto& op) { return !op->waited; });
+    };
+    return any_open(t.bulk) || std::any_of(t.bulk_groups.begin(), t.bulk_groups.end(), any_open);
+}
+
+// Shared memory may be written again.  Global memory need not have the bytes yet.
+void bulk_wait_read(int n_left) {
     Thread& t = self();
-    while (int(t.bulk_groups.size()) > n_left) {
-        for (const auto& op : t.bulk_groups.front()) {
-            run_tma(*op);
+    for (size_t g = 0; int(t.bulk_groups.size() - g) > n_left; g++)
+        for (const auto& op : t.bulk_groups[g]) {
+            if (std::exchange(op->waited, true)) continue;
+            read_source(*op);
             if (!block().racecheck) continue;
             for_box(*op, [](const Chunk& chunk) {
                 for_cells(block().arena + chunk.shared, kChunk, [](Cell& c) {
                     if (c.pending_reads) c.pending_reads--;
+                });
+            });
+        }
+}
+
+void bulk_wait(int n_left) {
+    Block& b = block();
+    Thread& t = self();
+    bulk_wait_read(n_left);
+    while (int(t.bulk_groups.size()) > n_left) {
+        for (const auto& op : t.bulk_groups.front()) {
+            run_tma(*op);
+            if (!b.racecheck || op->add) continue;
+            for_box(*op, [&](const Chunk& chunk) {
+                if (!chunk.global) return;
+                for_cells(chunk.global, size_t(chunk.valid), [&](Cell& c) {  // from now on the thread's own write
+                    c.pending_write = false;
+                    c.write_epoch = b.epoch;
+                    c.writer = uint16_t(t.lin);
+                    c.write_clock = t.now;
+                    c.write_time = b.time;
                 });
             });
         }

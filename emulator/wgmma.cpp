@@ -2,6 +2,7 @@
 // registers are NaN, and neither these nor the operands, in registers or in shared memory, may be written.  PTX does
 // not promise which warp of the group reads which rows of A: each warp counts as a reader of all 64.
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "state.h"
@@ -35,6 +36,28 @@ uint32_t element_address(uint64_t descriptor, bool mn_major, uint32_t mn, uint32
         a += mn_major ? mn / width * leading + mn % width * 2 + k / 8 * stride + k % 8 * width * 2
                       : mn / 8 * stride + mn % 8 * width * 2 + k * 2;
     return swizzled(a, kMode[field]);
+}
+
+// A swizzle's pattern spans eight rows.  With base offset 0 the hardware counts them from the addresses that are
+// multiples of the pattern, so an operand must start in the first row of a pattern.
+void check_descriptor(uint64_t descriptor, const char* operand) {
+    constexpr uint32_t kRow[] = {0, 128, 64, 32};  // bytes, by the swizzle field
+    const uint32_t row = kRow[descriptor >> 62], start = uint32_t(descriptor & 0x3FFF) << 4;
+    if (row == 0) return;
+    const std::string where = std::string("wgmma: operand ") + operand + " at shared address " + std::to_string(start);
+    if (descriptor >> 49 & 7) fail("synccheck", where + " has a base offset; the emulator knows only 0");
+    if (start % (8 * row) >= row)
+        fail("synccheck", where + " starts in row " + std::to_string(start % (8 * row) / row) + " of a swizzle of " +
+                              std::to_string(8 * row) + " bytes; with base offset 0 it must be row 0");
+}
+
+// The instruction and the operands that all warps of a group share.
+std::string text_of(const WgmmaOp& op) {
+    char text[160];
+    std::snprintf(text, sizeof text, "wgmma.m64n%dk16 (A %s %llx, B %llx, scale-d %d, transposed %d %d)", op.n,
+                  op.a_in_registers ? "in registers" : "at", static_cast<unsigned long long>(op.a),
+                  static_cast<unsigned long long>(op.b), op.scale_d, op.transpose_a, op.transpose_b);
+    return text;
 }
 
 // Calls f(pointer) for each 16 bytes of rows first .. first + n of an operand.
@@ -134,6 +157,9 @@ void issue(void* const* arguments, uint32_t) {
     if (!w.wgmma_fenced)
         fail("synccheck", "wgmma.mma_async without wgmma.fence since the accumulator's registers were last touched");
     WgmmaOp op = make_op(lanes);
+    join_warpgroup({.name = text_of(op), .pc = lanes[0]->pc});
+    if (!op.a_in_registers) check_descriptor(op.a, "A");
+    check_descriptor(op.b, "B");
     op.accumulator = accumulator_of(lanes, op.n / 2);
     check_operands(op, lanes[0]->pc);
     w.wgmma.push_back(std::move(op));
@@ -238,7 +264,6 @@ void wait(void* const* arguments, uint32_t) {
 void wgmma_issue(int n, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int scale_d, int transpose_a,
                  int transpose_b) {
     WgmmaLane lane{n, d, a_registers, a, b, scale_d, transpose_a, transpose_b, CALLER_PC()};
-    if (int(self().warp | 3) >= block().n_warps) fail("synccheck", "wgmma in a warp whose warpgroup is not complete");
     collective_at("wgmma.mma_async", kFullMask, &lane, issue, lane.pc);
 }
 

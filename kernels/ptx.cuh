@@ -184,11 +184,11 @@ __device__ __forceinline__ bool elect_one() {
 // was launched with: an increase waits until other warpgroups have given up enough.
 template <int N>
 __device__ __forceinline__ void setmaxnreg_inc() {
-    PTX(emulator::setmaxnreg(N), "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+    PTX(emulator::setmaxnreg(true, N), "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 template <int N>
 __device__ __forceinline__ void setmaxnreg_dec() {
-    PTX(emulator::setmaxnreg(N), "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+    PTX(emulator::setmaxnreg(false, N), "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 // ---- mbarrier: a phase ends when `count` arrivals and all announced bytes are in ----
@@ -287,7 +287,7 @@ __device__ __forceinline__ void bulk_wait() {
 // Waits only until the shared memory may be written again.
 template <int N>
 __device__ __forceinline__ void bulk_wait_read() {
-    PTX(emulator::bulk_wait(N), "cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+    PTX(emulator::bulk_wait_read(N), "cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
 // ---- wgmma (the products themselves are in wgmma.cuh) ---- Descriptor of a bf16 tile with the 128-byte swizzle.

@@ -145,7 +145,7 @@ void matrix_store(const char* op, const uint32_t* registers, void* row, int coun
 void cp_async(void* to, const void* from, int n_bytes, int n_source_bytes);  // the remaining bytes become zero
 void cp_async_commit();
 void cp_async_wait(int n_left);
-void setmaxnreg(int n);  // registers of each thread; a block that asks for too many is reported at its end
+void setmaxnreg(bool increase, int n);  // registers of each thread; an increase waits for them
 void mbar_init(uint32_t address, unsigned count);
 void mbar_inval(uint32_t address);
 void mbar_arrive(uint32_t address, unsigned count, int64_t expect_tx);
@@ -163,6 +163,7 @@ void tma_load(uint32_t to, const TensorMap* map, uint32_t mbarrier, std::initial
 void tma_store(const TensorMap* map, uint32_t from, std::initializer_list<int> at, bool add);
 void bulk_commit();
 void bulk_wait(int n_left);
+void bulk_wait_read(int n_left);
 
 // a_registers null: A comes from shared memory by its descriptor `a`.  transpose: 1 for an operand that is MN-major.
 void wgmma_issue(int n, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int scale_d, int transpose_a,

@@ -238,7 +238,6 @@ __global__ void __launch_bounds__(160)
     }
     if (DEFECT != Defect::init_not_published) __syncthreads();
     if (warp == 4) {
-        ptx::setmaxnreg_dec<24>();
         if (!ptx::elect_one()) return;
         for (int tile = 0; tile < n_tiles; tile++) {
             const int i = tile % kBuffers;
