@@ -74,6 +74,7 @@ test-full: ## test, the sanitizers' suites and removals, all in full; CI runs a 
 	@KILN_TEST_FULL=1 $(MAKE) --no-print-directory test
 	@KILN_TEST_FULL=1 $(MAKE) --no-print-directory test SANITIZE=1
 	@$(MAKE) --no-print-directory removals
+	@$(if $(NVCC),scripts/install_deps.sh --cutlass && $(MAKE) --no-print-directory isa-oracle isa-oracle-mutants,echo "SKIP  isa-oracle: no nvcc")
 
 parity: all ## compare losses and gradient norms with PyTorch, both computed anew
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch

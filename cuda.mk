@@ -129,6 +129,42 @@ build/mutants/test_mutants: $(RACE_TESTS) $(LIB_OBJ) $(RACE_HOST) $(patsubst %.c
 build/mutants/obj/%.o: build/mutants/src/%.cu
 	$(COMPILE) -iquote build/mutants/src $(RACE_FLAGS) -include left_out.h -x c++ -c $< -o $@ && objcopy $(TO_HOOKS) $@
 
+# ---- kiln's kernels and emulator beside CuTe, the headers of the package nvidia-cutlass ----
+CUTLASS  ?= build/deps/cutlass## folder with cute/ and cutlass/
+ORACLE   := emulator/test/oracle
+P        := $(B)/oracle# PTX and machine code of both sides
+ORACLE_TESTS  := $(patsubst %.cu,$(O)/emulated/%.o,$(ORACLE)/wgmma.cu $(wildcard $(ORACLE)/test_*.cu))
+ORACLE_CUTE   := $(patsubst %.cpp,$(O)/%.o,$(wildcard $(ORACLE)/cute_*.cpp))
+ORACLE_NATIVE := $(if $(NVCC),$(O)/cuda/$(ORACLE)/native_map.o)
+CUTE_HEADERS  := -isystem $(CUTLASS) -isystem $(TOOLKIT)/include -isystem $(TOOLKIT)/include/cccl
+
+isa-oracle: $(B)/isa_oracle $(if $(NVCC),$(addprefix $(P)/,kiln.ptx cute.ptx kiln.cubin cute.cubin)) ## kernels' instructions beside CuTe's
+	$(B)/isa_oracle
+	$(if $(NVCC),$(PYTHON) $(ORACLE)/instructions.py $(P)/kiln.ptx $(P)/cute.ptx,@echo "SKIP  PTX and machine code: no nvcc")
+	$(if $(NVCC),$(PYTHON) $(ORACLE)/products.py $(P)/kiln.cubin $(P)/cute.cubin $(N)/kernels/cuda/attention_sm90.o)
+isa-oracle-mutants: ## change the emulator and the kernels, one thing at a time: does the oracle notice?
+	$(PYTHON) $(ORACLE)/mutants.py
+
+# attention_sm90.cu is a part of test_tiles.cu, which needs a function that is local to that file.
+$(B)/isa_oracle: $(LIB_OBJ) $(filter-out %/attention_sm90.o,$(EMU_REST)) $(O)/test/main.o $(ORACLE_TESTS) $(ORACLE_CUTE) $(ORACLE_NATIVE) $(EMU_CORE)
+	$(LINK) -Wl,--wrap=_ZN8emulator11wgmma_issueEiPfPKjmmiii
+$(ORACLE_TESTS): EMU_FLAGS += -DORACLE_NATIVE=$(if $(NVCC),1,0)
+$(O)/$(ORACLE)/%.o: $(ORACLE)/%.cpp | $(CUTLASS)/cute
+	$(COMPILE) -O1 -w $(CUTE_HEADERS) -c $< -o $@
+$(ORACLE_NATIVE): $(ORACLE)/native_map.cu
+	@mkdir -p $(@D); echo "nvcc $<"; $(NVCC_CACHE) $(NVCC) -std=c++20 -O1 -w -arch=sm_90a -I. -DFMT_USE_CONSTEXPR=1 -MMD -MP -c $< -o $@
+$(CUTLASS)/cute:
+	@[ -n "$(NVCC)" ] || { echo "CuTe needs the headers of the CUDA toolkit, and nvcc was not found (CUDA_HOME)" >&2; exit 2; }
+	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --cutlass
+	@[ -d $@ ] || { echo "$@ is missing; scripts/install_deps.sh --cutlass installs it" >&2; exit 2; }
+OF_KILN = -I. -DFMT_USE_CONSTEXPR=1
+OF_CUTE = -DCUTE -DNDEBUG --expt-relaxed-constexpr -I$(CUTLASS) -I.
+BY_NVCC = @mkdir -p $(@D); echo "nvcc $< for $(@F)"; $(NVCC_CACHE) $(NVCC) -std=c++20 -w -arch=sm_90a
+$(P)/kiln.ptx: $(ORACLE)/instructions.cu kernels/ptx.cuh kernels/wgmma.cuh; $(BY_NVCC) $(OF_KILN) -ptx $< -o $@
+$(P)/cute.ptx: $(ORACLE)/instructions.cu | $(CUTLASS)/cute; $(BY_NVCC) $(OF_CUTE) -ptx $< -o $@
+$(P)/kiln.cubin: $(ORACLE)/products.cu $(wildcard kernels/*.cuh kernels/cuda/*.cuh); $(BY_NVCC) $(OF_KILN) -cubin $< -o $@
+$(P)/cute.cubin: $(ORACLE)/products.cu | $(CUTLASS)/cute; $(BY_NVCC) $(OF_CUTE) -cubin $< -o $@
+
 removals: ## leave out every barrier and wait of the kernels, one at a time; records the run
 	$(PYTHON) emulator/test/mutate.py --record
 # Removals in files that changed since the recorded run, and an eighth of the others, chosen by the commit.
@@ -139,4 +175,4 @@ removals-changed:
 cudnn-found:
 	@echo "cudnn.h=$(call has_header,cudnn.h,$(CUDNN)) cudnn_frontend.h=$(call has_header,cudnn_frontend.h,$(CUDNN_FRONTEND)) "
 
-.PHONY: removals removals-changed emulated gpu-there gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found
+.PHONY: isa-oracle isa-oracle-mutants removals removals-changed emulated gpu-there gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found

@@ -1,26 +1,28 @@
 #!/bin/bash
 # Installs what kiln needs that is missing.  Debian 12: tested.  Ubuntu 22.04: same names, untested.
 # Without root or sudo it prints the exact command and stops.
-# Usage: scripts/install_deps.sh [--torch] [--cudnn] [--lint] [--disassembler]
+# Usage: scripts/install_deps.sh [--torch] [--cudnn] [--lint] [--disassembler] [--cutlass]
 #   --torch           also PyTorch, which only `make parity` and `make bench` use
 #   --cudnn           also the headers through which attention on a GPU can be compared with cuDNN's, from PyPI into
 #                     build/deps, and cuDNN 9 itself (some 400 MB) where make finds no cudnn.h
 #   --lint            also ruff and mypy, from PyPI into build/deps/venv: `make lint` uses them
 #   --disassembler    also NVIDIA's cuobjdump and nvdisasm, from PyPI into build/deps/bin: `make sass-check` uses them
+#   --cutlass         also the headers of CUTLASS and CuTe, from PyPI into build/deps: `make isa-oracle` uses them
 # Exit code: 0 all is there, 1 a download or installation failed, 2 usage, or packages that only root can install.
 set -euo pipefail
 self=$(readlink -f "${BASH_SOURCE[0]}")
 cd "$(dirname "$self")/.."
 ruff=0.17.6 mypy=2.4.1  # versions: others find other things
-torch=0 cudnn=0 lint=0 disassembler=0
+torch=0 cudnn=0 lint=0 disassembler=0 cutlass=0
 for option in "$@"; do
     case $option in
         --torch) torch=1 ;;
         --cudnn) cudnn=1 ;;
         --lint) lint=1 ;;
         --disassembler) disassembler=1 ;;
+        --cutlass) cutlass=1 ;;
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$self"; exit 0 ;;
-        *) echo "usage: scripts/install_deps.sh [--torch] [--cudnn] [--lint] [--disassembler]" >&2; exit 2 ;;
+        *) echo "usage: scripts/install_deps.sh [--torch] [--cudnn] [--lint] [--disassembler] [--cutlass]" >&2; exit 2 ;;
     esac
 done
 
@@ -88,4 +90,7 @@ if [ $disassembler = 1 ]; then
         [ -x build/deps/bin/$tool ] || unpack nvidia-cuda-$tool==13.2.51 nvidia/cu13/bin/$tool build/deps/bin/$tool
         chmod +x build/deps/bin/$tool
     done
+fi
+if [ $cutlass = 1 ]; then
+    [ -d build/deps/cutlass ] || unpack nvidia-cutlass==4.2.0.0 cutlass_library/source/include build/deps/cutlass
 fi
