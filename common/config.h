@@ -23,6 +23,7 @@ struct Config {
         int threads = 0;                                   // 0: auto, this rank's share of the host's cores
         UseAttention attention = UseAttention::automatic;  // the kernels of attention on a GPU
         UseGraph graph = UseGraph::automatic;              // replay a GPU's step from a CUDA graph
+        UseTuning tuning = UseTuning::on;                  // choose algorithms of a GPU's matrix products by timing
     } device;
     struct Model {
         std::string architecture = "gpt2";

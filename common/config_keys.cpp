@@ -46,6 +46,10 @@ std::vector<Key> table() {
         {KEY(device.graph), .may_change = true,
          .meaning = "record a GPU's step once as a CUDA graph and then replay it, with the same bits. auto: where that "
                     "can be done; `on`: an error where it cannot; `off`: never"},
+        {KEY(device.tuning), .may_change = true,
+         .meaning = "choose the algorithm of each matrix product on a GPU by timing, before the first step; a later run "
+                    "takes the choices from a cache, a resumed one from its checkpoint. `off`: the library's first "
+                    "guess; nothing is timed"},
         {KEY(model.architecture), .values = architecture_names(),
          .meaning = "the kind of model"},
         {KEY(model.n_layer), .required = true, .range = from(1, 1024),

@@ -28,6 +28,12 @@ WORDS(UseGraph,
       on,         // Error(Exit::usage) where the backend cannot record
       off)
 
+// device.tuning
+WORDS(UseTuning,
+      on,  // time the algorithms of each matrix product on a GPU and keep the fastest
+      off  // take the library's first guess
+)
+
 // train.recompute: values that the backward pass computes again, instead of keeping them from the forward pass.
 WORDS(Recompute,
       none,  // nothing

@@ -338,7 +338,8 @@ void compute(const Problem& p, const Operands& o, const Algorithm& how, int part
     Part total;
     for (int i = 0; i < parts; i++) {
         const uint64_t n = uint64_t(parts), at = uint64_t(i);
-        const Part part = compute_part(p, o, {p.k() * at / n, p.k() * (at + 1) / n});
+        const uint64_t dropped = n > 1 && at + 1 == n ? uint64_t(emulator::machine().dropped_terms) : 0;
+        const Part part = compute_part(p, o, {p.k() * at / n, p.k() * (at + 1) / n - dropped});
         total.product.resize(part.product.size());
         total.sums.resize(part.sums.size());
         for (size_t j = 0; j < part.product.size(); j++) total.product[j] = between(total.product[j] + part.product[j]);

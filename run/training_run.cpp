@@ -158,7 +158,11 @@ void TrainingRun::start(OpenMode mode) {
     trainer_.broadcast_state();
     x_.progress.run_dir = x_.run_dir;  // from here on a failure shows in status.json
     x_.progress.step = first_step_ = state_.step;
-    state_.choices = agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
+    if (x_.config.device.tuning == UseTuning::on)
+        state_.choices =
+            agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
+    else
+        state_.choices.clear();
     if (!root) return;
     // Every matrix product and the reduction have run by now: memory taken beyond our own holds the libraries' handles,
     // buffers and loaded kernels, or belongs to another process.

@@ -92,7 +92,9 @@ void Trainer::broadcast_state() {
     sync_->broadcast_state(stream_);
 }
 
-std::string Trainer::tune() { return tune_on_random_tokens(training_pass(batch(0), memory_.grads[0], false)); }
+std::string Trainer::tune() {
+    return tune_on_random_tokens(training_pass(batch(0), memory_.grads[0], false), share_.run_length > 1);
+}
 
 Batch Trainer::batch(int micro) const {
     const size_t BT = size_t(o_.train.micro_batch_size) * o_.model.T, i = size_t(micro);

@@ -64,7 +64,7 @@ std::string decide(const Backend& k, Log& log, const std::string& saved_text,
 }
 }  // namespace
 
-std::string tune_on_random_tokens(const Pass& training) {
+std::string tune_on_random_tokens(const Pass& training, bool accumulates) {
     const Backend& k = training.k;
     const Batch& batch = training.batch;
     const int V = training.config.V;
@@ -83,6 +83,7 @@ std::string tune_on_random_tokens(const Pass& training) {
     const Architecture& model = *training.config.architecture;
     k.tune(true);
     for (const bool accumulate : {false, true}) {
+        if (accumulate && !accumulates) break;
         Pass step = training;
         step.accumulate = accumulate;
         model.forward(step);

@@ -9,8 +9,9 @@
 
 // The work of a step and of an evaluation, with the backend tuning, so that every kind of matrix product is met.  The
 // batch of `training` is overwritten with random tokens, and its gradients and activations are left as noise.
-// Rank-local; call it between steps.  Returns the backend's notes.
-std::string tune_on_random_tokens(const Pass& training);
+// `accumulates`: a step also has backward passes that add to a gradient.  Rank-local; call it between steps.  Returns
+// the backend's notes.
+std::string tune_on_random_tokens(const Pass& training, bool accumulates);
 
 // On rank 0 the choices of a checkpoint (`saved`, "" for none) win, then those of the per-user cache; tune() makes the
 // rest, whose results are added to the cache.  All ranks use what rank 0 has then, and it is returned on all: "" where

@@ -41,6 +41,7 @@ struct Machine {
     int epilogue_us = 0;            // KILN_EMULATOR_EPILOGUE_US
     bool splits = false;            // algorithm 0 can be told to split k
     int cublaslt_version = 130000;  // KILN_EMULATOR_CUBLASLT
+    int dropped_terms = 0;          // the last ones of k, by products that split k: a defect that was reported
 };
 // The emulated machine, read from the environment at the first call; a test may change it.
 Machine& machine();

@@ -156,7 +156,7 @@ bool split(cuda::GemmAlgorithm& a, int32_t parts) {
            done(lt().MatmulAlgoCapGetAttribute(o, CUBLASLT_ALGO_CAP_REDUCTION_SCHEME_MASK, &known, sizeof known, &n)) &&
            known & reduction &&
            done(lt().MatmulAlgoConfigGetAttribute(o, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &now, sizeof now, &n)) &&
-           now != parts &&
+           now >= 1 && now != parts &&  // stream-K has a negative number
            done(lt().MatmulAlgoConfigSetAttribute(o, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts)) &&
            done(lt().MatmulAlgoConfigSetAttribute(o, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
                                                   sizeof reduction));
@@ -230,9 +230,21 @@ void destroy(const GemmPlan& p) {
     lt().MatmulDescDestroy(p.product);
 }
 
-// Adds the found algorithms with k split otherwise, if they are few: a weight gradient has few tiles and a long k.
-void add_splits(std::vector<GemmAlgorithm>& all, const GemmPlan& p) {
+bool is_split(const GemmAlgorithm& a) {
+    int32_t parts = 0;
+    size_t n = 0;
+    return lt().MatmulAlgoConfigGetAttribute(&a, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts, &n) ==
+               CUBLAS_STATUS_SUCCESS &&
+           parts != 0 && parts != 1;
+}
+
+// Adds the found algorithms with k split otherwise, if they are few: a weight gradient has few tiles and a long k.  A
+// split is forced only where the kernels' tiles, of 8 to 256 of k, divide K: some drop the last terms of K where their
+// tile does not divide it and the library did not propose the split (reported of CUDA 12.8 and 13.1 on an H100).
+void add_splits(std::vector<GemmAlgorithm>& all, const GemmPlan& p, const GemmKey& k) {
     constexpr size_t kEnough = 16;
+    constexpr int kLargestTile = 256;  // of cublasLtMatmulStages_t, but for one of 768
+    if (k.K % kLargestTile != 0) return;
     const std::vector<GemmAlgorithm> found = all;
     for (const int32_t parts : {2, 3, 4, 6, 8, 12, 16})
         for (GemmAlgorithm a : found) {

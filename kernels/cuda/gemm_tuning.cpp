@@ -24,7 +24,9 @@ constexpr const char* kApart = "apart";  // stands in a text where an algorithm 
 constexpr double kSlow = 1.5;            // a first timed run this many times slower than the best drops a candidate
 constexpr int kRounds = 3;
 constexpr double kRoundMs = 0.2;  // a round repeats a run for this long, or kMaxRuns times: a single run
-constexpr int kMaxRuns = 16;      // of a few microseconds would only time its launch
+constexpr double kLongMs = 2;  // such a run is timed once, and only for kLongCandidates: the head's would take seconds
+constexpr size_t kLongCandidates = 8;
+constexpr int kMaxRuns = 16;  // of a few microseconds would only time its launch
 
 // The plans of the open device.  Never destroyed, as the library's handle.
 struct Table {
@@ -94,7 +96,7 @@ template <class F>
 double time_of(F&& work, double best, Stream s) {
     if (!work()) return -1;
     const double first = elapsed(work, 1, s);
-    if (first < 0 || first > kSlow * best) return first;
+    if (first < 0 || first > kSlow * best || first > kLongMs) return first;
     const long n = std::lround(std::clamp(kRoundMs / std::max(first, 1e-3), 1.0, double(kMaxRuns)));
     double least = first;
     for (int round = 0; round < kRounds; round++) {
@@ -136,7 +138,57 @@ bool repeats(const Gemm& g, const Plan& p, const Algorithm& a, Stream s) {
     return hashes[0] == hashes[1];
 }
 
-// Puts the fastest algorithm that repeats its bits into the plan.
+// Elements of an output, evenly spread over it.
+constexpr size_t kPieces = 16, kPiece = 256;
+std::vector<double> sample(const Buf& out, Stream s) {
+    const size_t n_pieces = std::min(kPieces, (out.count + kPiece - 1) / kPiece), n = std::min(kPiece, out.count);
+    std::vector<double> all;
+    for (size_t i = 0; i < n_pieces; i++) {
+        const Buf piece = out.slice(n_pieces == 1 ? 0 : (out.count - n) * i / (n_pieces - 1), n);
+        std::vector<char> bytes(piece.n_bytes());
+        CUDA_CHECK(cudaMemcpyAsync(bytes.data(), piece.data, bytes.size(), cudaMemcpyDeviceToHost, s));
+        CUDA_CHECK(cudaStreamSynchronize(s));
+        for (size_t j = 0; j < n; j++)
+            all.push_back(piece.dtype == DType::bf16 ? double(float(reinterpret_cast<const bf16*>(bytes.data())[j]))
+                                                     : double(reinterpret_cast<const float*>(bytes.data())[j]));
+    }
+    return all;
+}
+struct Sample {
+    std::vector<std::vector<double>> outputs;  // that a product has
+    std::vector<double> unit;                  // of each: the distance of neighbouring numbers near 1
+};
+// Empty where the algorithm does not run.
+Sample sample_of(const Gemm& g, const Plan& p, const Algorithm& a, Stream s) {
+    Sample x;
+    if (cuda::multiply(g, p, a, g.c.data != g.d.data, s) != CUBLAS_STATUS_SUCCESS) return x;
+    for (const Buf& out : {g.d, g.pre_gelu, g.sums_a, g.sums_b}) {
+        if (!out) continue;
+        x.outputs.push_back(sample(out, s));
+        x.unit.push_back(out.dtype == DType::bf16 ? 0x1p-7 : 0x1p-23);
+    }
+    return x;
+}
+
+// Why two results of one product of K terms cannot both be right; empty: they agree.  Sums in fp32 of K terms, which
+// are about as large as rms / sqrt(K), end with an error of about sqrt(K) roundings of rms, and of K / 16 more where
+// tensor cores cut each sum of 16 terms instead of rounding it.  16 times the first and twice the second are allowed,
+// and one unit of the stored number.  One tile of k left out (16 terms or more) changes results by sqrt(16 / K) rms.
+std::string difference(const Sample& x, const Sample& reference, int K) {
+    for (size_t o = 0; o < x.outputs.size(); o++) {
+        const std::vector<double>&got = x.outputs[o], &want = reference.outputs[o];
+        double squares = 0;
+        for (const double v : want) squares += v * v;
+        const double rms = std::sqrt(squares / double(want.size()));
+        const double of_sums = 0x1p-24 * (16 * std::sqrt(double(K)) + double(K) / 8) * rms;
+        for (size_t i = 0; i < want.size(); i++)
+            if (!(std::abs(got[i] - want[i]) <= of_sums + x.unit[o] * std::abs(want[i])))
+                return fmt::format("{} in the place of {}", got[i], want[i]);
+    }
+    return "";
+}
+
+// Puts the fastest algorithm that repeats its bits, and agrees with an unsplit one, into the plan.
 void choose_algorithm(Plan& p, const Key& k, const Gemm& g, Stream s) {
     struct Candidate {
         double ms;
@@ -145,20 +197,26 @@ void choose_algorithm(Plan& p, const Key& k, const Gemm& g, Stream s) {
     std::vector<Candidate> timed;
     double best = std::numeric_limits<double>::infinity();
     std::vector<Algorithm> candidates = cuda::guesses(p, k, cuda::kMaxCandidates, &p.status);
-    cuda::add_splits(candidates, p);
+    cuda::add_splits(candidates, p, k);
     for (const Algorithm& a : candidates) {
+        if (&a - candidates.data() >= ptrdiff_t(kLongCandidates) && best > kLongMs && std::isfinite(best)) break;
         const double ms = time_of([&] { return cuda::multiply(g, p, a, true, s) == CUBLAS_STATUS_SUCCESS; }, best, s);
         if (ms < 0) continue;
         timed.push_back({ms, a});
         best = std::min(best, ms);
     }
     if (p.status != CUBLAS_STATUS_SUCCESS) return;
+    Sample reference;
+    for (const Algorithm& a : candidates)
+        if (reference.outputs.empty() && !cuda::is_split(a)) reference = sample_of(g, p, a, s);
     std::ranges::stable_sort(timed, {}, &Candidate::ms);
     for (const Candidate& c : timed) {
         p.algorithm = c.algorithm;
-        if (repeats(g, p, c.algorithm, s)) return;
-        note(k,
-             fmt::format("an algorithm of {:.1f} us is not used, it gave other bits when it was repeated", 1e3 * c.ms));
+        std::string why = repeats(g, p, c.algorithm, s) ? "" : "other bits when it was repeated";
+        if (why.empty() && !reference.outputs.empty())
+            why = difference(sample_of(g, p, c.algorithm, s), reference, k.K);
+        if (why.empty()) return;
+        note(k, fmt::format("an algorithm of {:.1f} us is not used, it gave {}", 1e3 * c.ms, why));
     }
     p.status = CUBLAS_STATUS_NOT_SUPPORTED;
     note(k, fmt::format("none of {} algorithms can be used", timed.size()));

@@ -1,9 +1,11 @@
 // Chooses the algorithm of each kind of product, and whether bias, GELU and sums are fused to it.
 //
 // While tuning is on, the first call of a kind asks the library for its kMaxCandidates best guesses, adds some with k
-// split otherwise where they are fewer than 16, and runs each on the call's own operands with the real workspace.  It
-// keeps the fastest that repeats its bits: a candidate runs twice, and its outputs are hashed on the device.  A call
-// that could also be computed apart (not fused) then times both ways and keeps the faster.  The outputs of a tuned call
+// split otherwise where they are fewer than 16, and runs each on the call's own operands with the real workspace.  Where
+// a run takes more than 2 ms, it is timed once, and the 8 best guesses are all.  The call keeps the fastest that repeats
+// its bits (a candidate runs twice, and its outputs are hashed on the device) and agrees with the library's first guess
+// that does not split k.  A call that could also be computed apart (not fused) then times both ways and keeps the
+// faster.  The outputs of a tuned call
 // are meaningless: a product that adds to its own output has done so many times.  So tuning is for a step whose results
 // nobody uses.
 //
@@ -49,7 +51,8 @@ void destroy(const GemmPlan&);
 // The library's n (up to kMaxCandidates) best guesses that fit into the workspace, best first.  add_splits() appends
 // others where these are few.
 std::vector<GemmAlgorithm> guesses(const GemmPlan&, const GemmKey&, int n, cublasStatus_t* status);
-void add_splits(std::vector<GemmAlgorithm>&, const GemmPlan&);
+void add_splits(std::vector<GemmAlgorithm>&, const GemmPlan&, const GemmKey&);
+bool is_split(const GemmAlgorithm&);  // adds up k in more than one part
 // Success: this algorithm can compute the plan's product on the open device in the workspace.
 cublasStatus_t check_algorithm(const GemmPlan&, const GemmAlgorithm&);
 // Gives the stream one product.  `adds` false: c is left out.

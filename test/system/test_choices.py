@@ -94,6 +94,26 @@ def test_tuning_leaves_no_trace_in_the_training(gpus: Lab, tmp_path: Path) -> No
     assert tuned == pytest.approx(plain, rel=1e-3)  # bf16 activations, rounded once more where a bias is apart
 
 
+def test_without_tuning_nothing_is_timed_or_kept(gpus: Lab, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    off = gpus.train("off", {"device.tuning": "off"}, env=fastest(2, cache))
+    assert "matrix product" not in off.out and not cache.exists()
+    assert all("gemm_choices" not in record for record in gpus.run("off").records("run"))
+    assert counts(gpus.train("on", env=fastest(2, cache)).out)["timed"] > 0
+    assert bits(gpus.run("off")) != bits(gpus.run("on"))
+    # The choices of a checkpoint are not used either.
+    gpus.train("on", {"device.tuning": "off", "train.max_steps": STEPS + 2}, flags=["--resume"], env=fastest(2, cache))
+    assert state(gpus.run("on"), STEPS + 2)["choices"] == ""
+
+
+def test_only_products_that_a_step_has_are_timed(gpus: Lab, tmp_path: Path) -> None:
+    """A run of one micro-batch a step never adds to a weight's gradient."""
+    gpus.train("one", {"train.global_batch_size": 1}, env=fastest(2, tmp_path / "one"))
+    gpus.train("two", {"train.global_batch_size": 2}, env=fastest(2, tmp_path / "two"))
+    one, two = (state(gpus.run(name), 2)["choices"] for name in ("one", "two"))
+    assert "-> +f32" not in one and "-> +f32" in two
+
+
 def test_all_ranks_use_what_rank_0_has_chosen(gpus: Lab, tmp_path: Path) -> None:
     """On rank 1's machine another algorithm would be chosen.  The bits are those of one rank."""
     gpus.defaults |= {"parallel.allreduce": "ordered"}
