@@ -62,10 +62,14 @@ GradientSync::Outcome ReplicatedUpdate::wait(Stream s) {
 }
 
 void ReplicatedUpdate::broadcast_state(Stream s) {
-    broadcast_from_root(k_, group_.host(), memory_.flat_moments(), s);
     uint64_t n = updates();
     group_.host().broadcast(&n, sizeof n, 0);
     set_updates(n);
+    const Buf moments = memory_.flat_moments();
+    if (n > 0)
+        broadcast_from_root(k_, group_.host(), moments, s);
+    else  // a fresh run: zeros, which are not worth gigabytes of messages
+        k_.zero(moments.data, moments.n_bytes(), s);
 }
 
 std::unique_ptr<GradientSync> make_replicated_update(const Group& group, const TrainerOptions& options,
