@@ -23,17 +23,36 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kAbortWait{1};    // for an abort that no graph holds up
 constexpr std::chrono::seconds kAbortLimit{10};  // for an abort whose graphs are destroyed; then nothing waits on
 
-// A switch with NVLink SHARP (NVLS) adds in an order that differs from call to call (NCCL issue 1497).
+// A switch with NVLink SHARP (NVLS) adds in an order that differs from call to call (NCCL issue 1497).  From NCCL 2.31 on
+// a call can name its algorithms, and sums alone do without NVLS.  Older ones are told for all calls by NCCL_ALGO.  A
+// user's own NCCL_ALGO holds in both cases.
+#ifdef NCCL_COLLCONFIG_INITIALIZER
+constexpr const char *kAllReduce = "RING,TREE", *kReduceScatter = "RING";
+#else
 constexpr const char* kNotInTheSwitch = "^NVLS,NVLSTree";
+#endif
 
 // Variables that NCCL reads when it makes the first communicator.  A value that the environment has stays; a value in a
 // file nccl.conf does not: NCCL takes it for variables alone that are not set.
 void set_environment(const Comm& comm) {
+#ifndef NCCL_COLLCONFIG_INITIALIZER
     setenv("NCCL_ALGO", kNotInTheSwitch, 0);
+#endif
     // In a graph NCCL registers the whole allocation of a buffer with the network, here all of kiln's memory; some
     // networks hang then (NCCL issue 2389).
     if (comm.size() > comm.local_size()) setenv("NCCL_GRAPH_REGISTER", "0", 0);
 }
+
+#ifdef NCCL_COLLCONFIG_INITIALIZER
+// `names` must outlive the calls: NCCL keeps the pointer.  Forced: an algorithm that NCCL does not know is an error, and
+// not a reason to choose another one.
+ncclCollConfig_t by_algorithms(const char* names) {
+    ncclCollConfig_t config = NCCL_COLLCONFIG_INITIALIZER;
+    config.algSelection = names;
+    config.forceAlgSelection = 1;
+    return config;
+}
+#endif
 
 // Waits between two polls: at first by yielding, after 1 ms by short sleeps, so that a long step costs no core.
 class Patience {
@@ -184,11 +203,23 @@ std::unique_ptr<DeviceComm> NcclComm::split(Comm& part) const {
 
 void NcclComm::do_all_reduce_sum(Buf data, Stream s) {
     state_->begin("ncclAllReduce", data.count, data.dtype);
+#ifdef NCCL_COLLCONFIG_INITIALIZER
+    ncclCollConfig_t config = by_algorithms(kAllReduce);
+    if (!std::getenv("NCCL_ALGO"))
+        return state_->finish(
+            ncclAllReduceConfig(data.data, data.data, data.count, type_of(data), ncclSum, state_->nccl, s, &config));
+#endif
     state_->finish(ncclAllReduce(data.data, data.data, data.count, type_of(data), ncclSum, state_->nccl, s));
 }
 
 void NcclComm::do_reduce_scatter_sum(Buf send, Buf recv, Stream s) {
     state_->begin("ncclReduceScatter", recv.count, recv.dtype);
+#ifdef NCCL_COLLCONFIG_INITIALIZER
+    ncclCollConfig_t config = by_algorithms(kReduceScatter);
+    if (!std::getenv("NCCL_ALGO"))
+        return state_->finish(ncclReduceScatterConfig(send.data, recv.data, recv.count, type_of(recv), ncclSum,
+                                                      state_->nccl, s, &config));
+#endif
     state_->finish(ncclReduceScatter(send.data, recv.data, recv.count, type_of(recv), ncclSum, state_->nccl, s));
 }
 
@@ -237,8 +268,12 @@ void NcclComm::wait(Stream s) {
 }
 
 std::string nccl_algorithms() {
-    const char* set = std::getenv("NCCL_ALGO");
-    return set ? set : "";
+    if (const char* set = std::getenv("NCCL_ALGO")) return set;
+#ifdef NCCL_COLLCONFIG_INITIALIZER
+    return fmt::format("all-reduce {}, reduce-scatter {}", kAllReduce, kReduceScatter);
+#else
+    return "";
+#endif
 }
 
 bool every_rank_has_its_own_device(const std::vector<std::string>& device_of_rank) {
