@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "common/buf.h"
+#include "kernels/ptx.cuh"
 #include "kernels/simt.h"
 
 namespace device {
@@ -18,19 +19,46 @@ struct alignas(sizeof(T) * N) Vec {
 template <class T>
 constexpr int kVec = 16 / int(sizeof(T));  // elements of a 16-byte access
 
+// The numbers of a vector as floats, and back, rounded.  bf16 goes in pairs: one instruction for each number that is
+// unpacked, one for each two that are packed.
+template <int N, class T>
+__device__ __forceinline__ void unpack(float (&out)[N], const Vec<T, N>& v) {
+    if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+        uint32_t pairs[N / 2];
+        memcpy(pairs, &v, sizeof pairs);
+        SIMT_UNROLL
+        for (int i = 0; i < N / 2; i++) {
+            const float2 both = ptx::unpack_bf16(pairs[i]);
+            out[2 * i] = both.x, out[2 * i + 1] = both.y;
+        }
+    } else {
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) out[i] = float(v[i]);
+    }
+}
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> pack(const float (&in)[N]) {
+    Vec<T, N> v;
+    if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+        uint32_t pairs[N / 2];
+        SIMT_UNROLL
+        for (int i = 0; i < N / 2; i++) pairs[i] = ptx::pack_bf16(in[2 * i], in[2 * i + 1]);
+        memcpy(&v, pairs, sizeof v);
+    } else {
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) v[i] = T(in[i]);
+    }
+    return v;
+}
+
 // Loads and stores N elements at p, which is aligned to N * sizeof(T), as floats.
 template <int N, class T>
 __device__ __forceinline__ void load(float (&out)[N], const T* p) {
-    const Vec<T, N> v = simt::ld_vec<Vec<T, N>>(p);
-    SIMT_UNROLL
-    for (int i = 0; i < N; i++) out[i] = float(v[i]);
+    unpack(out, simt::ld_vec<Vec<T, N>>(p));
 }
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, const float (&in)[N]) {
-    Vec<T, N> v;
-    SIMT_UNROLL
-    for (int i = 0; i < N; i++) v[i] = T(in[i]);
-    simt::st_global(p, v);
+    simt::st_global(p, pack<T>(in));
 }
 
 // The place of 16-byte vector v in an array in shared memory.  It lets lanes that each write two vectors in a row meet

@@ -65,6 +65,21 @@ __device__ __forceinline__ void store_some(T* p, const float (&in)[N], int count
     }
 }
 
+// Stores the first `count` of N numbers at p, and leaves all N as a T holds them: rounded once, read back from the same
+// registers.
+template <int N, class T>
+__device__ __forceinline__ void store_rounded(T* p, float (&x)[N], int count, bool vectors) {
+    if constexpr (N == kVec<T>) {
+        const Vec<T, N> v = pack<T>(x);
+        unpack(x, v);
+        if (vectors && count == N) return simt::st_global(p, v);
+    } else {
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) x[i] = float(T(x[i]));
+    }
+    store_some(p, x, count, vectors);
+}
+
 // For tensors of different element sizes.  A lane owns two quads of its warp's 256 elements, at 4 lane and 128 + 4
 // lane.  Each fp32 access of a warp is then 512 bytes in a row; with eight neighbouring elements per lane the accesses
 // would touch every sector twice, half of it each time.
@@ -93,7 +108,7 @@ __device__ __forceinline__ void store_quads(T* p, const float (&in)[2][4], const
             uint2 packed[2];
             SIMT_UNROLL
             for (int q = 0; q < 2; q++) {
-                const Vec<T, 4> v = {{T(in[q][0]), T(in[q][1]), T(in[q][2]), T(in[q][3])}};
+                const Vec<T, 4> v = pack<T>(in[q]);
                 memcpy(&packed[q], &v, sizeof v);
             }
             const bool odd = at.lane % 2;

@@ -50,7 +50,7 @@ struct Call {
     Stream stream;
 
     Call(int batch, int T, int NH, Stream s)
-        : B(batch), a{T, NH, (T - 1) / kTile + 1, batch * NH, 1 / std::sqrt(float(HS))}, stream(s) {
+        : B(batch), a{T, NH, (T - 1) / kTile + 1, batch * NH, 1 / std::sqrt(float(HS)), false, 0, 0}, stream(s) {
         CHECK_THAT(size_t(batch) * NH * ((a.tiles + 1) / 2) <= size_t(std::numeric_limits<int>::max() / 2),
                    "attention: B*NH*ceil(T/256) = {}*{}*{} pairs of tiles, more than 2^30", batch, NH,
                    (a.tiles + 1) / 2);
@@ -63,12 +63,16 @@ struct Call {
         const uint32_t box[4] = {attention_sm90::kPanel, 1, uint32_t(rows), 1};
         return simt::make_tmap(b.as<bf16>(), sizeof(bf16), 4, dim, stride, box, true);
     }
-    // One block per multiprocessor, or per pair of tiles where those are fewer.
+    // One block per multiprocessor, or per tile where those are fewer.
     template <class... P, class... A>
     void launch(void (*kernel)(P...), size_t n_shared, A&&... arguments) const {
-        const int pairs = a.heads * ((a.tiles + 1) / 2);
-        const dim3 grid(unsigned(std::min(pairs, cuda::n_multiprocessors())));
-        cuda::launch(kernel, grid, dim3(kThreads), n_shared, stream, std::forward<A>(arguments)..., a);
+        const int n = cuda::n_multiprocessors(), pairs = (a.tiles + 1) / 2;  // of a head
+        Sizes sizes = a;
+        sizes.single = a.heads * pairs < 2 * n;
+        sizes.items = a.heads * (sizes.single ? a.tiles : pairs);
+        sizes.divisor = sizes.single ? a.heads : pairs;
+        const dim3 grid(unsigned(std::min(sizes.items, n)));
+        cuda::launch(kernel, grid, dim3(kThreads), n_shared, stream, std::forward<A>(arguments)..., sizes);
     }
 };
 

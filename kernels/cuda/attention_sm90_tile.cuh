@@ -33,6 +33,9 @@ struct Sizes {
     int tiles;    // of kTile rows of one head
     int heads;    // B * NH
     float scale;  // 1 / sqrt(HS)
+    // Of TileQueue:
+    bool single;         // tiles are handed out one by one, not in pairs
+    int items, divisor;  // tiles or pairs; those of one length, or of one head
 };
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x % 32u); }
@@ -49,32 +52,45 @@ struct Tile {
     int number;  // of the tile in its head
 };
 
-// The tiles of the calling block, in the order in which all of its warps walk them: always a tile and its mirror image
-// (t and tiles - 1 - t), the longer one first.  Under the causal mask all such pairs are equal work (the middle tile of
-// an odd number is half as much), so that blocks which take pairs in turn differ by one pair at the end.  Neighbouring
-// blocks work on one head, whose rows come from L2.
+// The tiles of the calling block, in the order in which all of its warps walk them.  No bit of a result depends on the
+// order.
+//
+// Many tiles: always a tile and its mirror image (t and tiles - 1 - t), the longer one first.  Under the causal mask all
+// such pairs are equal work (the middle tile of an odd number is half as much), so that blocks which take pairs in turn
+// differ by one pair at the end.  Neighbouring blocks work on one head, whose rows come from L2.
+//
+// Few tiles, less than two pairs for each block: a second pair for some of the blocks would leave the others idle.  All
+// heads' tiles go one by one, the longest first, in turns that run forward and backward: 0 1 2, 2 1 0, 0 1 2.
 class TileQueue {
   public:
     // last_is_longest: true for tiles of queries, false for tiles of keys.
     __device__ __forceinline__ TileQueue(const Sizes& a, bool last_is_longest)
-        : a_(a), pairs_((a.tiles + 1) / 2), item_(int(blockIdx.x)), last_is_longest_(last_is_longest) {}
+        : a_(a), item_(int(blockIdx.x)), last_is_longest_(last_is_longest) {}
     __device__ __forceinline__ bool next(Tile& t) {
-        if (item_ >= a_.heads * pairs_) return false;
-        const int pair = item_ % pairs_;
-        t.head = item_ / pairs_;
+        if (item_ >= a_.items) return false;
+        // Of pairs, `a.divisor` are one head's.  Of single tiles, as many have one length: one of each head.
+        const int quotient = item_ / a_.divisor, rest = item_ % a_.divisor;
+        t.head = a_.single ? rest : quotient;
         t.b = t.head / a_.NH;
         t.h = t.head % a_.NH;
-        const int mirror = a_.tiles - 1 - pair;
-        t.number = mirror_is_next_ != last_is_longest_ ? mirror : pair;
-        mirror_is_next_ = !mirror_is_next_ && mirror != pair;
-        if (!mirror_is_next_) item_ += int(gridDim.x);
+        const int tile = a_.single ? quotient : rest, mirror = a_.tiles - 1 - tile;
+        const bool mirrored = !a_.single && second_;
+        t.number = mirrored != last_is_longest_ ? mirror : tile;
+        if (a_.single) {  // the block's place is its number, in the next turn that number from the end
+            const int block = int(blockIdx.x);
+            item_ += second_ ? 2 * block + 1 : 2 * (int(gridDim.x) - block) - 1;
+            second_ = !second_;
+        } else {
+            second_ = !second_ && mirror != tile;
+            if (!second_) item_ += int(gridDim.x);
+        }
         return true;
     }
 
   private:
     const Sizes& a_;
-    int pairs_, item_;
-    bool last_is_longest_, mirror_is_next_ = false;
+    int item_;
+    bool last_is_longest_, second_ = false;  // the second tile of a pair is next; a turn runs backward
 };
 
 // ---- buffers that are used in turn

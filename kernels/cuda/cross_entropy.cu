@@ -25,10 +25,33 @@ using device::kVec;
 
 // Two blocks of this many threads, each with a row of 100 KB, share a multiprocessor: one reads, the other computes.
 constexpr int kMaxThreads = 512;
-constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 
-// exp(x - m).  The difference comes first: x log2(e) - m log2(e) in one step is wrong for large m.
-__device__ __forceinline__ float exp_above(float x, float m) { return ptx::ex2((x - m) * kLog2E); }
+// Exponentials of logits relative to the largest one: exp(x - m) = 2^(x log2(e) - c) with c = m log2(e), one instruction
+// before ex2.  The rounding of c is a factor of all exponentials of a row: it leaves the quotients as they are, and the
+// loss adds what it took away.  From |m| = 2^20 on that factor would be far from 1; there m is subtracted first.
+struct Relative {
+    float m, c;  // c: 0 where m is huge
+    bool huge;
+    __device__ __forceinline__ explicit Relative(float largest) : m(largest), huge(fabsf(largest) >= 0x1p20f) {
+        c = huge ? 0.0f : m * kLog2E;
+    }
+    template <int N>
+    __device__ __forceinline__ void exponentials(float (&x)[N]) const {
+        if (huge) {
+            SIMT_UNROLL
+            for (int i = 0; i < N; i++) x[i] -= m;
+        }
+        SIMT_UNROLL
+        for (int i = 0; i < N; i++) x[i] = ptx::ex2(fmaf(x[i], kLog2E, -c));
+    }
+    // The factor from sums relative to this to sums relative to `other`, which is not smaller.
+    __device__ __forceinline__ float to(const Relative& other) const {
+        return ptx::ex2(huge || other.huge ? (m - other.m) * kLog2E : c - other.c);
+    }
+    // What the logarithm of a sum needs because c was rounded: exact but for kLn2.
+    __device__ __forceinline__ float correction() const { return huge ? 0.0f : fmaf(-m, kLog2E, c) * kLn2; }
+};
 
 __device__ __forceinline__ float block_max(float v, float* part) {
     const int lane = int(threadIdx.x) % 32, n_warps = int(blockDim.x) / 32;
@@ -76,8 +99,9 @@ __global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(float* loss,
     if constexpr (Kept) ptx::cp_async_wait<0>();
 
     // From -FLT_MAX, not -inf: a row may begin with -inf, and -inf - -inf is NaN.  fmaxf ignores NaN, the sum does not.
-    float m = -FLT_MAX, before = -FLT_MAX;  // the thread's largest logit, and its largest before the target
-    float sum = 0;                          // of exp(x - m)
+    Relative own(-FLT_MAX);   // to the thread's largest logit
+    float before = -FLT_MAX;  // the thread's largest before the target
+    float sum = 0;            // of exp(x - m)
     for (int c = c0; c < V; c += step) {
         float x[N];
         load_logits(x, from, c, V, vectors);
@@ -91,17 +115,21 @@ __global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(float* loss,
             for (int i = 0; i < N; i++)
                 if (c + i < target) before = fmaxf(before, x[i]);
         }
-        const float larger = fmaxf(m, top);
-        sum *= exp_above(m, larger);
-        m = larger;
+        if (top > own.m) {  // seldom, after the first vectors
+            const Relative larger(top);
+            sum *= own.to(larger);
+            own = larger;
+        }
+        own.exponentials(x);
         SIMT_UNROLL
-        for (int i = 0; i < N; i++) sum += exp_above(x[i], m);
+        for (int i = 0; i < N; i++) sum += x[i];
     }
-    const float largest = block_max(m, maxima);
-    sum = device::block_sum(sum * exp_above(m, largest), sums);
+    const float largest = block_max(own.m, maxima);
+    const Relative all(largest);
+    sum = device::block_sum(sum * own.to(all), sums);
     const bool earlier = __syncthreads_or(before == largest);
     if (threadIdx.x == 0) {
-        loss[blockIdx.x] = logf(sum) + (largest - at_target);
+        loss[blockIdx.x] = logf(sum) + all.correction() + (largest - at_target);
         if (correct) correct[blockIdx.x] = at_target == largest && !earlier;
     }
     if (grad_scale == 0) return;
@@ -110,8 +138,9 @@ __global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(float* loss,
     for (int c = c0; c < Vp; c += step) {
         float x[N];
         load_logits(x, from, c, V, vectors);
+        all.exponentials(x);
         SIMT_UNROLL
-        for (int i = 0; i < N; i++) x[i] = exp_above(x[i], largest) * scale;
+        for (int i = 0; i < N; i++) x[i] *= scale;
         if (target >= c && target < c + N) {
             SIMT_UNROLL
             for (int i = 0; i < N; i++)

@@ -6,7 +6,7 @@
 //
 //   shapes     x, y, dx, dy (BT, C) real    w, b (C) real    mean, rstd (BT) f32    dw, db, dx_sum (C) f32
 //   traffic    forward one read and one write of BT C; backward three reads (two when dx is overwritten) and one write,
-//              and 16 C bytes per chunk of 64 or more rows, 24 C with dx_sum.  This holds where rows live in registers:
+//              and 16 C bytes per chunk of 64 or more rows (16 where BT is below 16384), 24 C with dx_sum.  This holds where rows live in registers:
 //              where every tensor allows 16-byte accesses (it starts on such a boundary, C is a multiple of the
 //              vector), up to C = 2048, in the backward 8192.  Other rows are read again from cache, and x and dy once
 //              more for dw.   bound: memory
@@ -24,9 +24,11 @@ namespace {
 using device::kVec;
 using device::Vec;
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;   // of a block
-constexpr int kWideColumns = 4;                     // of a thread that sums the columns of wide rows
-constexpr size_t kMinRows = 64, kMaxChunks = 1024;  // of the sums over rows: enough blocks for a GPU, few partial rows
+constexpr int kWarps = 8, kThreads = 32 * kWarps;  // of a block
+constexpr int kWideColumns = 4;                    // of a thread that sums the columns of wide rows
+// Of the sums over rows: enough blocks for a GPU, few partial rows.  Few rows make small chunks: with 4096 rows 256
+// chunks of 16, two for each multiprocessor of a large GPU.
+constexpr size_t kMinRows = 16, kMaxRowsOfFew = 64, kChunks = 256, kMaxChunks = 1024;
 
 template <class T>
 struct Forward {
@@ -141,8 +143,7 @@ template <class T>
 __device__ __forceinline__ void unpack(float (&out)[kVec<T>], const uint4& packed) {
     Vec<T, kVec<T>> v;
     memcpy(&v, &packed, sizeof v);
-    SIMT_UNROLL
-    for (int i = 0; i < kVec<T>; i++) out[i] = float(v[i]);
+    device::unpack(out, v);
 }
 
 // Writes the first `count` of N columns of dx at c, from the old dx, dy and x; leaves the values as stored in dx.
@@ -158,9 +159,7 @@ __device__ __forceinline__ void write_dx(const Backward<T>& a, size_t bt, int c,
         const float n = (x[i] - mean) * rstd, g = dy[i] * w[i];
         dx[i] += rstd * (g - mean_g - n * mean_gn);
     }
-    device::store_some(a.dx + bt * size_t(a.C) + c, dx, count, vectors);
-    SIMT_UNROLL
-    for (int i = 0; i < N; i++) dx[i] = float(T(dx[i]));
+    device::store_rounded(a.dx + bt * size_t(a.C) + c, dx, count, vectors);
 }
 
 // One block per chunk of rows, W warps per row; a lane has `Columns` columns in registers.  Lanes keep their columns of
@@ -178,14 +177,13 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
     int turn = 0;
     for (unsigned row = first; row < end; row += kGroups, turn ^= 1) {
         const unsigned bt = row + unsigned(group);
-        const bool mine = bt < end;  // groups without a row go along to the barriers
-        if (W == 1 && !mine) break;
-        const float mean = mine ? a.mean[bt] : 0.0f, rstd = mine ? a.rstd[bt] : 0.0f;
+        if (bt >= end) break;
+        const float mean = a.mean[bt], rstd = a.rstd[bt];
         uint4 dx[K] = {}, dy[K] = {}, x[K] = {};
         SIMT_UNROLL
         for (int k = 0; k < K; k++) {
             const int c = c0 + k * kNext;
-            if (!mine || c >= a.C) continue;
+            if (c >= a.C) continue;
             x[k] = simt::ld_vec<uint4>(a.x + bt * C + c);
             dy[k] = simt::ld_vec<uint4>(a.dy + bt * C + c);
             if (!a.overwrite) dx[k] = simt::ld_vec<uint4>(a.dx + bt * C + c);
@@ -194,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
         SIMT_UNROLL
         for (int k = 0; k < K; k++) {
             const int c = c0 + k * kNext;
-            if (!mine || c >= a.C) continue;
+            if (c >= a.C) continue;
             float w[N], xs[N], dys[N];
             device::load(w, a.w + c);
             unpack<T>(xs, x[k]);
@@ -213,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
         if constexpr (W > 1) {  // two turns' sums, so that one barrier per row is enough
             SIMT_SHARED(float, part, [2][2][kWarps]);
             if (threadIdx.x % 32 == 0) part[turn][0][warp] = sum_g, part[turn][1][warp] = sum_gn;
-            __syncthreads();
+            ptx::bar_sync(1 + group, 32 * W);  // groups do not wait for each other
             sum_g = 0, sum_gn = 0;
             SIMT_UNROLL
             for (int i = 0; i < W; i++) sum_g += part[turn][0][group * W + i], sum_gn += part[turn][1][group * W + i];
@@ -222,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, Columns * sizeof(T) <= 48 ? 2 : 1)
         SIMT_UNROLL
         for (int k = 0; k < K; k++) {
             const int c = c0 + k * kNext;
-            if (!mine || c >= a.C) continue;
+            if (c >= a.C) continue;
             float dxs[N], xs[N], dys[N];
             unpack<T>(dxs, dx[k]);
             unpack<T>(dys, dy[k]);
@@ -415,7 +413,8 @@ void layernorm_backward(const LayerNormGrad& a, Stream s) {
     const size_t BT = size_t(a.BT), C = size_t(a.C);
     const size_t room =
         std::max<size_t>(1, kWorkspaceBytes / (3 * C * sizeof(float)));  // chunks that the workspace holds
-    const size_t most = std::min(kMaxChunks, room), rows = std::max(kMinRows, (BT + most - 1) / most);
+    const size_t few = std::clamp(BT / kChunks / kWarps * kWarps, kMinRows, kMaxRowsOfFew);  // rows of a chunk
+    const size_t most = std::min(kMaxChunks, room), rows = std::max(few, (BT + most - 1) / most);
     const size_t chunks = (BT + rows - 1) / rows;
     const int sums = a.dx_sum ? 3 : 2;
     float* partial = workspace<float>(s, chunks * sums * C, "layernorm_backward");  // (chunks, sums, C)

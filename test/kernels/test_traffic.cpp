@@ -99,7 +99,7 @@ TEST_CASE("traffic: layernorm") {
             Dev dw(t, DType::f32, poison(C)), db(t, DType::f32, poison(C)), dx_sum(t, DType::f32, poison(C));
             for (bool more : {false, true}) {  // true: dx overwritten, its columns summed
                 CAPTURE(more);
-                const double sums = (more ? 3.0 : 2.0) * double(C) * 4, partial = double((BT + 63) / 64) * sums;
+                const double sums = (more ? 3.0 : 2.0) * double(C) * 4, partial = double((BT + 15) / 16) * sums;
                 check_traffic(
                     [&] {
                         t.k->layernorm_backward({.dx = dx,
@@ -136,7 +136,7 @@ TEST_CASE("traffic: layernorm of rows too wide for registers") {
             dy(t, s.t, normal(n, 5));
         Dev mean(t, DType::f32, normal(size_t(BT), 6)), rstd(t, DType::f32, normal(size_t(BT), 7));
         Dev dw(t, DType::f32, poison(size_t(C))), db(t, DType::f32, poison(size_t(C)));
-        const double all = double(n) * s.e, partial = 2.0 * 2 * C * 4, stats = 2 * double(BT) * kSector;
+        const double all = double(n) * s.e, partial = 2.0 * ((BT + 15) / 16) * C * 4, stats = 2 * double(BT) * kSector;
         check_traffic(
             [&] {
                 t.k->layernorm_backward({.dx = dx,
