@@ -3,6 +3,7 @@
 // The timing is adversarial.  In random order a coin decides whether a copy lands at its issue or as late as its wait;
 // in the other orders it always lands late.  The destination is NaN meanwhile.  In random order try_wait fails without
 // reason one time in four.
+#include <chrono>
 #include <cstring>
 
 #include "state.h"
@@ -167,6 +168,11 @@ void proxy_fence() {
     Block& b = block();
     self().fenced_at = ++b.time;
     b.time++;
+}
+
+uint64_t global_ns() {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return uint64_t(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
 }
 
 void thread_fence() {

@@ -76,6 +76,26 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t both) {
     return v;
 }
 
+// ---- time: cycles of the multiprocessor's clock, and nanoseconds of a clock that does not change its rate ----
+__device__ __forceinline__ uint64_t sm_cycles() {
+#if SIMT_EMULATED
+    return emulator::global_ns();  // 1 GHz
+#else
+    uint64_t t;
+    asm volatile("mov.u64 %0, %clock64;" : "=l"(t)::"memory");
+    return t;
+#endif
+}
+__device__ __forceinline__ uint64_t global_ns() {
+#if SIMT_EMULATED
+    return emulator::global_ns();
+#else
+    uint64_t t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)::"memory");
+    return t;
+#endif
+}
+
 // ---- named barriers: id 0 is __syncthreads'; n_threads is a multiple of 32 ----
 __device__ __forceinline__ void bar_sync(int id, int n_threads) {
     PTX(emulator::bar_sync(id, n_threads), "bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");

@@ -118,6 +118,7 @@ int bar_reduce(int predicate, Reduce op);
 void spin_yield();
 void thread_fence();
 void proxy_fence();
+uint64_t global_ns();  // of the host's clock
 [[noreturn]] void fail(const char* kind, const std::string& message);
 
 [[noreturn]] void fail_misaligned(const void* p, size_t n_bytes);

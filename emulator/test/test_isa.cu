@@ -456,6 +456,23 @@ TEST_CASE("isa: mbarrier") {
     for (unsigned phase = 0; phase < 3; phase++) CHECK(got[phase] == 127 * 64 + 128 * phase);
 }
 
+__global__ void isa_clocks_kernel(uint64_t* out) {  // (2) cycles, nanoseconds
+    const uint64_t begin = ptx::global_ns(), first = ptx::sm_cycles();
+    uint64_t ns = 0;
+    while (ns < 200'000) ns = ptx::global_ns() - begin;
+    out[0] = ptx::sm_cycles() - first;
+    out[1] = ns;
+}
+TEST_CASE("isa: the clocks run") {
+    DeviceArray<uint64_t> out(2);
+    run(isa_clocks_kernel, 1, 1, 0, out.data());
+    const auto got = out.host();
+    CHECK(got[1] >= 200'000);
+    const double ghz = double(got[0]) / double(got[1]);
+    CHECK(ghz > 0.1);  // a GPU runs at 0.2 to 3 GHz; the emulator's cycles are nanoseconds
+    CHECK(ghz < 4);
+}
+
 __global__ void isa_elect_kernel(unsigned* out) {
     if (ptx::elect_one()) atomicAdd(&out[threadIdx.x / 32], 1);
 }

@@ -60,7 +60,7 @@ only_in 'kernels/cuda/[^:]*|kernels/[^/:]*\.cuh|kernels/(simt|tensor_map)\.h|com
     'only kernels for GPUs and comm/nccl.cpp may include headers of CUDA, cuBLASLt, cuDNN and NCCL:' "$CUDA_HEADER" "${SOURCES[@]}"
 only_in 'kernels/cuda/[^:]*\.cuh?|kernels/[^/:]*\.cuh|kernels/tensor_map\.h|kernels/cuda/launch\.h' \
     'only files of kernels include simt.h; the others need cuda.h alone:' 'include "kernels/simt\.h"' kernels
-only_in 'kernels/cuda/[^:]*' 'kernels for GPUs alone include headers of kernels/cuda:' \
+only_in 'kernels/cuda/[^:]*|bench/bench_attention\.cpp' 'kernels for GPUs alone include headers of kernels/cuda:' \
     'include "kernels/cuda/' "${SOURCES[@]}"
 only_in 'kernels/cpu/[^:]*|bench/bench_gemm\.cpp' 'ops on CPUs alone include headers of kernels/cpu:' \
     'include "kernels/cpu/' "${SOURCES[@]}"

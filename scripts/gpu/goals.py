@@ -124,7 +124,7 @@ def cost_of_determinism(stages: Stages) -> float | None:
 
 GOALS = [
     Goal("124M, B64 T1024", "tokens/s", ">=", 600e3, end_to_end("124m", (64,), "kiln_tokens_per_s")),
-    Goal("124M, B64 T1024", "tokens/s", ">=", 700e3, end_to_end("124m", (64,), "kiln_tokens_per_s"), stretch=True),
+    Goal("124M, B64 T1024", "tokens/s", ">=", 730e3, end_to_end("124m", (64,), "kiln_tokens_per_s"), stretch=True),
     Goal("124M beside PyTorch compiled, cuDNN SDPA", "x", ">=", 1.15, end_to_end("124m", (64,), "ratio")),
     Goal("1558M, B16-32 T1024", "tokens/s", ">=", 58e3, end_to_end("1558m", (16, 32), "kiln_tokens_per_s")),
     Goal("1558M, B16-32 T1024", "tokens/s", ">=", 62e3, end_to_end("1558m", (16, 32), "kiln_tokens_per_s"),
