@@ -111,7 +111,7 @@ chmod +x "$top/bin/run"
 for name in "${programs[@]}" mpirun; do ln -s run "$top/bin/$name"; done
 ln -s bin/train bin/mpirun "$top/"
 cp scripts/prepare_data.py "$top/scripts/"
-cp scripts/gpu/{gpu_check.py,gpu_stages.py,gpu_speed.py,goals.py,cuda_libraries.sh} "$top/scripts/gpu/"
+cp scripts/gpu/{gpu_check.py,gpu_stages.py,gpu_speed.py,gpu_first.py,goals.py,cuda_libraries.sh} "$top/scripts/gpu/"
 cp scripts/pytorch/{bench_pytorch.py,torch_ops.py,train_pytorch.py,gpt2_torch.py} "$top/scripts/pytorch/"
 cp configs/*.yaml "$top/configs/"
 cp LICENSE "$top/"

@@ -4,6 +4,7 @@ bundle). Writes one JSON file for benchmarks/results/ and prints a short table l
 
     scripts/gpu/gpu_check.py                    tests, attention, ops-124m, pytorch-124m
     STAGE=sanitize scripts/gpu/gpu_check.py     one stage, or several: STAGE="tests train"
+    STAGE=first scripts/gpu/gpu_check.py        five minutes, the most decisive checks first; then STAGE=more
     scripts/gpu/gpu_check.py --gpu              names the GPU, or says why there is none (exit code 1), and runs nothing
     scripts/gpu/gpu_check.py --bench            the stages of STAGE, by default bench, then --publish (make bench-gpu)
     scripts/gpu/gpu_check.py --publish          runs nothing: puts the results so far into benchmarks/results/
@@ -19,6 +20,8 @@ bundle). Writes one JSON file for benchmarks/results/ and prints a short table l
   gaps             launches: B64 and B4, as a CUDA graph and without; idle time where nsys is installed
   start            seconds from the command to the first step
   quality          configs/shakespeare-char.yaml beside PyTorch, three seeds (quality-1 ...), and in fp32
+  first, more      instructions, ops, attention, two runs' weights, 124M and single ops beside PyTorch in five minutes;
+                   then what fits into seven more (gpu_first.py)
   bench            all stages of make bench-gpu: what is measured beside PyTorch, op by op and as whole runs
   merge            only puts the results in OUT together
 
@@ -53,11 +56,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if sys.version_info < (3, 10):  # noqa: UP036  other machines' Python may be older; before the imports that would fail
     print(f"gpu_check.py needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
     sys.exit(2)
 import goals
+import gpu_first
 import gpu_speed
 import gpu_stages
 from gpu_speed import SDPA, pytorch_stage
@@ -85,12 +90,12 @@ RESULTS = Path(os.environ.get("RESULTS") or ROOT / "benchmarks" / "results")
 FORCE = os.environ.get("FORCE", "") not in ("", "0")
 DEFAULT = ("tests", "attention", "ops-124m", "pytorch-124m")
 SAME = ("commit", "gpu", "driver", "cublaslt", "nccl", "torch")  # of the environment, for a result to be kept
-CODE = ("prepare_data.py", *(f"gpu/{name}.py" for name in ("gpu_check", "gpu_stages", "gpu_speed")),
+CODE = ("prepare_data.py", *(f"gpu/{name}.py" for name in ("gpu_check", "gpu_stages", "gpu_speed", "gpu_first")),
         *(f"pytorch/{name}.py" for name in ("bench_pytorch", "torch_ops", "train_pytorch", "gpt2_torch")))
 
 
 def stages() -> dict:
-    return gpu_stages.stages() | gpu_speed.stages()
+    return gpu_first.stages() | gpu_stages.stages() | gpu_speed.stages()
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
@@ -239,20 +244,29 @@ def merge() -> Path:
     return path
 
 
-def asked_for(names: list[str]) -> list[list[str]]:
-    """The stages that STAGE names, in groups. The stages of a group share the time of one stage."""
+class Group(NamedTuple):
+    """Stages that share their time."""
+    shares: dict[str, float]                                    # stage -> its part of the time, in any unit
+    seconds: float
+
+
+def asked_for(names: list[str]) -> list[Group]:
+    """The stages that STAGE names."""
     sdpa = os.environ.get("SDPA") or "default"
     if sdpa not in SDPA:
         raise ValueError(f"SDPA={sdpa}; known are {', '.join(SDPA)}")
     known = {"tests": [["tests"]], "sanitize": [[f"sanitize-{tool}" for tool in TOOLS]]}
-    known |= {name: [[name]] for name in stages()}
+    known |= {"first": [], "more": []} | {name: [[name]] for name in stages()}
     known |= {f"pytorch-{size}": [[pytorch_stage(size, sdpa)]] for size in SIZES} | {"merge": []}
     known |= {"ops": [[f"ops-{size}"] for size in gpu_speed.OPS], "bench": [[name] for name in gpu_speed.BENCH],
               "quality": [[name] for name in gpu_speed.QUALITY]}
     for name in names:
         if name not in known:
             raise ValueError(f"STAGE={name}; known are {', '.join(known)}")
-    groups = [group for name in names for group in known[name]]
+    whole = {"first": Group(dict(gpu_first.FIRST), gpu_first.SECONDS),
+             "more": Group(dict(gpu_first.MORE), gpu_first.MORE_SECONDS)}
+    groups = [group for name in names for group in
+              ([whole[name]] if name in whole else [Group(dict.fromkeys(g, 1.0), STAGE_SECONDS) for g in known[name]])]
     return [group for i, group in enumerate(groups) if group not in groups[:i]]
 
 
@@ -295,7 +309,7 @@ def check(default: Sequence[str]) -> int:
         return 2
     OUT.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that what is running is ended too
-    wanted = [stage for group in asked for stage in group]
+    wanted = [stage for group in asked for stage in group.shares]
     if wanted:
         gpu = usable_gpu()
         here = environment(gpu) | {"code": code_hash()}
@@ -303,14 +317,15 @@ def check(default: Sequence[str]) -> int:
         if any(name in gpu_speed.QUALITY for name in wanted) and not gpu_speed.TEXT.exists():
             print(f"quality will be skipped: {gpu_speed.missing_text()}", flush=True)
         for group in asked:
-            left = [name for name in group if not keep(read_result(name), here)]
-            for name in group:
+            left = [name for name in group.shares if not keep(read_result(name), here)]
+            for name in group.shares:
                 if name not in left:
                     print(f"== {name}: has passed before; FORCE=1 runs it again", flush=True)
-            end = time.monotonic() + STAGE_SECONDS
+            end = time.monotonic() + group.seconds
             for i, name in enumerate(left):                     # what one does not use of its share the next ones have
                 print(f"== {name} ({datetime.datetime.now():%H:%M:%S})", flush=True)
-                share = (end - time.monotonic()) / (len(left) - i)
+                part = group.shares[name] / sum(group.shares[n] for n in left[i:])
+                share = (end - time.monotonic()) * part
                 write_json(OUT / f"{name}.json", run_stage(name, gpu, here, share))
                 merge()
     path = merge()

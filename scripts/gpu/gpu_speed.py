@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ from gpu_stages import (
 )
 
 SDPA = ("default", "cudnn", "flash")
+CONTEXT, VOCABULARY = 1024, 50257                               # of the runs whose speed is measured
 OPS = ("124m", "1558m")                                         # sizes whose ops are timed
 STEPS = {"124m": 60, "350m": 40, "774m": 30, "1558m": 24}       # of a run; the first third is left out
 SEEDS = (1, 2, 3)
@@ -52,19 +53,21 @@ def time_left(s: Stage) -> float:
 
 # ---- attention, ops -------------------------------------------------------------------------------------------------
 
-def attention(s: Stage) -> tuple[str, Data]:
-    """All attention kernels of ours and the library's in one process, then PyTorch's at the same shapes."""
+def attention(s: Stage, shapes: Sequence[str] = (), sdpas: Sequence[str] = SDPA) -> tuple[str, Data]:
+    """All attention kernels of ours and the library's in one process, then PyTorch's at the same shapes; without
+    `shapes`, at those of the goals."""
     path = s.work / "attention.jsonl"
-    code, text = s.run([s.program("bench_attention"), "--json", path], 240)
+    chosen = [word for shape in shapes for word in ("--shape", shape)]
+    code, text = s.run([s.program("bench_attention"), "--json", path, *chosen], 240)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     data: Data = {"run": rows[:1]} | {key: [r for r in rows if r["type"] == kind] for key, kind in
                                       (("kernels", "kernel"), ("attention", "attention"), ("goals", "goal"))}
     if code != 0:
         raise Failed(f"bench_attention: {reason(code, text)}", data)
     ours = [r for r in data["attention"] if not r["kernel"].startswith("cudnn")]
-    shapes = list(dict.fromkeys(r["shape"] for r in ours))
+    shapes = list(dict.fromkeys(r["shape"] for r in ours))      # that were measured
     data |= {"pytorch": [], "beside_pytorch": [], "pytorch_failed": {}}
-    for sdpa in SDPA if shapes else ():
+    for sdpa in sdpas if shapes else ():
         command = [torch_python(), SCRIPTS / "pytorch" / "bench_pytorch.py", "--sdpa", sdpa]
         code, text = s.run([*command, *(word for shape in shapes for word in ("--attention", shape))], 70,
                            dict(os.environ))
@@ -100,8 +103,9 @@ def attention_headline(data: Data, ours: list[Data]) -> str:
     return f"{kernel} at {shape}: {', '.join(parts)}{torch}; {met}"
 
 
-def ops(s: Stage, size: str) -> tuple[str, Data]:
-    """Every op of a step of one micro-batch by `./train bench`, then PyTorch's at the same shapes."""
+def ops(s: Stage, size: str, beside: Sequence[str] = ()) -> tuple[str, Data]:
+    """Every op of a step of one micro-batch by `./train bench`, then PyTorch's at the same shapes; where `beside` is
+    given, those whose names begin with one of its words."""
     path = s.work / "ops.jsonl"
     batch = BATCHES[size]
     settings = [f"train.{key}={batch}" for key in ("global_batch_size", "micro_batch_size")]
@@ -112,21 +116,22 @@ def ops(s: Stage, size: str) -> tuple[str, Data]:
     data: Data = {"size": size, "B": batch, "run": of["run"], "peak": of["peak"], "ops": of["op"], "step": of["step"]}
     if code != 0:
         raise Failed(f"train bench: {reason(code, text)}", data)
-    command = [torch_python(), SCRIPTS / "pytorch" / "bench_pytorch.py", "--ops", "--size", size, "--batch", str(batch)]
+    command = [torch_python(), SCRIPTS / "pytorch" / "bench_pytorch.py", "--ops", "--size", size, "--batch", str(batch),
+               *(word for name in beside for word in ("--only", name))]
     code, text = s.run(command, time_left(s), dict(os.environ))
     if code == 0:
         data["pytorch"] = json.loads(text.splitlines()[-1])
         theirs = {r["op"]: r["us"] for r in data["pytorch"]["ops"] if r["us"]}
         failed = [r["op"] for r in data["pytorch"]["ops"] if r.get("failed")]
-        beside = f"; PyTorch failed at {', '.join(failed)}" if failed else ""
+        said = f"; PyTorch failed at {', '.join(failed)}" if failed else ""
         for row in of["op"]:
             row["pytorch_us"] = theirs.get(row["op"])
             row["ratio"] = row["pytorch_us"] / row["us"] if row["pytorch_us"] else None
     else:
         data["pytorch_failed"] = reason(code, text)
-        beside = f"; PyTorch: {data['pytorch_failed']}"
+        said = f"; PyTorch: {data['pytorch_failed']}"
     steps = ", ".join(f"{r['step_ms']:.1f} ms, at the device's peaks {r['bound_ms']:.1f} ms" for r in of["step"])
-    return f"{size} B{batch}: a step's ops in a row {steps or 'not complete'}{beside}", data
+    return f"{size} B{batch}: a step's ops in a row {steps or 'not complete'}{said}", data
 
 
 # ---- whole steps ----------------------------------------------------------------------------------------------------
@@ -136,10 +141,10 @@ def speed_config(s: Stage, size: str, batch: int, steps: int) -> Data:
     layers, heads, width = SIZES[size]
     shard = s.work / "random.bin"
     if not shard.exists():
-        write_tokens(shard, 1 << 21, 50257)
+        write_tokens(shard, 1 << 21, VOCABULARY)
     return flat({"device": {"kind": "cuda", "dtype": "bf16"},
-                 "model": {"n_layer": layers, "n_head": heads, "n_embd": width, "context_length": 1024,
-                           "vocab_size": 50257},
+                 "model": {"n_layer": layers, "n_head": heads, "n_embd": width, "context_length": CONTEXT,
+                           "vocab_size": VOCABULARY},
                  "data": {"train": [str(shard)]}, "optimizer": {"learning_rate": 1e-4},
                  "train": {"max_steps": steps, "global_batch_size": batch, "micro_batch_size": batch}})
 
@@ -156,7 +161,7 @@ def kiln_speed(s: Stage, size: str, batch: int, settings: Data | None = None, st
     ms = median(r["step_ms"] for r in taken)
     log = s.work / "runs" / "speed" / "train.log"
     weights = re.findall(r"weights ([0-9a-f]{16})", log.read_text()) if log.exists() else []
-    return {"step_ms": ms, "tokens_per_s": 1e3 * batch * 1024 / ms,
+    return {"step_ms": ms, "tokens_per_s": 1e3 * batch * CONTEXT / ms,
             "step_ms_all": [round(r["step_ms"], 4) for r in taken],
             "phase_ms": {p: median(r["phase_ms"][p] for r in taken) for p in taken[0]["phase_ms"]},
             "mfu": median(known) if (known := [r["mfu"] for r in taken if r.get("mfu") is not None]) else None,

@@ -207,27 +207,29 @@ def quietly(*command: str, env: dict[str, str] | None = None) -> str:
 
 # ---- stages: each returns (headline, data) --------------------------------------------------------------------------
 
+def suite(s: Stage, data: Data, bad: list[str], name: str, program: str, limit_s: float, launch: Sequence[str] = (),
+          arguments: Sequence[str] = ()) -> None:
+    """Runs a program of tests: its counts go into data[name], and why it has not passed into `bad`."""
+    try:
+        code, text = s.run([*launch, s.program(program), *arguments], limit_s)
+    except Failed as e:
+        bad.append(f"{name}: {e}")
+        return
+    counts = [(int(passed), int(failed)) for passed, failed in DOCTEST.findall(text)]     # one line of each rank
+    failing = sorted(set(FAILING.findall(text)))
+    data[name] = {"exit": code, "passed": sum(c[0] for c in counts), "failed": sum(c[1] for c in counts),
+                  "failing": failing[:50]}
+    if code != 0 or not data[name]["passed"]:
+        bad.append(f"{name}: {f'{len(failing)} failed' if failing else reason(code, text)}")
+
+
 def tests(s: Stage) -> tuple[str, Data]:
     data: Data = {}
-    bad = []
-
-    def suite(name: str, program: str, limit_s: float, launch: Sequence[str] = ()) -> None:
-        try:
-            code, text = s.run([*launch, s.program(program)], limit_s)
-        except Failed as e:
-            bad.append(f"{name}: {e}")
-            return
-        counts = [(int(passed), int(failed)) for passed, failed in DOCTEST.findall(text)]     # one line of each rank
-        failing = sorted(set(FAILING.findall(text)))
-        data[name] = {"exit": code, "passed": sum(c[0] for c in counts), "failed": sum(c[1] for c in counts),
-                      "failing": failing[:50]}
-        if code != 0 or not counts:
-            bad.append(f"{name}: {f'{len(failing)} failed' if failing else reason(code, text)}")
-
+    bad: list[str] = []
     # Hopper's own instructions exist only in code for 9.0a, which no other GPU runs.
-    suite("instructions", "test_isa_sm90_native" if s.gpu.capability == "9.0" else "test_isa_native", 60)
-    suite("ops and model", "test_native", 330)
-    suite("communication, 2 ranks", "test_mpi_native", 120, s.mpirun(2))
+    suite(s, data, bad, "instructions", "test_isa_sm90_native" if s.gpu.capability == "9.0" else "test_isa_native", 60)
+    suite(s, data, bad, "ops and model", "test_native", 330)
+    suite(s, data, bad, "communication, 2 ranks", "test_mpi_native", 120, s.mpirun(2))
     try:
         data["2 ranks on one GPU"] = two_ranks(s)
     except (Failed, MemoryError) as e:

@@ -108,7 +108,9 @@ def train(a: argparse.Namespace, config: gpt2_torch.GPT2Config) -> dict:
 def ops(a: argparse.Namespace, c: gpt2_torch.GPT2Config) -> dict:
     """Every op of a step that PyTorch has as one; attention by cuDNN and as PyTorch chooses, the faster counts."""
     rows = op_times(Shape(a.batch, c.context_length, c.n_layer, c.n_embd, c.vocab_size), Clock(a.device, a.samples),
-                    a.compile)
+                    a.compile, a.only)
+    if a.only and not "attention".startswith(tuple(a.only)):
+        return {"size": a.size, "B": a.batch, "compile": a.compile, "samples": a.samples, "ops": rows}
     shape = f"{a.batch}x{c.n_head}x{c.context_length}x{c.n_embd // c.n_head}"
     found: dict[str, dict] = {}
     for choice in ("default", "cudnn") if a.device == "cuda" else ("default",):
@@ -163,6 +165,7 @@ def main() -> int:
     parser.add_argument("--sdpa", choices=("default", "cudnn", "flash"), default="default")
     parser.add_argument("--attention", action="append", metavar="BxNHxTxHS", default=[])
     parser.add_argument("--ops", action="store_true", help="each op alone instead of training")
+    parser.add_argument("--only", action="append", metavar="NAME", default=[], help="ops whose names begin with it")
     parser.add_argument("--samples", type=int, default=21, help="of what is measured alone")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--no-compile", dest="compile", action="store_false")

@@ -157,8 +157,9 @@ def optimizer_times(z: Shape, clock: Clock) -> Iterator[tuple[str, float]]:
     yield "adamw", clock.us(adamw.step)
 
 
-def op_times(z: Shape, clock: Clock, with_compile: bool) -> list[dict]:
-    """Rows {"op", "us", "eager_us", "compiled_us"}; None where it did not run, with the reason in "failed"."""
+def op_times(z: Shape, clock: Clock, with_compile: bool, only: Sequence[str] = ()) -> list[dict]:
+    """Rows {"op", "us", "eager_us", "compiled_us"}; None where it did not run, with the reason in "failed". `only`: the
+    beginnings of the names of ops that are wanted; empty: all."""
     rows: dict[str, dict] = {}
 
     def add(times: Callable[[], Iterator[tuple[str, float]]], key: str, names: Sequence[str]) -> None:
@@ -176,8 +177,11 @@ def op_times(z: Shape, clock: Clock, with_compile: bool) -> list[dict]:
 
     for op in ops_of(z, clock.device):
         names = [name for name in (op.forward, *op.backwards) if name]
+        if only and not any(name.startswith(tuple(only)) for name in names):
+            continue
         add(partial(time_op, op, clock, False), "eager_us", names)
         if with_compile and op.compiled:
             add(partial(time_op, op, clock, True), "compiled_us", names)
-    add(lambda: optimizer_times(z, clock), "eager_us", ("gradient norm", "adamw"))
+    if not only or any(name.startswith(tuple(only)) for name in ("gradient norm", "adamw")):
+        add(lambda: optimizer_times(z, clock), "eager_us", ("gradient norm", "adamw"))
     return list(rows.values())
