@@ -39,6 +39,9 @@ bench-gpu: gpu-there ## on a machine with a GPU: the whole step beside PyTorch, 
 	KILN_BUILD=$(abspath $(B)) $(PYTHON) scripts/gpu/gpu_check.py --bench; \
 	    code=$$?; $(PYTHON) scripts/gpu/performance_page.py && exit $$code
 
+nccl-versions: ## compile kiln's calls of NCCL against the oldest version that it supports and the newest on PyPI
+	MPICXX=$(MPICXX) CUDA_HOME=$(TOOLKIT) scripts/build/check_nccl.sh
+
 bundle: ## build/kiln-bundle.tar.zst: all that another machine with a GPU needs
 	@$(MAKE) --no-print-directory -j$$(nproc) CPU=x86-64-v3 native
 	scripts/build/bundle.sh build/release-x86-64-v3
@@ -175,4 +178,4 @@ removals-changed:
 cudnn-found:
 	@echo "cudnn.h=$(call has_header,cudnn.h,$(CUDNN)) cudnn_frontend.h=$(call has_header,cudnn_frontend.h,$(CUDNN_FRONTEND)) "
 
-.PHONY: isa-oracle isa-oracle-mutants removals removals-changed emulated gpu-there gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found
+.PHONY: nccl-versions isa-oracle isa-oracle-mutants removals removals-changed emulated gpu-there gpu-check bench-gpu bundle native kernel-table kernel-table-check sass-check cudnn-found
