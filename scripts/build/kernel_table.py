@@ -54,6 +54,13 @@ addition. R2UR moves an address or a descriptor to a uniform register. setmaxnre
 request. highest: the last register in use. all: instructions without NOPs. `scripts/build/sass_check.py` has the rules
 for these kernels.
 """
+MEMORY_BOUND = ("LDG", "STG", "MUFU", "F2FP", "F2F", "PRMT")
+MEMORY_BOUND_HEAD = """\
+## Instructions of the memory-bound kernels in bf16
+
+Of compute capability 9.0, counted likewise. MUFU is ex2, lg2, a reciprocal or a root; F2FP packs two numbers into a
+pair of bf16; F2F would convert one number; PRMT picks bytes, as unpacking without a mask does.
+"""
 
 
 @dataclass
@@ -162,14 +169,22 @@ def faults(kernels: dict[str, Uses]) -> list[str]:
     return out
 
 
-def instructions(tools: sass_check.Disassembler, objects: dict[str, Path]) -> tuple[str, list[str]]:
-    """The Hopper kernels' second table, and the rules that they break."""
+def instructions(tools: sass_check.Disassembler, objects: dict[str, Path],
+                 memory_bound: dict[str, Path]) -> tuple[str, list[str]]:
+    """The tables of instructions, and the rules that kernels break."""
     codes, bad = sass_check.check(tools, objects)
     columns = (*sass_check.COUNTED, "setmaxnreg", "all", "highest")
     lines = ["", INSTRUCTIONS, "", INSTRUCTIONS_HEAD, "| kernel | " + " | ".join(columns) + " |",
              "|---|" + "--:|" * len(columns)]
     lines += [f"| `{name}` | " + " | ".join(sass_check.cells(code)) + " |" for name, code in codes.items()]
-    return "\n".join([*lines, ""]), bad
+    others, broken = sass_check.check_memory_bound(tools, memory_bound)
+    if not others:
+        return "\n".join([*lines, ""]), bad
+    lines += ["", MEMORY_BOUND_HEAD, "| kernel | " + " | ".join(MEMORY_BOUND) + " | all | highest |",
+              "|---|" + "--:|" * (len(MEMORY_BOUND) + 2)]
+    lines += [f"| `{name}` | " + " | ".join(str(code.count(i)) for i in MEMORY_BOUND)
+              + f" | {code.total()} | R{code.highest} |" for name, code in others.items() if "<bf16" in name]
+    return "\n".join([*lines, ""]), bad + broken
 
 
 def report(args: argparse.Namespace, logs: Path) -> int:
@@ -183,7 +198,9 @@ def report(args: argparse.Namespace, logs: Path) -> int:
     tools = sass_check.Disassembler.find(args.nvcc, args.disassembler)
     if hopper and tools:
         try:
-            counts, broken = instructions(tools, hopper)
+            wide = {source: obj for source, uses in kernels.items() if uses and sass_check.is_memory_bound(source)
+                    and (obj := logs / Path(source).with_suffix(".o")).exists()}
+            counts, broken = instructions(tools, hopper, wide)
         except sass_check.Unreadable as e:
             sys.exit(str(e))
         text += counts

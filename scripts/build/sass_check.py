@@ -9,7 +9,8 @@ Prints a line per kernel: how often its code holds an instruction (not how often
 asks for, and the highest register in use. Every kernel must multiply by wgmma (HGMMA) and move its tiles by
 TMA (UTMALDG, and UTMASTG or UTMAREDG); none may use mma.sync (HMMA) or local memory (LDL, STL), which is where ptxas
 puts spills and arrays that are indexed at run time. Every kernel of a file whose head says "bound: memory" must have
-loads and stores of 128 bits, but for those that NARROW names with the reason, and no local memory either.
+loads and stores of 128 bits, but for those that NARROW names with the reason, no local memory either, and in bf16 no
+conversion of a single number (F2F): pairs take one instruction (F2FP).
 
 cuobjdump and nvdisasm, which it calls, are looked for in CUDA_HOME/bin, beside nvcc, in PATH, and in build/deps/bin,
 where scripts/install_deps.sh --disassembler puts them.
@@ -196,9 +197,10 @@ def check(tools: Disassembler, objects: dict[str, Path]) -> tuple[dict[str, Code
     return kernels, bad
 
 
-def check_widths(tools: Disassembler, objects: dict[str, Path]) -> tuple[int, list[str]]:
-    """Of the memory-bound kernels. Returns how many there are, and what breaks a rule."""
-    n, bad = 0, []
+def check_memory_bound(tools: Disassembler, objects: dict[str, Path]) -> tuple[dict[str, Code], list[str]]:
+    """Returns kernels by their short names, in order, and what breaks a rule."""
+    kernels: dict[str, Code] = {}
+    bad = []
     for where, obj in objects.items():
         found = parse(tools.listing(obj, "-arch", "sm_90a"))
         if not found:
@@ -211,8 +213,10 @@ def check_widths(tools: Disassembler, objects: dict[str, Path]) -> tuple[int, li
             bad += [f"{where}: {name} has no {i} of 128 bits" for i in ("LDG", "STG") if i not in wide | set(narrow)]
             bad += [f"{where}: {name} has {i} of 128 bits, which NARROW says it has not" for i in narrow if i in wide]
             bad += [f"{where}: {name} has {k} {i}: {FORBIDDEN[i]}" for i in LOCAL if (k := found[mangled].count(i))]
-        n += len(found)
-    return n, bad
+            if "<bf16" in name and (k := found[mangled].count("F2F")):
+                bad.append(f"{where}: {name} has {k} F2F: rounds to bf16 one by one, not in pairs")
+            kernels[name] = found[mangled]
+    return kernels, bad
 
 
 def main() -> int:
@@ -231,16 +235,17 @@ def main() -> int:
     wide = {} if args.objects else {s: args.folder / Path(s).with_suffix(".o") for s in sources() if is_memory_bound(s)}
     try:
         kernels, bad = check(tools, objects)
-        n_wide, narrow = check_widths(tools, wide)
+        memory_bound, broken = check_memory_bound(tools, wide)
     except Unreadable as e:
         print(e, file=sys.stderr)
         return 1
     for name, code in kernels.items():
         words = (*COUNTED, "setmaxnreg", "instructions", "highest register")
         print(f"{name}: " + ", ".join(f"{word} {cell}" for word, cell in zip(words, cells(code), strict=True)))
-    bad += narrow
+    bad += broken
     print("\n".join(bad), end="\n" if bad else "")
-    print(f"{len(kernels)} kernels{f' for Hopper, {n_wide} memory-bound' if wide else ''}, {len(bad)} broken rules")
+    others = f" for Hopper, {len(memory_bound)} memory-bound" if wide else ""
+    print(f"{len(kernels)} kernels{others}, {len(bad)} broken rules")
     return 1 if bad else 0
 
 

@@ -135,7 +135,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 WIDE = """\
-\t\tFunction : _Z11gelu_kernelIfEvi
+\t\tFunction : _Z11gelu_kernelI4bf16Evi
         /*0010*/               @P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;                 /* 0x0 */
         /*0020*/                   LDG.E R8, desc[UR4][R2.64] ;                              /* 0x0 */
         /*0030*/                   STG.E.128 desc[UR4][R2.64], R4 ;                          /* 0x0 */
@@ -147,10 +147,11 @@ WIDE = """\
 
 @pytest.mark.parametrize("before, after, broken", [
     ("", "", []),
-    ("LDG.E.128.CONSTANT", "LDG.E.64", ["x: gelu_kernel<float> has no LDG of 128 bits"]),
-    ("STG.E.128", "STG.E.64", ["x: gelu_kernel<float> has no STG of 128 bits"]),
+    ("LDG.E.128.CONSTANT", "LDG.E.64", ["x: gelu_kernel<bf16> has no LDG of 128 bits"]),
+    ("STG.E.128", "STG.E.64", ["x: gelu_kernel<bf16> has no STG of 128 bits"]),
     ("STG.E desc", "STG.E.128 desc", ["x: row_sum_kernel has STG of 128 bits, which NARROW says it has not"]),
-    ("LDG.E R8", "STL R8", ["x: gelu_kernel<float> has 1 STL: a store to local memory"]),
+    ("LDG.E R8", "STL R8", ["x: gelu_kernel<bf16> has 1 STL: a store to local memory"]),
+    ("LDG.E R8", "F2F.BF16.F32 R8", ["x: gelu_kernel<bf16> has 1 F2F: rounds to bf16 one by one, not in pairs"]),
 ])
 def test_memory_bound_kernels_move_16_bytes_at_a_time(tmp_path: Path, before: str, after: str, broken: list) -> None:
     (tmp_path / "listing").write_text(WIDE.replace(before, after, 1))
@@ -159,7 +160,8 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(tmp_path: Path, before: st
     program(tmp_path / "nvdisasm", "exit 1")
     found = sass_check.Disassembler.find(None, tmp_path)
     assert found
-    assert sass_check.check_widths(found, {"x": tmp_path / "x.o"}) == (2, broken)
+    kernels, bad = sass_check.check_memory_bound(found, {"x": tmp_path / "x.o"})
+    assert list(kernels) == ["gelu_kernel<bf16>", "row_sum_kernel"] and bad == broken
 
 
 # ---- real objects, where nvcc has left some and a disassembler is at hand ----
@@ -197,5 +199,5 @@ def test_the_memory_bound_kernels_keep_theirs(tools: sass_check.Disassembler) ->
     objects = {s: OBJECTS / Path(s).with_suffix(".o") for s in sass_check.sources() if sass_check.is_memory_bound(s)}
     if not all(obj.exists() for obj in objects.values()):
         pytest.skip("the kernels are not built")
-    n, bad = sass_check.check_widths(tools, objects)
-    assert bad == [] and n > 40 and len(objects) >= 8
+    kernels, bad = sass_check.check_memory_bound(tools, objects)
+    assert bad == [] and len(kernels) > 40 and len(objects) >= 8
