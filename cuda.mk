@@ -65,9 +65,12 @@ $(B)/bench_attention: $(O)/cuda/bench/bench_attention.o $(LIB_OBJ) $(CUDA_OBJ); 
 NVCC_CACHE = $(CCACHE:%=env -u CCACHE_DEPEND CCACHE_NOHASHDIR=1 %)
 KERNEL = @[ -n "$(NVCC)" ] || { echo "nvcc not found: kernels need the CUDA toolkit (CUDA_HOME); without it: make CUDA=0, make emulated"; exit 2; }; \
          echo "nvcc $<"; scripts/build/nvcc.sh $@ $(NVCC_CACHE) $(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@
-# A change of compiler, ARCH or flags recompiles the kernels.
+# A change of compiler, ARCH or flags recompiles the kernels.  make -n changes no file.
+DRY_RUN := $(findstring n,$(firstword -$(MAKEFLAGS)))
+ifndef DRY_RUN
 $(shell mkdir -p $(N))$(file >$(N)/flags.new,$(NVCC) $(NVCC_FLAGS))
 $(shell cmp -s $(N)/flags.new $(N)/flags || cp $(N)/flags.new $(N)/flags)
+endif
 $(O)/cuda/%.o: %.cpp; $(COMPILE) $(CUDA_FLAGS) -c $< -o $@
 $(N)/%.o: %.cu $(N)/flags; $(KERNEL)
 $(N)/%_sm90.o $(N)/sm90/%.o: override ARCH := 90a# uses instructions of this architecture alone
@@ -77,8 +80,10 @@ $(O)/cuda/train.o: train.cu build/commit; $(COMPILE) $(CUDA_FLAGS) $(COMMIT) -x 
 
 # cudnn-frontend's headers are 30,000 lines: no debug information and little optimisation for the file that calls them.
 CUDNN_OBJ  := $(O)/cuda/kernels/cuda/attention_cudnn.o
+ifndef DRY_RUN
 $(shell mkdir -p $(O)/cuda)$(file >$(O)/cuda/cudnn.flags.new,$(CUDNN_FLAGS))
 $(shell cmp -s $(O)/cuda/cudnn.flags.new $(O)/cuda/cudnn.flags || cp $(O)/cuda/cudnn.flags.new $(O)/cuda/cudnn.flags)
+endif
 $(CUDNN_OBJ): $(O)/cuda/cudnn.flags
 $(CUDNN_OBJ): CUDA_FLAGS := $(CUDNN_FLAGS) $(CUDA_FLAGS) -O1 -g0
 
@@ -141,7 +146,7 @@ ORACLE_CUTE   := $(patsubst %.cpp,$(O)/%.o,$(wildcard $(ORACLE)/cute_*.cpp))
 ORACLE_NATIVE := $(if $(NVCC),$(O)/cuda/$(ORACLE)/native_map.o)
 CUTE_HEADERS  := -isystem $(CUTLASS) -isystem $(TOOLKIT)/include -isystem $(TOOLKIT)/include/cccl
 
-isa-oracle: $(B)/isa_oracle $(if $(NVCC),$(addprefix $(P)/,kiln.ptx cute.ptx kiln.cubin cute.cubin)) ## kernels' instructions beside CuTe's
+isa-oracle: $(B)/isa_oracle $(if $(NVCC),$(addprefix $(P)/,kiln.ptx cute.ptx kiln.cubin cute.cubin) $(N)/kernels/cuda/attention_sm90.o) ## kernels' instructions beside CuTe's
 	$(B)/isa_oracle
 	$(if $(NVCC),$(PYTHON) $(ORACLE)/instructions.py $(P)/kiln.ptx $(P)/cute.ptx,@echo "SKIP  PTX and machine code: no nvcc")
 	$(if $(NVCC),$(PYTHON) $(ORACLE)/products.py $(P)/kiln.cubin $(P)/cute.cubin $(N)/kernels/cuda/attention_sm90.o)
@@ -161,11 +166,12 @@ $(CUTLASS)/cute:
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --cutlass
 	@[ -d $@ ] || { echo "$@ is missing; scripts/install_deps.sh --cutlass installs it" >&2; exit 2; }
 OF_KILN = -I. -DFMT_USE_CONSTEXPR=1
+KILN_HEADERS = $(wildcard kernels/*.cuh kernels/*.h kernels/cuda/*.cuh common/*.h)
 OF_CUTE = -DCUTE -DNDEBUG --expt-relaxed-constexpr -I$(CUTLASS) -I.
 BY_NVCC = @mkdir -p $(@D); echo "nvcc $< for $(@F)"; $(NVCC_CACHE) $(NVCC) -std=c++20 -w -arch=sm_90a
-$(P)/kiln.ptx: $(ORACLE)/instructions.cu kernels/ptx.cuh kernels/wgmma.cuh; $(BY_NVCC) $(OF_KILN) -ptx $< -o $@
+$(P)/kiln.ptx: $(ORACLE)/instructions.cu $(KILN_HEADERS); $(BY_NVCC) $(OF_KILN) -ptx $< -o $@
 $(P)/cute.ptx: $(ORACLE)/instructions.cu | $(CUTLASS)/cute; $(BY_NVCC) $(OF_CUTE) -ptx $< -o $@
-$(P)/kiln.cubin: $(ORACLE)/products.cu $(wildcard kernels/*.cuh kernels/cuda/*.cuh); $(BY_NVCC) $(OF_KILN) -cubin $< -o $@
+$(P)/kiln.cubin: $(ORACLE)/products.cu $(KILN_HEADERS); $(BY_NVCC) $(OF_KILN) -cubin $< -o $@
 $(P)/cute.cubin: $(ORACLE)/products.cu | $(CUTLASS)/cute; $(BY_NVCC) $(OF_CUTE) -cubin $< -o $@
 
 removals: ## leave out every barrier and wait of the kernels, one at a time; records the run

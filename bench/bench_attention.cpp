@@ -76,8 +76,8 @@ std::optional<double> speed_beside(const std::vector<Result>& all, const Result&
 // ---- goals: for an H200 or H100
 //
 // Clocks differ from machine to machine and with the load.  A goal is therefore a share of the rate that the tensor
-// cores reach at the clock that was measured right behind the kernel (4096 FLOP a cycle and multiprocessor, dense bf16,
-// of compute capability 9.0), or a ratio to another kernel in the same program.
+// cores reach at the clock that was measured right behind the shape's samples (4096 FLOP a cycle and multiprocessor,
+// dense bf16, of compute capability 9.0), or a ratio to another kernel in the same program.
 constexpr double kFlopPerCycle = 4096;
 
 struct Goal {

@@ -23,17 +23,17 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kAbortWait{1};    // for an abort that no graph holds up
 constexpr std::chrono::seconds kAbortLimit{10};  // for an abort whose graphs are destroyed; then nothing waits on
 
-// A switch with NVLink SHARP (NVLS) adds in an order that differs from call to call (NCCL issue 1497).  From NCCL 2.31 on
-// a call can name its algorithms, and sums alone do without NVLS.  Older ones are told for all calls by NCCL_ALGO.  A
-// user's own NCCL_ALGO holds in both cases.
+// A switch with NVLink SHARP (NVLS) adds in an order that differs from call to call (NCCL issue 1497).  Where kiln was
+// compiled with NCCL 2.31 or later, each sum names its algorithms, and all-gathers keep NVLS.  With an older one
+// NCCL_ALGO says it for all calls.  An NCCL_ALGO of the user's holds in both cases.
 #ifdef NCCL_COLLCONFIG_INITIALIZER
 constexpr const char *kAllReduce = "RING,TREE", *kReduceScatter = "RING";
 #else
 constexpr const char* kNotInTheSwitch = "^NVLS,NVLSTree";
 #endif
 
-// Variables that NCCL reads when it makes the first communicator.  A value that the environment has stays; a value in a
-// file nccl.conf does not: NCCL takes it for variables alone that are not set.
+// Variables that NCCL reads when it makes the first communicator.  A value that the environment has stays.  A value in
+// a file nccl.conf counts where kiln sets none: NCCL puts it into the environment then.
 void set_environment(const Comm& comm) {
 #ifndef NCCL_COLLCONFIG_INITIALIZER
     setenv("NCCL_ALGO", kNotInTheSwitch, 0);
@@ -44,8 +44,8 @@ void set_environment(const Comm& comm) {
 }
 
 #ifdef NCCL_COLLCONFIG_INITIALIZER
-// `names` must outlive the calls: NCCL keeps the pointer.  Forced: an algorithm that NCCL does not know is an error, and
-// not a reason to choose another one.
+// `names` must outlive the calls: NCCL keeps the pointer.  With forceAlgSelection a name that NCCL does not know is an
+// error; without it NCCL would choose another algorithm.
 ncclCollConfig_t by_algorithms(const char* names) {
     ncclCollConfig_t config = NCCL_COLLCONFIG_INITIALIZER;
     config.algSelection = names;

@@ -30,8 +30,9 @@ class NcclComm final : public DeviceComm {
     std::unique_ptr<State> state_;
 };
 
-// The algorithms that NCCL may take, as its variable NCCL_ALGO says.  Where the environment does not set the variable,
-// NcclComm excludes sums in an NVLink switch, whose bits differ from call to call.
+// The algorithms that sums by NCCL may take: the value of NCCL_ALGO, or, where kiln was compiled with NCCL 2.31 or
+// later and NCCL_ALGO is not set, what each call names.  Unless the user has set it, sums in an NVLink switch are
+// excluded: their bits differ from call to call.  Call it after the first NcclComm was made.
 std::string nccl_algorithms();
 
 // No two ranks name the same device.

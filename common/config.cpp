@@ -229,7 +229,7 @@ class Checks {
         if (value % by == 0) return;
         const int64_t below = int64_t(value) / by * by, above = below + by;
         const std::string use = below > 0 ? fmt::format("{} or {}", below, above) : fmt::format("{}", above);
-        refuse(key, "{} = {} is not divisible by {} = {}; use {}", key, value, by_key, by, use);
+        refuse(key, "{} = {} is not divisible by {} = {}; use {} = {}", key, value, by_key, by, key, use);
     }
     void schedule() const {
         const Config::Schedule& s = c_.schedule;

@@ -1,6 +1,6 @@
-// Instructions that all four warps of a warpgroup execute alike: wgmma and setmaxnreg.  PTX leaves undefined when one warp
-// executes another instruction, other operands, or none.  The warps need not meet: the n-th instruction of a warp is
-// compared with the n-th of the others.
+// Instructions that all four warps of a warpgroup execute alike: wgmma and setmaxnreg.  PTX leaves it undefined when
+// one warp executes another instruction, other operands, or none.  The warps need not meet: the n-th instruction of a
+// warp is compared with the n-th of the others.
 #include <algorithm>
 
 #include "state.h"

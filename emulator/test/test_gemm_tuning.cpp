@@ -1,8 +1,8 @@
 // The choice of algorithms and of ways (fused or apart) for matrix products, on a nominal clock that the test sets.
 // Made to fail by: the first guess kept, the slowest kept, every candidate timed to the end, the run that compares bits
 // left out, a choice not looked up again, choices() without the ways, set_choices() that keeps old plans or takes
-// another version's, tuning in a capture, the slower way taken; an algorithm that drops terms kept, a long product timed
-// in rounds or by all candidates, a split forced where tiles do not divide K or the library's own is stream-K.
+// another version's, tuning in a capture, the slower way taken; an algorithm that drops terms kept, a long product
+// timed in rounds or by all candidates, a split forced where tiles do not divide K or the library's own is stream-K.
 #include <algorithm>
 #include <cmath>
 #include <set>

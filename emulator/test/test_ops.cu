@@ -264,9 +264,11 @@ std::vector<OpCase> ops(const Target& t) {
                                               {1, 130, 1, 128, 0.2f}, {1, 200, 1, 32, 0.2f}};
     for (const auto& d : t.real == DType::bf16 ? bf16 : fp32)
         add(d.T > 100, attention, d, fmt::format("attention B={} T={} HS={} p={}", d.B, d.T, d.HS, d.p));
-    // Three tiles of 128 rows, the last one nearly empty.  Two heads make 4 pairs of tiles for the 4 multiprocessors;
-    // six heads give some multiprocessors a second and a third pair, which reuse every ring of buffers.
-    const std::vector<AttentionShape> sm90 = {{1, 260, 2, 64, 0}, {1, 260, 2, 128, 0}, {2, 260, 3, 64, 0}};
+    // Three tiles of 128 rows, the last one nearly empty.  Two heads make 4 pairs of tiles for the 4 multiprocessors,
+    // which take single tiles then; six heads make 12, taken in pairs, and eight heads of two tiles 8.  Blocks that
+    // take several reuse every ring of buffers.
+    const std::vector<AttentionShape> sm90 = {
+        {1, 260, 2, 64, 0}, {1, 260, 2, 128, 0}, {2, 260, 3, 64, 0}, {2, 140, 4, 128, 0}};
     if (t.real == DType::bf16)
         for (const auto& d : sm90)
             add(true, attention_sm90, d, fmt::format("attention sm90 B={} T={} NH={} HS={}", d.B, d.T, d.NH, d.HS));

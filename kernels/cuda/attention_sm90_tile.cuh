@@ -34,8 +34,9 @@ struct Sizes {
     int heads;    // B * NH
     float scale;  // 1 / sqrt(HS)
     // Of TileQueue:
-    bool single;         // tiles are handed out one by one, not in pairs
-    int items, divisor;  // tiles or pairs; those of one length, or of one head
+    bool single;  // tiles are handed out one by one, not in pairs
+    int items;    // single tiles or pairs, of all heads
+    int divisor;  // pairs of one head; for single tiles the number of heads
 };
 
 __device__ __forceinline__ int lane_id() { return int(threadIdx.x % 32u); }
@@ -55,9 +56,9 @@ struct Tile {
 // The tiles of the calling block, in the order in which all of its warps walk them.  No bit of a result depends on the
 // order.
 //
-// Many tiles: always a tile and its mirror image (t and tiles - 1 - t), the longer one first.  Under the causal mask all
-// such pairs are equal work (the middle tile of an odd number is half as much), so that blocks which take pairs in turn
-// differ by one pair at the end.  Neighbouring blocks work on one head, whose rows come from L2.
+// Many tiles: always a tile and its mirror image (t and tiles - 1 - t), the longer one first.  Under the causal mask
+// all such pairs are equal work (the middle tile of an odd number is half as much), so that blocks which take pairs in
+// turn differ by one pair at the end.  Neighbouring blocks work on one head, whose rows come from L2.
 //
 // Few tiles, less than two pairs for each block: a second pair for some of the blocks would leave the others idle.  All
 // heads' tiles go one by one, the longest first, in turns that run forward and backward: 0 1 2, 2 1 0, 0 1 2.
@@ -68,7 +69,7 @@ class TileQueue {
         : a_(a), item_(int(blockIdx.x)), last_is_longest_(last_is_longest) {}
     __device__ __forceinline__ bool next(Tile& t) {
         if (item_ >= a_.items) return false;
-        // Of pairs, `a.divisor` are one head's.  Of single tiles, as many have one length: one of each head.
+        // Pairs are counted head by head.  Single tiles are counted by length: first the longest of each head.
         const int quotient = item_ / a_.divisor, rest = item_ % a_.divisor;
         t.head = a_.single ? rest : quotient;
         t.b = t.head / a_.NH;
@@ -76,7 +77,7 @@ class TileQueue {
         const int tile = a_.single ? quotient : rest, mirror = a_.tiles - 1 - tile;
         const bool mirrored = !a_.single && second_;
         t.number = mirrored != last_is_longest_ ? mirror : tile;
-        if (a_.single) {  // the block's place is its number, in the next turn that number from the end
+        if (a_.single) {  // from place `block` of a turn to place `block` from the end of the next one, and back
             const int block = int(blockIdx.x);
             item_ += second_ ? 2 * block + 1 : 2 * (int(gridDim.x) - block) - 1;
             second_ = !second_;

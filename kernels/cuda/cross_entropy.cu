@@ -27,9 +27,10 @@ using device::kVec;
 constexpr int kMaxThreads = 512;
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 
-// Exponentials of logits relative to the largest one: exp(x - m) = 2^(x log2(e) - c) with c = m log2(e), one instruction
-// before ex2.  The rounding of c is a factor of all exponentials of a row: it leaves the quotients as they are, and the
-// loss adds what it took away.  From |m| = 2^20 on that factor would be far from 1; there m is subtracted first.
+// Exponentials of logits relative to the largest logit m: exp(x - m) = 2^(x log2(e) - c) with c = m log2(e), one
+// instruction before ex2.  The rounding of c multiplies all exponentials of a row by one factor near 1: quotients, and
+// so gradients, do not change, and correction() takes the factor's logarithm out of the loss.  From |m| = 2^20 on the
+// factor could exceed 1.04; there m is subtracted first.
 struct Relative {
     float m, c;  // c: 0 where m is huge
     bool huge;
@@ -45,11 +46,13 @@ struct Relative {
         SIMT_UNROLL
         for (int i = 0; i < N; i++) x[i] = ptx::ex2(fmaf(x[i], kLog2E, -c));
     }
-    // The factor from sums relative to this to sums relative to `other`, which is not smaller.
+    // Sums relative to this times to(other) are relative to `other`, which is not smaller.
     __device__ __forceinline__ float to(const Relative& other) const {
-        return ptx::ex2(huge || other.huge ? (m - other.m) * kLog2E : c - other.c);
+        if (!huge && !other.huge) return ptx::ex2(c - other.c);
+        if (huge && other.huge) return ptx::ex2((m - other.m) * kLog2E);
+        return ptx::ex2(huge ? fmaf(m, kLog2E, -other.c) : fmaf(-other.m, kLog2E, c));
     }
-    // What the logarithm of a sum needs because c was rounded: exact but for kLn2.
+    // To be added to the logarithm of a sum; exact but for kLn2.
     __device__ __forceinline__ float correction() const { return huge ? 0.0f : fmaf(-m, kLog2E, c) * kLn2; }
 };
 

@@ -1,4 +1,4 @@
-// libcublasLt, loaded at the first call.  A run on the CPU then starts without the library, and 0.08 s sooner: loading it
+// libcublasLt, loaded at the first call.  A run on the CPU then starts without the library, and 0.08 s sooner: loading
 // takes 400,000 relocations.
 #pragma once
 #include <cublasLt.h>

@@ -43,8 +43,8 @@ void give_back_workspace(Stream s);
 int n_multiprocessors();
 int open_capability();  // of the open device: 90 for 9.0
 
-// The multiprocessors' clock while the stream's work before this call ran, to 0.2 %: the clock changes over
-// milliseconds.  Waits for the stream, and half a millisecond.
+// The multiprocessors' clock, in Hz, right behind the stream's work before this call; the timers are good to 0.2 %.  A
+// clock that the work had lowered may have begun to rise.  Waits for the stream, and half a millisecond.
 double clock_hz(Stream s);
 
 // Calls f.operator()<float>() or <bf16>() by the dtype of an op's `real` tensors: the only dtype switch of an op.

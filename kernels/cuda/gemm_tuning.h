@@ -1,13 +1,12 @@
 // Chooses the algorithm of each kind of product, and whether bias, GELU and sums are fused to it.
 //
 // While tuning is on, the first call of a kind asks the library for its kMaxCandidates best guesses, adds some with k
-// split otherwise where they are fewer than 16, and runs each on the call's own operands with the real workspace.  Where
-// a run takes more than 2 ms, it is timed once, and the 8 best guesses are all.  The call keeps the fastest that repeats
-// its bits (a candidate runs twice, and its outputs are hashed on the device) and agrees with the library's first guess
-// that does not split k.  A call that could also be computed apart (not fused) then times both ways and keeps the
-// faster.  The outputs of a tuned call
-// are meaningless: a product that adds to its own output has done so many times.  So tuning is for a step whose results
-// nobody uses.
+// split otherwise where they are fewer than 16, and runs each on the call's own operands with the real workspace.
+// Where a run takes more than 2 ms, it is timed once, and the 8 best guesses are all.  The call keeps the fastest that
+// repeats its bits (a candidate runs twice, and its outputs are hashed on the device) and agrees with the library's
+// first guess that does not split k.  A call that could also be computed apart (not fused) then times both ways and
+// keeps the faster.  The outputs of a tuned call are meaningless: a product that adds to its own output has done so
+// many times.  So tuning is for a step whose results nobody uses.
 //
 // While tuning is off, a kind without a choice takes the first guess that runs.  A captured stream never tunes.
 #pragma once

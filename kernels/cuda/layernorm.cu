@@ -6,10 +6,10 @@
 //
 //   shapes     x, y, dx, dy (BT, C) real    w, b (C) real    mean, rstd (BT) f32    dw, db, dx_sum (C) f32
 //   traffic    forward one read and one write of BT C; backward three reads (two when dx is overwritten) and one write,
-//              and 16 C bytes per chunk of 64 or more rows (16 where BT is below 16384), 24 C with dx_sum.  This holds where rows live in registers:
-//              where every tensor allows 16-byte accesses (it starts on such a boundary, C is a multiple of the
-//              vector), up to C = 2048, in the backward 8192.  Other rows are read again from cache, and x and dy once
-//              more for dw.   bound: memory
+//              and 16 C bytes per chunk of 64 or more rows, 24 C with dx_sum.  (Below 16384 rows a chunk has BT / 256
+//              rows, but 16 at least.)  This holds where rows live in registers: where every tensor allows 16-byte
+//              accesses (it starts on such a boundary, C is a multiple of the vector), up to C = 2048, in the backward
+//              8192.  Other rows are read again from cache, and x and dy once more for dw.   bound: memory
 //   limits     any BT >= 1, C from 1 to 2^23
 //   order      a row's sums: a lane's columns ascending, then a tree over the lanes, then over the warps.  dw, db,
 //              dx_sum: 8 groups of warps (4 above C = 1024, 1 above 2048) take a chunk's rows in turn, ascending; then

@@ -10,7 +10,7 @@ cuda=${CUDA_HOME:-/usr/local/cuda}
 [ -x build/deps/venv/bin/pip ] || { mkdir -p build/deps && /usr/bin/python3 -m venv build/deps/venv; }
 pip() { build/deps/venv/bin/pip --disable-pip-version-check "$@"; }
 if [ $# = 0 ]; then
-    newest=$(pip index versions $package 2>/dev/null | sed -n "s/^$package (\(.*\))/\1/p")
+    newest=$(pip index versions $package 2>/dev/null | sed -n "s/^$package (\(.*\))/\1/p" || true)
     set -- 2.27.7 "${newest:?PyPI names no version of $package}"
 fi
 for version in "$@"; do

@@ -29,6 +29,7 @@ from gpu_stages import (
     Skipped,
     Stage,
     flat,
+    last_json,
     option,
     read_config,
     reason,
@@ -74,7 +75,7 @@ def attention(s: Stage, shapes: Sequence[str] = (), sdpas: Sequence[str] = SDPA)
         if code != 0:
             data["pytorch_failed"][sdpa] = reason(code, text)
             continue
-        data["pytorch"] += json.loads(text.splitlines()[-1])["attention"]
+        data["pytorch"] += last_json(text)["attention"]
     data["beside_pytorch"] = [
         {"shape": r["shape"], "way": r["way"], "kernel": r["kernel"], "sdpa": t["sdpa"],
          "ratio": t[f"{r['way']}_us"] / r["us"]}
@@ -120,7 +121,7 @@ def ops(s: Stage, size: str, beside: Sequence[str] = ()) -> tuple[str, Data]:
                *(word for name in beside for word in ("--only", name))]
     code, text = s.run(command, time_left(s), dict(os.environ))
     if code == 0:
-        data["pytorch"] = json.loads(text.splitlines()[-1])
+        data["pytorch"] = last_json(text)
         theirs = {r["op"]: r["us"] for r in data["pytorch"]["ops"] if r["us"]}
         failed = [r["op"] for r in data["pytorch"]["ops"] if r.get("failed")]
         said = f"; PyTorch failed at {', '.join(failed)}" if failed else ""
@@ -185,7 +186,7 @@ def pytorch(s: Stage, size: str, sdpa: str) -> tuple[str, Data]:
         if code != 0:
             data["pytorch_failed"] = reason(code, text)
             return False
-        data["pytorch"].append(json.loads(text.splitlines()[-1]))
+        data["pytorch"].append(last_json(text))
         return True
 
     batch = option("BATCH") or BATCHES[size]
@@ -375,7 +376,7 @@ def quality(s: Stage, seed: int) -> tuple[str, Data]:
     if code != 0:
         data["pytorch_failed"] = reason(code, text)
         return f"{shown}; PyTorch: {data['pytorch_failed']}", data
-    data["pytorch"] = json.loads(text.splitlines()[-1])
+    data["pytorch"] = last_json(text)
     return f"{shown}, PyTorch {data['pytorch']['best_val_loss']:.4f} in {data['pytorch']['seconds']:.0f} s", data
 
 

@@ -205,6 +205,18 @@ def quietly(*command: str, env: dict[str, str] | None = None) -> str:
         return ""
 
 
+def last_json(text: str) -> Data:
+    """The last line of a program's output that is a JSON object: warnings may follow it."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            try:
+                found: Data = json.loads(line)
+                return found
+            except ValueError:
+                continue
+    raise Failed(f"no result in the output, which ends {text[-200:]!r}")
+
+
 # ---- stages: each returns (headline, data) --------------------------------------------------------------------------
 
 def suite(s: Stage, data: Data, bad: list[str], name: str, program: str, limit_s: float, launch: Sequence[str] = (),

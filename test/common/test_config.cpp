@@ -122,7 +122,7 @@ TEST_CASE("config: overrides come after the file and are named in messages") {
     CHECK(with("train.global_batch_size=30") ==
           "--set train.global_batch_size=30: train.global_batch_size = 30 is not divisible by train.micro_batch_size = "
           "8; "
-          "use 24 or 32");
+          "use train.global_batch_size = 24 or 32");
     CHECK(with("train.max_steps=8x") ==
           "--set train.max_steps=8x: train.max_steps = 8x is not an integer; expected an integer from 1 to 1000000000");
     CHECK(with("max_steps=8") == "--set max_steps=8: expected section.key=value");
@@ -240,11 +240,13 @@ TEST_CASE("config: values out of range (row 3)") {
 TEST_CASE("config: checks across keys show their arithmetic (row 6)") {
     const auto set = [](std::vector<std::string> o) { return refusal(kSmall, o); };
     CHECK(refusal(replaced("global_batch_size: 32", "global_batch_size: 30")) ==
-          "f.yaml:13: train.global_batch_size = 30 is not divisible by train.micro_batch_size = 8; use 24 or 32");
+          "f.yaml:13: train.global_batch_size = 30 is not divisible by train.micro_batch_size = 8; use "
+          "train.global_batch_size = 24 or 32");
     CHECK(refusal(replaced("global_batch_size: 32", "global_batch_size: 4")) ==
-          "f.yaml:13: train.global_batch_size = 4 is not divisible by train.micro_batch_size = 8; use 8");
+          "f.yaml:13: train.global_batch_size = 4 is not divisible by train.micro_batch_size = 8; use "
+          "train.global_batch_size = 8");
     CHECK(refusal(replaced("n_head: 4", "n_head: 3")) ==
-          "f.yaml:6: model.n_embd = 64 is not divisible by model.n_head = 3; use 63 or 66");
+          "f.yaml:6: model.n_embd = 64 is not divisible by model.n_head = 3; use model.n_embd = 63 or 66");
     CHECK(set({"train.max_epochs=2"}) ==
           "--set train.max_epochs=2: train.max_epochs = 2 and train.max_steps = 100 are both given; give one of them");
     CHECK(set({"schedule.min_learning_rate=0.1"})

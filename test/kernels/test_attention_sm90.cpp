@@ -74,6 +74,16 @@ TEST_CASE("attention sm90: the bits depend neither on the multiprocessors nor on
     }
 }
 
+TEST_CASE("attention sm90: tiles in pairs, against a naive softmax in double") {
+    for (const Target& t : hopper())
+        for (const int HS : {64, 128}) {
+            // Fewer than two pairs for each multiprocessor would go tile by tile: 4 are emulated, a GPU has up to 148.
+            const Case c = emulated() ? Case{2, 140, 4, HS, 0} : Case{25, 140, 12, HS, 0};
+            CAPTURE(HS);
+            check_against_naive(t, c);
+        }
+}
+
 TEST_CASE("attention sm90 is causal: later tokens do not change a bit of earlier outputs") {
     for (const Target& t : hopper()) {
         const Case c = {1, 200, 1, 64, 0};

@@ -130,6 +130,34 @@ TEST_CASE("cross_entropy: the first of equal largest logits counts, the others d
     }
 }
 
+// An offset that all logits of a row share changes neither loss nor gradient.  What it does to the logits themselves is
+// the only error that it may bring: they are rounded before.
+TEST_CASE("cross_entropy: rows far from 0, up to and beyond the logits from which m is subtracted first") {
+    const Case c = {9, 700, 768, 3};
+    const double offsets[] = {5e3, -5e3, 5e5, -5e5, 0x1p20 - 8, 0x1p20 + 8, -0x1p20, 0x1p20, 3e6};
+    for (const Target& t : targets_and_reference()) {
+        if (t.real == DType::bf16) continue;  // holds no fraction of such numbers
+        CAPTURE(t.name);
+        Doubles x = make_logits(c, t.real), targets;
+        for (int i = 0; i < c.BT; i++) {
+            for (int v = 0; v < c.V; v++) x[size_t(i) * c.Vp + v] += offsets[i];
+            targets.push_back(i * 50);
+        }
+        x = rounded(x, t.real);
+        const Output got = run(t, c, x, targets, 0.5), want = naive(c, x, targets, 0.5);
+        const double error = relative_error(t, c);
+        for (int i = 0; i < c.BT; i++) {
+            CAPTURE(offsets[i]);
+            CHECK(std::abs(got.loss[i] - want.loss[i]) <= 2 * error + kUnit * std::abs(want.loss[i]));
+            for (int v = 0; v < c.V; v++) {
+                const size_t at = size_t(i) * c.Vp + v;
+                const double bound = 2 * error * std::abs(want.logits[at] + 0.5 * (v == targets[i])) + kUnit;
+                REQUIRE(std::abs(got.logits[at] - want.logits[at]) <= bound);
+            }
+        }
+    }
+}
+
 TEST_CASE("cross_entropy: huge logits stay finite, -inf is probability 0, a NaN shows in the loss") {
     const Case c = {4, 5, 128, 1};
     for (const Target& t : targets()) {

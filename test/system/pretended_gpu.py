@@ -96,7 +96,7 @@ class Check:
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    for name in ("gpu_check", "gpu_stages", "gpu_speed", "goals"):
+    for name in ("gpu_check", "gpu_first", "gpu_stages", "gpu_speed", "goals"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("STAGE", "FORCE", "BATCH", "ROUNDS", "SDPA", "DEMO_STEPS", "TEXT"):
         monkeypatch.setenv(name, "")

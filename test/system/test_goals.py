@@ -35,7 +35,7 @@ def met() -> dict:
     data: dict = {f"ops-{size}": {"ops": ops, "step": [{"share": share}]} for size in ("124m", "1558m")}
     data |= {f"pytorch-{size}-cudnn": {"B": B, "kiln_tokens_per_s": rate, "ratio": 1.2, "kiln": 5 * [0],
                                        "pytorch": 5 * [0]}
-             for size, B, rate in (("124m", 64, 710e3), ("1558m", 16, 63e3))}
+             for size, B, rate in (("124m", 64, 740e3), ("1558m", 16, 63e3))}
     data |= {"modes": {"cost": 0.02, "same_weights": True, "auto": 5 * [0], "fastest": 5 * [0]},
              "start": {"warm_s": 4.0},
              "gaps": {"runs": [{"B": 64, "graph": "on", "idle": 0.005}, {"B": 4, "graph": "on", "idle": 0.04}]}}
@@ -48,7 +48,7 @@ def met() -> dict:
 # Goal -> what crosses its limit, as (stage, path to the figure, value). Every goal has one.
 CROSSED: dict[str, tuple[str, list[Any], float | bool]] = {
     "124M, B64 T1024 >= 600,000": ("pytorch-124m-cudnn", ["kiln_tokens_per_s"], 599e3),
-    "124M, B64 T1024 >= 700,000": ("pytorch-124m-cudnn", ["kiln_tokens_per_s"], 699e3),
+    "124M, B64 T1024 >= 730,000": ("pytorch-124m-cudnn", ["kiln_tokens_per_s"], 729e3),
     "124M beside PyTorch": ("pytorch-124m-cudnn", ["ratio"], 1.14),
     "1558M, B16-32 T1024 >= 58,000": ("pytorch-1558m-cudnn", ["kiln_tokens_per_s"], 57e3),
     "1558M, B16-32 T1024 >= 62,000": ("pytorch-1558m-cudnn", ["kiln_tokens_per_s"], 61e3),

@@ -5,6 +5,7 @@ next one's time, other weights of the second run that pass, a merged file withou
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -113,6 +114,27 @@ def test_a_part_that_hangs_takes_its_own_time_alone(first: Check) -> None:
     assert "ran out of time" in first.result("first-instructions")["headline"]
 
 
+def test_the_rest_of_the_quarter_of_an_hour(check: Check, tmp_path: Path) -> None:
+    """Each part of STAGE=more is known, runs, and leaves a result."""
+    beside(check, check.patch, tmp_path)
+    check.patch.setattr(sys.modules["gpu_first"], "MORE_SECONDS", 60)
+    check.run("more")
+    assert list(results(check)) and set(results(check)) == set(sys.modules["gpu_first"].MORE)
+    assert results(check)["modes"] == results(check)["start"] == "passed"
+
+
+def test_a_warning_behind_pytorchs_result_loses_nothing(first: Check, tmp_path: Path) -> None:
+    text = TORCH.format(python=sys.executable) + "print('Warning: too late', file=sys.stderr)\n"
+    first.patch.setenv("KILN_TORCH_PYTHON", str(executable(tmp_path / "noisy", text)))
+    assert first.run("first-124m") == 0
+    assert first.result("first-124m")["data"]["ratio"] > 0
+    first.patch.setenv("KILN_TORCH_PYTHON", str(executable(tmp_path / "silent", "#!/bin/bash\necho nothing\n")))
+    first.patch.setattr(first.module, "FORCE", True)
+    assert first.run("first-124m") == 0
+    data = first.result("first-124m")["data"]
+    assert data["kiln_tokens_per_s"] > 0 and "no result" in data["pytorch_failed"]
+
+
 def test_other_weights_of_the_second_run_fail(first: Check, tmp_path: Path) -> None:
     (first.programs / "train").unlink()
     beside(first, first.patch, tmp_path)
@@ -126,7 +148,7 @@ def test_a_run_that_is_cut_off_keeps_what_had_ended(tmp_path: Path) -> None:
     programs.mkdir()
     for name in ("test_isa_native", "test_isa_sm90_native"):
         executable(programs / name, "#!/bin/bash\necho 'test cases: 3 | 3 passed | 0 failed |'\n")
-    executable(programs / "test_native", "#!/bin/bash\nsleep 100\n")
+    executable(programs / "test_native", f"#!/bin/bash\necho $$ >{tmp_path}/pid\nexec sleep 100\n")
     driver = ("import gpu_check\n"
               "gpu_check.find_gpu = lambda: gpu_check.Gpu('NVIDIA Pretended', '9.0', 1 << 37, '13.0', '')\n"
               "gpu_check.cuda_libraries = lambda: '/nowhere'\ngpu_check.main([])\n")
@@ -135,11 +157,11 @@ def test_a_run_that_is_cut_off_keeps_what_had_ended(tmp_path: Path) -> None:
     running = subprocess.Popen([sys.executable, "-c", driver], env=env, stdout=subprocess.DEVNULL,
                                start_new_session=True)
     ended, end = out / "first-instructions.json", time.monotonic() + 60
-    while not (ended.exists() and (out / "first-ops.log").exists()) and time.monotonic() < end:
+    while not (ended.exists() and (tmp_path / "pid").exists()) and time.monotonic() < end:
         time.sleep(0.05)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    subprocess.run(["pkill", "-f", str(programs / "test_native")], check=False)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # in a session of its own
     assert json.loads(ended.read_text())["result"] == "passed" and not (out / "first-ops.json").exists()
     (merged,) = out.glob("nvidia-pretended-*.json")
     assert list(json.loads(merged.read_text())["stages"]) == ["first-instructions"]

@@ -2,8 +2,8 @@
 //
 // kiln's kernels and its emulator were written by the same hands.  A misreading of the PTX manual that both share would
 // pass every other test.  So this program asks somebody else: CuTe, the headers of the package nvidia-cutlass, whose
-// layouts can be evaluated on the host without a GPU.  cute_layouts.cpp and cute_tensor_map.cpp see only CuTe and CUDA's
-// headers.  The tests see only kiln and its emulator.  The two halves meet in this header.
+// layouts can be evaluated on the host without a GPU.  cute_layouts.cpp and cute_tensor_map.cpp see only CuTe and
+// CUDA's headers.  The tests see only kiln and its emulator.  The two halves meet in this header.
 #pragma once
 #include <cstddef>
 #include <cstdint>

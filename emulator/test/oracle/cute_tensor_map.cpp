@@ -1,5 +1,5 @@
-// The arguments that CuTe gives to cuTensorMapEncodeTiled: the driver's function is a recorder here.  A file of its own,
-// since CuTe makes tensor maps only when it is told that a compiler of CUDA 12 or later is at work.
+// The arguments that CuTe gives to cuTensorMapEncodeTiled: the driver's function is a recorder here.  A file of its
+// own, since CuTe makes tensor maps only when it is told that a compiler of CUDA 12 or later is at work.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

@@ -88,13 +88,16 @@ class Product:
     opcode: str
     a_in_registers: bool
     transposed: tuple[str, ...]
+    adds: bool                                                  # to its accumulator, rather than to zero
     descriptors: tuple[tuple[Bits, Bits], ...]
 
     def kind(self) -> tuple[str, bool, tuple[str, ...]]:
         return self.opcode, self.a_in_registers, self.transposed
 
     def __str__(self) -> str:
-        text = f"{self.opcode} A in {'registers' if self.a_in_registers else 'memory'} {' '.join(self.transposed)}"
+        words = [self.opcode, *(["adds"] if self.adds else []), *self.transposed,
+                 f"A in {'registers' if self.a_in_registers else 'memory'}"]
+        text = " ".join(words)
         for low, high in self.descriptors:
             text += f" [start {(low.value & 0x3fff) << 4} leading {(low.value >> 16 & 0x3fff) << 4}"
             text += f" stride {(high.value & 0x3fff) << 4} swizzle {high.value >> 30}"
@@ -247,7 +250,8 @@ def hgmma(state: State, i: Instruction) -> Product:
     # The descriptors of A and B follow one another.  Where A is in registers its two words are left out.
     words = [state.get(f"UR{first + w}", UNKNOWN) for w in (range(2, 4) if in_registers else range(4))]
     transposed = tuple(t for t in ("tnspA", "tnspB") if any(t in o for o in [i.opcode, *i.operands]))
-    return Product(i.opcode, in_registers, transposed, tuple(zip(words[::2], words[1::2], strict=True)))
+    adds = "RZ" not in i.operands and "!UPT" not in i.operands
+    return Product(i.opcode, in_registers, transposed, adds, tuple(zip(words[::2], words[1::2], strict=True)))
 
 
 def execute(state: State, i: Instruction) -> None:
@@ -342,7 +346,7 @@ def uses_leading(p: Product) -> bool:
 
 def same(a: Product, b: Product) -> bool:
     """All of it, but for the leading offset where hardware does not use it."""
-    if a.kind() != b.kind() or len(a.descriptors) != len(b.descriptors):
+    if (a.kind(), a.adds) != (b.kind(), b.adds) or len(a.descriptors) != len(b.descriptors):
         return False
     ignored = 0 if uses_leading(a) else 0x3fff << 16
     words = [(x, y, ignored if w == 0 else 0) for d, e in zip(a.descriptors, b.descriptors, strict=True)
@@ -366,6 +370,10 @@ def check_attention(kernels: dict[str, list[Instruction]], of_cute: list[Product
     n_wrong = 0
     for name, code in sorted(kernels.items()):
         found = products(code)
+        n_all = sum(i.opcode.startswith("HGMMA") for i in code)
+        if len(found) != n_all:
+            n_wrong += 1
+            print(f"FAIL  SASS of {name}: {len(found)} of {n_all} HGMMA were reached: a branch is not understood")
         bad = [p for p in found if not known_enough(p) or (p.kind(), tuple(masked(p))) not in allowed]
         n_wrong += bool(bad) or not found
         kinds = Counter(p.opcode.split(".")[1] + (" registers" if p.a_in_registers else " memory") +

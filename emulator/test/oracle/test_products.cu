@@ -8,7 +8,8 @@ using namespace oracle;
 enum class Form { rows, rows_in_registers, tile, tile_added };  // multiply_rows, multiply_tile
 constexpr bool is_tile(Form f) { return f == Form::tile || f == Form::tile_added; }
 
-// `registers`: A (64, 16 * steps), as (steps, 128, 4).  out: d as it lies in registers; before, what a tile is added to.
+// registers: A (64, 16 * steps), as (steps, 128, 4).  out: d as it lies in registers; before the call, the numbers
+// that a tile is added to.
 template <int HS, int R, int N, Form kForm, int kDepth>
 __global__ void product_kernel(const uint4* image, int n_image, const uint32_t* registers, int group, float* out) {
     SIMT_DYN_SHARED(shared);

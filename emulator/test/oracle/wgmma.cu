@@ -49,8 +49,8 @@ auto kernel_of(const Wgmma& w) {
     return w.b_mn_major ? wgmma_kernel<N, false, 0, 1> : wgmma_kernel<N, false, 0, 0>;
 }
 
-// Addresses of shared memory that the emulator reads for each (mn, k) of an operand: memory holds its own addresses, and
-// the other operand is the identity.
+// Addresses of shared memory that the emulator reads for each (mn, k) of an operand: memory holds its own addresses,
+// and the other operand is the identity.
 std::vector<uint32_t> addresses_read(bool operand_a, uint64_t descriptor, bool mn_major, int n, size_t n_bytes) {
     std::vector<std::vector<float>> d[2];  // an element's index modulo 128, and divided by 128: bf16 holds both
     for (int pass = 0; pass < 2; pass++) {
