@@ -51,7 +51,8 @@ MPI_TESTS  := $(patsubst %.cpp,$(O)/%.o,$(wildcard test/mpi/*.cpp))
 .DEFAULT_GOAL := all
 include cuda.mk
 TESTS      := $(addprefix $(B)/,test test_emulator test_mpi) \
-              $(if $(SANITIZE),,all emulated $(RACE)/test_emulator $(RACE)/test_race $(BENCH_EMULATED) $(B)/fault_shim.so)
+              $(if $(SANITIZE),,all emulated $(RACE)/test_emulator $(RACE)/test_race $(BENCH_EMULATED) $(B)/fault_shim.so \
+              $(B)/test_mpi_nccl231)
 FORMATTED  := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 $(shell mkdir -p build; c=$$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown); \
         [ "$$c" = "$$(cat build/commit 2>/dev/null)" ] || echo $$c > build/commit)

@@ -112,6 +112,12 @@ $(O)/emulated/%.o: %.cpp; $(COMPILE) $(EMU_FLAGS) $(EMU_OPT) -c $< -o $@
 $(O)/emulated/%.o: %.cu; $(COMPILE) $(EMU_FLAGS) $(if $(SANITIZE),,-O2) -x c++ -c $< -o $@
 $(O)/emulated/train.o: train.cu build/commit; $(COMPILE) $(EMU_FLAGS) $(COMMIT) -x c++ -c $< -o $@
 
+# The same program and tests with a NCCL whose sums name their algorithms.
+NCCL_PER_CALL := $(patsubst %,$(O)/nccl231/%.o,comm/nccl emulator/nccl emulator/nccl_calls emulator/test/mpi/test_nccl)
+$(NCCL_PER_CALL): EMU_FLAGS += -DNCCL_STAND_IN_VERSION=23100
+$(O)/nccl231/%.o: %.cpp; $(COMPILE) $(EMU_FLAGS) -c $< -o $@
+$(B)/test_mpi_nccl231: $(LIB_OBJ) $(filter-out %/nccl.o %/nccl_calls.o,$(EMU_REST)) $(O)/test/mpi/main.o $(O)/test/mpi/yield.o $(NCCL_PER_CALL) $(EMU_CORE); $(LINK)
+
 # ---- with the race check: kernels call the emulator's hooks at every access ----
 # Kernels are compiled with -fsanitize=thread and linked without it.  Their objects come last in a link; otherwise the
 # whole program would take its std:: templates from these objects.

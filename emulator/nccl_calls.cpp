@@ -3,8 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <random>
+#include <sstream>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
 #include "nccl_state.h"
@@ -39,6 +42,7 @@ struct Call {
     size_t count = 0;         // as the call's argument: of a block where one of the buffers holds a block per rank
     int root = 0;             // of a broadcast
     std::vector<Part> parts;  // of a group
+    bool by_switch = false;   // of a sum: the switch may add
 };
 
 // One call's work on the stream.  Runs anew each time that the stream reaches it: a replayed graph does so repeatedly.
@@ -95,7 +99,7 @@ struct Op : Call {
         mine.assign(words(), 0);
         mine[0] = uint64_t(number), mine[1] = uint64_t(kind), mine[2] = uint64_t(type), mine[3] = count;
         mine[4] = uint64_t(root);
-        if (c->by_switch) mine.back() = std::random_device{}();  // rank 0's turns the order of the sum
+        if (by_switch) mine.back() = std::random_device{}();  // rank 0's turns the order of the sum
         for (const Part& p : parts) mine[kHead + 2 * size_t(p.peer) + !p.is_send] += p.count + 1;  // empty ones count
         all.assign(size_t(c->size) * words(), 0);
         for (int r = 0; r < c->size; r++) {
@@ -168,7 +172,7 @@ struct Op : Call {
 
     void add() {
         float* out = reinterpret_cast<float*>(recv);
-        const size_t turn = c->by_switch ? size_t(of(0)[words() - 1]) % size_t(c->size) : 0;
+        const size_t turn = by_switch ? size_t(of(0)[words() - 1]) % size_t(c->size) : 0;
         for (size_t i = 0; i < count; i++) {
             const size_t shard = kind == Kind::reduce_scatter ? size_t(c->rank) : i * size_t(c->size) / count;
             float sum = 0;
@@ -238,9 +242,15 @@ ncclResult_t collective(const char* name, const Call& call, ncclComm_t handle, c
     return give_to_stream(op, name, stream);
 }
 
-ncclResult_t sum(const char* name, const Call& call, ncclRedOp_t op, ncclComm_t handle, cudaStream_t stream) {
-    if (const auto c = find(handle); c && (op != ncclSum || call.type != ncclFloat32))
+// `algorithms`: those that the call names; null: any that NCCL_ALGO allows.
+ncclResult_t sum(const char* name, Call call, ncclRedOp_t op, ncclComm_t handle, cudaStream_t stream,
+                 const char* algorithms = nullptr) {
+    const auto c = find(handle);
+    if (c && (op != ncclSum || call.type != ncclFloat32))
         return c->fail(ncclInvalidArgument, "the emulated NCCL sums float32 only");
+    // As NCCL does, NCCL_ALGO counts for more than what a call names.
+    call.by_switch = c && c->by_switch &&
+                     (!algorithms || std::getenv("NCCL_ALGO") || std::string_view(algorithms).find("NVLS") == 0);
     return collective(name, call, handle, stream);
 }
 Call call_of(Kind kind, const void* send, void* recv, size_t count, ncclDataType_t type) {
@@ -279,6 +289,37 @@ ncclResult_t ncclReduceScatter(const void* send, void* recv, size_t n_recv, nccl
                                ncclComm_t comm, cudaStream_t stream) {
     return sum("ncclReduceScatter", call_of(Kind::reduce_scatter, send, recv, n_recv, type), op, comm, stream);
 }
+#if NCCL_STAND_IN_VERSION >= 23100
+namespace {
+// Empty: no fault.  The names are the beginnings of NCCL's, such as RING for RING_LL, RING_LL128 and RING_SIMPLE.
+std::string fault_of(const ncclCollConfig_t* config, std::initializer_list<std::string_view> known) {
+    if (!config || !config->algSelection) return "";
+    if (config->size != sizeof *config || config->magic != 0xcafebeef)
+        return "a configuration that was not initialised";
+    std::istringstream names(config->algSelection);
+    for (std::string name; std::getline(names, name, ',');)
+        if (config->forceAlgSelection && std::ranges::find(known, std::string_view(name)) == known.end())
+            return "algorithm " + name + " is not one of this sum's";
+    return "";
+}
+ncclResult_t configured(const char* name, const Call& call, ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream,
+                        const ncclCollConfig_t* config, std::initializer_list<std::string_view> known) {
+    const std::string fault = fault_of(config, known);
+    if (const auto c = find(comm); c && !fault.empty()) return c->fail(ncclInvalidArgument, fault);
+    return sum(name, call, op, comm, stream, config ? config->algSelection : nullptr);
+}
+}  // namespace
+ncclResult_t ncclAllReduceConfig(const void* send, void* recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
+                                 ncclComm_t comm, cudaStream_t stream, const ncclCollConfig_t* config) {
+    return configured("ncclAllReduce", call_of(Kind::all_reduce, send, recv, count, type), op, comm, stream, config,
+                      {"RING", "TREE", "NVLS"});
+}
+ncclResult_t ncclReduceScatterConfig(const void* send, void* recv, size_t n_recv, ncclDataType_t type, ncclRedOp_t op,
+                                     ncclComm_t comm, cudaStream_t stream, const ncclCollConfig_t* config) {
+    return configured("ncclReduceScatter", call_of(Kind::reduce_scatter, send, recv, n_recv, type), op, comm, stream,
+                      config, {"RING", "PAT", "NVLS"});
+}
+#endif
 ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
                            cudaStream_t stream) {
     Call call = call_of(Kind::broadcast, send, recv, count, type);

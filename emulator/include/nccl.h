@@ -9,7 +9,11 @@
 struct ncclComm;
 using ncclComm_t = ncclComm*;
 
-constexpr int NCCL_VERSION_CODE = 22809;
+// The version that the stand-in is like: 2.28.9, or 2.31.0, whose sums take a configuration of their own.
+#ifndef NCCL_STAND_IN_VERSION
+#define NCCL_STAND_IN_VERSION 22809
+#endif
+constexpr int NCCL_VERSION_CODE = NCCL_STAND_IN_VERSION;
 constexpr int NCCL_UNIQUE_ID_BYTES = 128;
 constexpr int NCCL_CONFIG_UNDEF_INT = INT_MIN;
 
@@ -61,6 +65,20 @@ ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataT
                            ncclComm_t comm, cudaStream_t stream);
 ncclResult_t ncclReduceScatter(const void* send, void* recv, size_t n_recv, ncclDataType_t type, ncclRedOp_t op,
                                ncclComm_t comm, cudaStream_t stream);
+#if NCCL_STAND_IN_VERSION >= 23100
+struct ncclCollConfig_t {
+    size_t size;
+    unsigned magic, version;
+    const char* algSelection;  // "RING,TREE"; null: any
+    int forceAlgSelection;     // 1: a name that is not known is an error
+};
+#define NCCL_COLLCONFIG_INITIALIZER \
+    { sizeof(ncclCollConfig_t), 0xcafebeef, NCCL_VERSION_CODE, nullptr, 1 }
+ncclResult_t ncclAllReduceConfig(const void* send, void* recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
+                                 ncclComm_t comm, cudaStream_t stream, const ncclCollConfig_t* config);
+ncclResult_t ncclReduceScatterConfig(const void* send, void* recv, size_t n_recv, ncclDataType_t type, ncclRedOp_t op,
+                                     ncclComm_t comm, cudaStream_t stream, const ncclCollConfig_t* config);
+#endif
 ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
                            cudaStream_t stream);
 ncclResult_t ncclAllGather(const void* send, void* recv, size_t n_send, ncclDataType_t type, ncclComm_t comm,
