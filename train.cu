@@ -48,7 +48,7 @@ void describe(CLI::App& app, CommandLine& line) {
     generate->add_option("--top-p", line.sample.top_p)->check(CLI::Range(1e-6, 1.0));
     generate->add_option("--seed", line.sample.seed);
     CLI::App* ops = app.add_subcommand("bench", "time each op of this model's step, beside the device's own limits");
-    ops->add_option("--only", line.only, "ops whose name contains this");
+    ops->add_option("--only", line.only, "ops whose name contains this (repeatable)");
     ops->add_option("--samples", line.bench.samples, "of each op; the median counts")->check(CLI::Range(1, 1 << 20));
     ops->add_option("--flush-mib", line.bench.flush_mib, "overwritten before each; more than the caches hold")
         ->check(CLI::Range(0, 1 << 20));

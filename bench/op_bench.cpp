@@ -141,12 +141,16 @@ class Report {
 
 void run_op_bench(const Backend& k, const OpBench& o) {
     StepRecord step = record_step(o.step);
-    const auto is_wanted = [&](const OpRow& row) { return row.name.find(o.only) != std::string::npos; };
+    const auto is_wanted = [&](const OpRow& row) {
+        const auto has = [&](const std::string& part) { return row.name.find(part) != std::string::npos; };
+        return o.only.empty() || std::ranges::any_of(o.only, has);
+    };
     const bool all = std::ranges::all_of(step.rows, is_wanted);
     if (std::ranges::none_of(step.rows, is_wanted)) {
         std::vector<std::string> names;
         for (const OpRow& row : step.rows) names.push_back(row.name);
-        fail(Exit::usage, "--only {}: no op has this in its name; there are {}", o.only, fmt::join(names, ", "));
+        fail(Exit::usage, "--only {}: no op has this in its name; there are {}", fmt::join(o.only, " --only "),
+             fmt::join(names, ", "));
     }
     Report report(o, step.n_micro);
     Bench bench(k, o.step.real, o.settings);

@@ -1,6 +1,7 @@
 // `./train bench`: time, rate and share of the device's limit for each op of a training step (bench/op_table.h).
 #pragma once
 #include <string>
+#include <vector>
 
 #include "bench/op_table.h"
 
@@ -8,7 +9,7 @@ struct OpBench {
     TrainerOptions step;
     std::string device, attention;  // names, for the table
     std::string commit;             // of the source that this binary was built from
-    std::string only;               // ops whose name contains this
+    std::vector<std::string> only;  // ops whose name contains one of these; empty: all
     bench::Settings settings;
 };
 // Prints the table and writes the file that settings.json names, one object per line: `run`, `peak`, `op` for each op

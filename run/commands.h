@@ -11,7 +11,8 @@ enum class Command : uint8_t { train, generate, eval, bench };
 
 struct CommandLine {
     Command command = Command::train;
-    std::string config, checkpoint, prompt, only;
+    std::string config, checkpoint, prompt;
+    std::vector<std::string> only;  // of bench
     std::vector<std::string> set;
     bool resume = false, overwrite = false;
     SampleOptions sample;

@@ -104,21 +104,22 @@ def attention_headline(data: Data, ours: list[Data]) -> str:
     return f"{kernel} at {shape}: {', '.join(parts)}{torch}; {met}"
 
 
-def ops(s: Stage, size: str, beside: Sequence[str] = ()) -> tuple[str, Data]:
-    """Every op of a step of one micro-batch by `./train bench`, then PyTorch's at the same shapes; where `beside` is
-    given, those whose names begin with one of its words."""
+def ops(s: Stage, size: str, only: Sequence[str] = ()) -> tuple[str, Data]:
+    """Every op of a step of one micro-batch by `./train bench`, then PyTorch's at the same shapes. With `only`: the ops
+    whose names contain one of its words."""
     path = s.work / "ops.jsonl"
     batch = BATCHES[size]
+    chosen = [word for name in only for word in ("--only", name)]
     settings = [f"train.{key}={batch}" for key in ("global_batch_size", "micro_batch_size")]
     code, text = s.run([s.program("train"), "bench", "--config", ROOT / "configs" / f"gpt2-{size}.yaml", "--json", path,
-                        *(word for setting in settings for word in ("--set", setting))], 240)
+                        *(word for setting in settings for word in ("--set", setting)), *chosen], 240)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     of = {kind: [r for r in rows if r["type"] == kind] for kind in ("run", "peak", "op", "step")}
     data: Data = {"size": size, "B": batch, "run": of["run"], "peak": of["peak"], "ops": of["op"], "step": of["step"]}
     if code != 0:
         raise Failed(f"train bench: {reason(code, text)}", data)
     command = [torch_python(), SCRIPTS / "pytorch" / "bench_pytorch.py", "--ops", "--size", size, "--batch", str(batch),
-               *(word for name in beside for word in ("--only", name))]
+               *chosen]
     code, text = s.run(command, time_left(s), dict(os.environ))
     if code == 0:
         data["pytorch"] = last_json(text)

@@ -133,6 +133,9 @@ def test_some_ops_alone(tmp_path: Path) -> None:
     assert [r.get("op") for r in rows] == [None, None, "layernorm forward", "last layernorm backward",
                                             "layernorm backward"]  # in the order of a step
     assert "ops of a step" not in text  # nor is a part the whole
+    _, rows = bench(tmp_path, config(tmp_path, "cpu", "fp32"), "--only", "embedding", "--only", "norm")
+    names = [r["op"] for r in rows if r["type"] == "op"]
+    assert {"embedding forward", "gradient norm", "layernorm forward"} < set(names) and "adamw" not in names
     path = tmp_path / "config.yaml"
     done = run([TRAIN, "bench", "--config", path, "--only", "softmax"])
     assert done.code == 2 and "--only softmax: no op has this in its name; there are embedding forward, " in done.err

@@ -92,7 +92,7 @@ def test_the_whole_of_it_on_the_emulated_device(first: Check) -> None:
     sdpa = first.result("first-sdpa")["data"]
     assert {(r["kernel"], r["way"]) for r in sdpa["beside_pytorch"]} >= {("sm90", "forward"), ("sm90", "backward")}
     ops = {r["op"]: r for r in first.result("first-memory")["data"]["ops"]}
-    assert ops["adamw"]["pytorch_us"] == 1.0 and ops["adamw"]["us"] > 0 and ops["fc forward"]["us"] > 0
+    assert ops["adamw"]["pytorch_us"] == 1.0 and ops["adamw"]["us"] > 0 and "fc forward" not in ops
 
 
 def test_a_part_that_fails_leaves_the_others(first: Check) -> None:
