@@ -82,7 +82,7 @@ __device__ __forceinline__ uint64_t sm_cycles() {
     return emulator::global_ns();  // 1 GHz
 #else
     uint64_t t;
-    asm volatile("mov.u64 %0, %clock64;" : "=l"(t)::"memory");
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(t)::"memory");
     return t;
 #endif
 }
@@ -91,7 +91,7 @@ __device__ __forceinline__ uint64_t global_ns() {
     return emulator::global_ns();
 #else
     uint64_t t;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)::"memory");
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
     return t;
 #endif
 }
