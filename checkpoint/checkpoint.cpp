@@ -107,7 +107,8 @@ void read_tensor(const SafetensorsFile& file, const SafetensorsEntry& e, const B
     std::vector<float> host(std::min(t.data.count, size_t(1) << 20));
     for (size_t i = 0; i < t.data.count; i += host.size()) {
         const Buf part = t.data.slice(i, std::min(host.size(), t.data.count - i));
-        file.read(e, i, part.count, host.data());
+        file.read(e, i, part.count, t.on_host ? part.as<float>() : host.data());
+        if (t.on_host) continue;
         k.upload(part.data, host.data(), part.n_bytes(), nullptr);
         k.synchronize(nullptr);
     }

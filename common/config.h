@@ -15,6 +15,7 @@ struct Config {
         std::string out_dir = "runs";
         uint64_t seed = 1337;
         double max_minutes = 0;                   // 0: no limit; else save and exit 85
+        double timeout_seconds = 600;             // a rank that another one waits for longer is lost: exit 75
         OnBadStep on_bad_step = OnBadStep::skip;  // where a loss or gradient is not finite
     } run;
     struct Device {
@@ -69,6 +70,7 @@ struct Config {
         int64_t interval = 1;
     } log;
     struct Parallel {
+        ParallelMethod method = ParallelMethod::allreduce;
         UseAllReduce allreduce = UseAllReduce::automatic;
     } parallel;
 };

@@ -26,9 +26,10 @@ std::vector<Key> table() {
          .meaning = "of initialisation, data order, dropout and samples"},
         {KEY(run.max_minutes), .may_change = true, .range = from(0, 1e9),
          .meaning = "save and stop with exit 85 after so many minutes; 0: no limit"},
+        {KEY(run.timeout_seconds), .may_change = true, .range = above(0, 1e9),
+         .meaning = "a rank that another one has waited for so long is lost: exit 75"},
         {KEY(run.on_bad_step), .later = {"rewind"},
          .meaning = "where a loss or gradient is not finite: `skip` the update, or `stop` with exit 6"},
-        {"run.timeout_seconds"},
         {"run.spike_factor"},
         {"run.replica_check_interval"},
         {KEY(device.kind), .may_change = true,
@@ -132,6 +133,9 @@ std::vector<Key> table() {
         {"checkpoint.on_error"},
         {KEY(log.interval), .may_change = true, .range = from(1, kMaxSteps),
          .meaning = "a step record every so many steps"},
+        {KEY(parallel.method), .may_change = true, .later = {"parameter_server", "diloco"},
+         .meaning = "how ranks train one model together. `allreduce`: every rank gets the sum of all gradients in every "
+                    "step"},
         {KEY(parallel.allreduce), .may_change = true,
          .meaning = "how ranks sum gradients. auto: `nccl` where every rank has a GPU of its own, else `ordered` where "
                     "the rank count allows it, else `mpi`. With 2^k * odd micro-batches a step, `ordered` keeps up to "
@@ -142,7 +146,6 @@ std::vector<Key> table() {
         {"parallel.zero"},
         {"parallel.overlap"},
         {"parallel.reduce_dtype"},
-        {"parallel.method"},
         {"parallel.servers"},
         {"parallel.staleness"},
         {"parallel.sync_interval"},

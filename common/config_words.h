@@ -44,6 +44,11 @@ WORDS(Recompute,
 WORDS(OptimizerKind, adamw, adam, sgd, lion)        // optimizer.name: OptimizerUpdate (kernels/ops.h) has the formulas
 WORDS(ScheduleKind, constant, cosine, linear, wsd)  // schedule.name: trainer/schedule.h has the formulas
 
+// parallel.method: how ranks train one model together.
+WORDS(ParallelMethod,
+      allreduce  // every rank has the sum of all gradients in every step
+)
+
 // parallel.allreduce: the algorithm that is asked for; AllReduce (comm/all_reduce.h) has the one that a run gets.
 WORDS(UseAllReduce, automatic, ordered, nccl, mpi, ring)
 

@@ -16,6 +16,7 @@ struct StateTensor {
     std::vector<size_t> global_shape;  // as saved: V rows of an embedding, not Vp
     Slice slice;                       // of it; today always the whole
     Buf data;                          // (product of slice.extent) f32, in backend or host memory
+    bool on_host = false;              // in host memory; else in the backend's
 
     // All of a tensor.
     static StateTensor whole(std::string name, std::vector<size_t> shape, Buf data);

@@ -56,6 +56,7 @@ TrainerOptions training_options(const Context& x) {
     return {.model = model_config(c),
             .train = c.train,
             .optimizer = c.optimizer,
+            .parallel = c.parallel,
             .allreduce = choose_all_reduce(c, x.device, x.comm.size()),
             .seed = c.run.seed,
             .real = real_of(c.device.dtype),

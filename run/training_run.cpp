@@ -155,7 +155,7 @@ void TrainingRun::start(OpenMode mode) {
     state_.step = int64_t(cursor[0]);
     state_.tokens = cursor[1];
     state_.sequences = cursor[2];
-    trainer_.broadcast_state();
+    trainer_.distribute_state();
     x_.progress.run_dir = x_.run_dir;  // from here on a failure shows in status.json
     x_.progress.step = first_step_ = state_.step;
     if (x_.config.device.tuning == UseTuning::on)
@@ -170,7 +170,7 @@ void TrainingRun::start(OpenMode mode) {
     if (x_.device.has_own_gpu) libraries_.all = taken - std::min(taken, ours);
     libraries_.nccl = std::min(libraries_.all, x_.device.nccl_bytes + trainer_.sync().connection_bytes());
     x_.log.open((x_.run_dir / "train.log").string());
-    if (x_.config.checkpoint.interval > 0 || x_.config.run.max_minutes > 0) {
+    if (!trainer_.sync().is_scattered() && (x_.config.checkpoint.interval > 0 || x_.config.run.max_minutes > 0)) {
         const Snapshot::Kind kind = snapshot_kind(x_.device.k);
         parameters_.emplace(x_.device.k, trainer_.parameters(), kind);
         moments_.emplace(x_.device.k, trainer_.moments(), kind);
@@ -350,8 +350,10 @@ bool TrainingRun::out_of_time() {
 }
 
 void TrainingRun::evaluate_and_sample() {
+    trainer_.enter_evaluation();
     const EvalResult r = evaluate_on(x_, trainer_.session(), *val_);
     if (x_.comm.rank() == 0) record_evaluation(r);
+    trainer_.leave_evaluation();
     x_.comm.barrier();  // a reduction has a deadline; ranks may wait longer here
 }
 
@@ -375,7 +377,12 @@ void TrainingRun::save() {
              "step {}: parameters or optimizer state are not finite; no checkpoint was saved, earlier ones "
              "stand; lower optimizer.learning_rate and --resume",
              state_.step);
+    trainer_.collect_state();
     if (x_.comm.rank() == 0) {
+        if (trainer_.sync().is_scattered()) {  // collected in host memory
+            parameters_.emplace(x_.device.k, trainer_.parameters(), Snapshot::Kind::view);
+            moments_.emplace(x_.device.k, trainer_.moments(), Snapshot::Kind::view);
+        }
         parameters_->take(trainer_.stream());
         moments_->take(trainer_.stream());
         save_checkpoint(dir_->checkpoints(), {trainer_.config(), *parameters_, *moments_, state_},

@@ -19,10 +19,15 @@ class DecoratedSync : public GradientSync {
     Outcome wait(Stream s) override { return inner_->wait(s); }
     const Mark* summed() const override { return inner_->summed(); }
     const Mark* updated() const override { return inner_->updated(); }
+    std::vector<StateTensor> parameters() override { return inner_->parameters(); }
     std::vector<StateTensor> state() override { return inner_->state(); }
+    bool is_scattered() const override { return inner_->is_scattered(); }
     uint64_t updates() const override { return inner_->updates(); }
     void set_updates(uint64_t n) override { inner_->set_updates(n); }
-    void broadcast_state(Stream s) override { inner_->broadcast_state(s); }
+    void collect_state(Stream s) override { inner_->collect_state(s); }
+    void distribute_state(Stream s) override { inner_->distribute_state(s); }
+    void enter_evaluation(Stream s) override { inner_->enter_evaluation(s); }
+    void leave_evaluation(Stream s) override { inner_->leave_evaluation(s); }
 
   private:
     const std::unique_ptr<GradientSync> inner_;

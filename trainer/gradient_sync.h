@@ -74,14 +74,27 @@ class GradientSync {
     virtual const Mark* summed() const = 0;
     virtual const Mark* updated() const = 0;
 
-    // Kept by a checkpoint beside the parameters: tensors, and the number of updates that were not skipped.
+    // What a checkpoint keeps, as whole tensors that rank 0 reads and writes: the parameters, the tensors beside them,
+    // and the number of updates that were not skipped.  With is_scattered() no rank has all of them: rank 0's tensors are
+    // in host memory, and good between collect_state(), or the first call of parameters() or state(), and the next step.
+    virtual std::vector<StateTensor> parameters() = 0;
     virtual std::vector<StateTensor> state() = 0;
+    virtual bool is_scattered() const { return false; }
     virtual uint64_t updates() const = 0;
     virtual void set_updates(uint64_t n) = 0;
-    // Rank 0's state, such as a checkpoint's, goes to all ranks that keep a part of it.
-    virtual void broadcast_state(Stream s) = 0;
+    // All ranks call these.  collect_state: rank 0's tensors get what all ranks keep.  distribute_state: rank 0's
+    // parameters, state and updates, such as a checkpoint's, go to all ranks that keep a part of them; then all compare
+    // hashes of what they hold in common: a difference is Error(Exit::internal) naming ranks.
+    virtual void collect_state(Stream) {}
+    virtual void distribute_state(Stream s) = 0;
+    // Between these two calls the parameters in memory are those that a checkpoint keeps, to be evaluated.
+    virtual void enter_evaluation(Stream) {}
+    virtual void leave_evaluation(Stream) {}
 };
 
 // Makes a method, which plans its memory in `memory`: not allocated yet; it outlives the method.
 using MakeGradientSync = std::function<std::unique_ptr<GradientSync>(const Group& group, const TrainerOptions& options,
                                                                      TrainerMemory& memory)>;
+// The method that options.parallel names (trainer/methods.cpp).
+std::unique_ptr<GradientSync> make_gradient_sync(const Group& group, const TrainerOptions& options,
+                                                 TrainerMemory& memory);

@@ -8,6 +8,7 @@ struct TrainerOptions {
     ModelConfig model;
     Config::Train train;
     Config::Optimizer optimizer;
+    Config::Parallel parallel;  // parallel.allreduce is not read: `allreduce` is the one that a run gets
     AllReduce allreduce = AllReduce::ordered;
     uint64_t seed = 0;
     DType real = DType::f32;  // bf16: activations and the parameters that ops read; f64: the double instance, for tests

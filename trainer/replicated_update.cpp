@@ -61,7 +61,8 @@ GradientSync::Outcome ReplicatedUpdate::wait(Stream s) {
     return {norm, updated};
 }
 
-void ReplicatedUpdate::broadcast_state(Stream s) {
+void ReplicatedUpdate::distribute_state(Stream s) {
+    broadcast_parameters(k_, group_.host(), memory_, s);
     uint64_t n = updates();
     group_.host().broadcast(&n, sizeof n, 0);
     set_updates(n);

@@ -18,10 +18,11 @@ class ReplicatedUpdate final : public GradientSync {
     const Mark* summed() const override { return summed_.get(); }
     const Mark* updated() const override { return updated_.get(); }
 
+    std::vector<StateTensor> parameters() override { return memory_.parameters(); }
     std::vector<StateTensor> state() override { return optimizer_.state(); }
     uint64_t updates() const override { return optimizer_.updates(); }
     void set_updates(uint64_t n) override { optimizer_.set_updates(n); }
-    void broadcast_state(Stream s) override;
+    void distribute_state(Stream s) override;
 
   private:
     void update(Stream s);

@@ -7,7 +7,6 @@
 #include "comm/run_fold.h"
 #include "common/clock.h"
 #include "kernels/cost.h"
-#include "trainer/broadcast.h"
 #include "trainer/tuning.h"
 
 namespace {
@@ -85,11 +84,6 @@ bool Trainer::finite() {
         if (!std::isfinite(as_doubles(Buf(norm.data(), 1, memory_.norm.dtype))[0])) return false;
     }
     return true;
-}
-
-void Trainer::broadcast_state() {
-    broadcast_parameters(k_, group_.host(), memory_, stream_);
-    sync_->broadcast_state(stream_);
 }
 
 std::string Trainer::tune() {

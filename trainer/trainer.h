@@ -12,7 +12,7 @@
 #include "comm/group.h"
 #include "kernels/owners.h"
 #include "model/session.h"
-#include "trainer/replicated_update.h"
+#include "trainer/gradient_sync.h"
 #include "trainer/step_graph.h"
 #include "trainer/token_feed.h"
 
@@ -32,16 +32,16 @@ class Trainer {
     using NextMicroBatch = TokenFeed::NextMicroBatch;
 
     // make_sync chooses the way from gradient to new parameters.
-    Trainer(const Group& group, TrainerOptions options, const MakeGradientSync& make_sync = make_replicated_update);
+    Trainer(const Group& group, TrainerOptions options, const MakeGradientSync& make_sync = make_gradient_sync);
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
     ~Trainer();
 
     // Random parameters, moments zero.  The same on every rank and for every number of ranks.
     void initialize();
-    // Rank 0's parameters and moments to all; then all compare hashes: a difference is Error(Exit::internal) naming
-    // ranks.
-    void broadcast_state();
+    // Rank 0's parameters and state to all; see GradientSync.
+    void distribute_state() { sync_->distribute_state(stream_); }
+    void collect_state() { sync_->collect_state(stream_); }
 
     // tune_on_random_tokens() for a step of these shapes.  Nothing is summed over ranks, and nothing is updated.
     std::string tune();
@@ -52,9 +52,12 @@ class Trainer {
     StepResult step(int64_t step, double learning_rate, const NextMicroBatch& next, bool more = false);
     // The model as it is, to be evaluated or to write text: a view, for use between steps.
     Session& session() { return *session_; }
+    // Between these two calls session() has the parameters that a checkpoint keeps.
+    void enter_evaluation() { sync_->enter_evaluation(stream_); }
+    void leave_evaluation() { sync_->leave_evaluation(stream_); }
 
     // The masters: f32 also where ops read bf16.  After writing to them call parameters_changed().
-    std::vector<StateTensor> parameters() const { return memory_.parameters(); }
+    std::vector<StateTensor> parameters() { return sync_->parameters(); }
     void parameters_changed() { memory_.round_masters(k_, stream_); }
     std::vector<StateTensor> moments() { return sync_->state(); }
     uint64_t updates() const { return sync_->updates(); }

@@ -28,7 +28,7 @@ ActivationShape shape_of(const TrainerOptions& o) {
 }
 
 void copy_parameters(const Backend& k, const Trainer& from, Session& to) {
-    const std::vector<StateTensor> ours = from.parameters(), theirs = to.memory().parameters();
+    const std::vector<StateTensor> ours = from.memory().parameters(), theirs = to.memory().parameters();
     REQUIRE(ours.size() == theirs.size());
     for (size_t i = 0; i < ours.size(); i++) {
         REQUIRE(ours[i].name == theirs[i].name);

@@ -65,7 +65,7 @@ TEST_CASE("broadcast: moments travel once they are more than zeros") {
 
     // Beside tensors: padding between them, and a few numbers.
     const size_t slack = of_parameters / 2;
-    trainer.broadcast_state();
+    trainer.distribute_state();
     for (const StateTensor& m : trainer.moments())
         for (size_t i = 0; i < m.data.count; i++) REQUIRE(m.data.as<float>()[i] == 0);
     if (world().size() == 1) return;  // no messages
@@ -75,6 +75,6 @@ TEST_CASE("broadcast: moments travel once they are more than zeros") {
     const std::vector<int32_t> tokens = {1, 2, 3, 4, 5};
     REQUIRE(trainer.step(0, 1e-3, [&]() -> Trainer::Tokens { return {tokens, tokens}; }).updated);
     comm.n_broadcast = 0;
-    trainer.broadcast_state();
+    trainer.distribute_state();
     CHECK(comm.n_broadcast >= of_parameters + of_moments);
 }

@@ -35,7 +35,7 @@ Outcome train(AllReduce reduction, const GradientHook& hook, int at = 0) {
     const Group group(cpu_backend(), world());
     Trainer trainer(group, o, show_gradient(on_last_rank));
     trainer.initialize();
-    trainer.broadcast_state();
+    trainer.distribute_state();
     std::vector<int32_t> tokens(5);
     uint32_t n_read = 0;
     const auto next = [&]() -> Trainer::Tokens {

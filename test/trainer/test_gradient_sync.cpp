@@ -39,10 +39,11 @@ class Recorded final : public GradientSync {
     }
     const Mark* summed() const override { return summed_.get(); }
     const Mark* updated() const override { return updated_.get(); }
+    std::vector<StateTensor> parameters() override { return {}; }
     std::vector<StateTensor> state() override { return {StateTensor::whole("anchor", {7}, {})}; }
     uint64_t updates() const override { return updates_; }
     void set_updates(uint64_t n) override { updates_ = n; }
-    void broadcast_state(Stream) override { events_.push_back("broadcast"); }
+    void distribute_state(Stream) override { events_.push_back("distribute"); }
 
   private:
     const Backend& k_;
@@ -194,8 +195,8 @@ TEST_CASE("gradient sync: state, updates and names are the method's") {
     steps.trainer.set_updates(5);
     CHECK(steps.trainer.updates() == 5);
     taken(events);
-    steps.trainer.broadcast_state();
-    CHECK(taken(events) == Events{"broadcast"});
+    steps.trainer.distribute_state();
+    CHECK(taken(events) == Events{"distribute"});
 }
 
 // The update is then a piece of its own, behind a wait of the host.

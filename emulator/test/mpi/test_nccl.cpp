@@ -110,7 +110,7 @@ TEST_CASE("nccl: a training step of two micro-batches makes one fused reduction 
     const Calls connecting = calls_of([&] { made.emplace(group, o, show_gradient(count)); });
     Trainer& trainer = *made;
     trainer.initialize();
-    trainer.broadcast_state();
+    trainer.distribute_state();
     const std::vector<int32_t> tokens = {1, 2, 3, 4, 5};
     const auto next = [&]() -> Trainer::Tokens { return {std::span(tokens).first(4), std::span(tokens).last(4)}; };
     for (int step = 0; step < 2; step++) {

@@ -1,0 +1,11 @@
+// The table of methods: from options.parallel to a GradientSync.
+#include "trainer/replicated_update.h"
+
+std::unique_ptr<GradientSync> make_gradient_sync(const Group& group, const TrainerOptions& options,
+                                                 TrainerMemory& memory) {
+    switch (options.parallel.method) {
+        case ParallelMethod::allreduce:
+            return make_replicated_update(group, options, memory);
+    }
+    fail(Exit::internal, "no GradientSync for parallel.method: {}", word_of(options.parallel.method));
+}
