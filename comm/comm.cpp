@@ -2,6 +2,15 @@
 
 #include <vector>
 
+std::optional<Comm::Message> Comm::probe(int tag) {
+    fail(Exit::internal, "probe of tag {} between the {} rank(s) of {}", tag, size(), name());
+}
+
+std::unique_ptr<Comm::Sending> Comm::isend(std::vector<std::byte> message, int to, int tag) {
+    fail(Exit::internal, "isend of {} bytes to rank {}, tag {}, between the {} rank(s) of {}", message.size(), to, tag,
+         size(), name());
+}
+
 void require_same(Comm& comm, uint64_t value, Exit code, const std::string& what) {
     std::vector<uint64_t> all(size_t(comm.size()));
     comm.all_gather(&value, all.data(), sizeof value);

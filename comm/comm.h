@@ -2,12 +2,17 @@
 //
 // Every rank calls the same operations in the same order; counts are equal on all ranks unless said.  Calls block until
 // the caller's buffers may be reused.  A failure throws Error(Exit::peer_lost).
+//
+// One thread at a time uses a Comm.  Two threads of a rank may use two Comms at the same time: those that split() made
+// share no messages.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "common/error.h"
 
@@ -30,14 +35,33 @@ class Comm {
     // send holds size() blocks of n_bytes, block r for rank r; recv gets size() blocks, block r from rank r.
     virtual void all_to_all(const void* send, void* recv, size_t n_bytes) = 0;
     virtual void broadcast(void* data, size_t n_bytes, int root) = 0;
-    // Only the two ranks call these, with equal n_bytes.  send() may wait until the other rank receives.
-    virtual void send(const void* data, size_t n_bytes, int to) = 0;
-    virtual void recv(void* data, size_t n_bytes, int from) = 0;
+    // Only the two ranks call these, with equal n_bytes and tags.  send() may wait until the other rank receives.
+    // Messages of one tag from one rank to another arrive in the order in which they were sent.
+    virtual void send(const void* data, size_t n_bytes, int to, int tag = 0) = 0;  // 0 <= tag < kTags
+    virtual void recv(void* data, size_t n_bytes, int from, int tag = 0) = 0;
+    static constexpr int kTags = 1 << 14;
     // Both at once: rings of ranks that send and receive do not wait for each other.
     virtual void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) = 0;
     virtual void barrier() = 0;
     // The ranks of each color, ordered by key and then by rank.
     virtual std::unique_ptr<Comm> split(int color, int key) = 0;
+
+    // For a rank that serves others, whose messages come in no order that it knows.  One rank has no such messages:
+    // Error(Exit::internal).
+    struct Message {
+        int from;
+        size_t n_bytes;
+    };
+    // A message of this tag that has arrived, if there is one; recv(.., from, tag) then gets it without waiting.
+    virtual std::optional<Message> probe(int tag);
+    // Sends bytes that the handle keeps, without waiting for their receiver.  A handle that is destroyed before done()
+    // leaves bytes and message on their way.
+    class Sending {
+      public:
+        virtual ~Sending() = default;
+        virtual bool done() = 0;
+    };
+    virtual std::unique_ptr<Sending> isend(std::vector<std::byte> message, int to, int tag);
 
     // Ends every rank of the job at once with this exit code; does not return.
     [[noreturn]] virtual void abort(Exit code) = 0;

@@ -5,6 +5,7 @@
 #include <climits>
 #include <cstdlib>
 #include <string>
+#include <utility>
 
 #include "comm/comm.h"
 
@@ -21,6 +22,22 @@ void check(int rc, const char* call) {
 
 // MPI's counts are int: longer messages go in pieces of at most this many units.
 constexpr size_t kPiece = size_t(1) << 30;
+
+struct MpiSending final : Comm::Sending {
+    explicit MpiSending(std::vector<std::byte> m) : message(std::move(m)) {}
+    ~MpiSending() override {
+        if (request == MPI_REQUEST_NULL) return;
+        MPI_Request_free(&request);
+        new std::vector<std::byte>(std::move(message));  // MPI may still read the bytes: they stay
+    }
+    bool done() override {
+        int flag = 0;
+        MPI_CHECK(MPI_Test(&request, &flag, MPI_STATUS_IGNORE));
+        return flag;
+    }
+    std::vector<std::byte> message;
+    MPI_Request request = MPI_REQUEST_NULL;
+};
 
 class MpiComm final : public Comm {
   public:
@@ -72,11 +89,25 @@ class MpiComm final : public Comm {
             MPI_CHECK(
                 MPI_Bcast(static_cast<char*>(data) + i, int(std::min(kPiece, n_bytes - i)), MPI_BYTE, root, comm_));
     }
-    void send(const void* data, size_t n_bytes, int to) override {
-        MPI_CHECK(MPI_Send(data, as_count(n_bytes), MPI_BYTE, to, 0, comm_));
+    void send(const void* data, size_t n_bytes, int to, int tag) override {
+        MPI_CHECK(MPI_Send(data, as_count(n_bytes), MPI_BYTE, to, checked(tag), comm_));
     }
-    void recv(void* data, size_t n_bytes, int from) override {
-        MPI_CHECK(MPI_Recv(data, as_count(n_bytes), MPI_BYTE, from, 0, comm_, MPI_STATUS_IGNORE));
+    void recv(void* data, size_t n_bytes, int from, int tag) override {
+        MPI_CHECK(MPI_Recv(data, as_count(n_bytes), MPI_BYTE, from, checked(tag), comm_, MPI_STATUS_IGNORE));
+    }
+    std::optional<Message> probe(int tag) override {
+        int there = 0, n_bytes = 0;
+        MPI_Status status;
+        MPI_CHECK(MPI_Iprobe(MPI_ANY_SOURCE, checked(tag), comm_, &there, &status));
+        if (!there) return std::nullopt;
+        MPI_CHECK(MPI_Get_count(&status, MPI_BYTE, &n_bytes));
+        return Message{status.MPI_SOURCE, size_t(n_bytes)};
+    }
+    std::unique_ptr<Sending> isend(std::vector<std::byte> message, int to, int tag) override {
+        const int n = as_count(message.size());
+        auto sending = std::make_unique<MpiSending>(std::move(message));
+        MPI_CHECK(MPI_Isend(sending->message.data(), n, MPI_BYTE, to, checked(tag), comm_, &sending->request));
+        return sending;
     }
     void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) override {
         MPI_CHECK(MPI_Sendrecv(send, as_count(n_send), MPI_BYTE, to, 0, recv, as_count(n_recv), MPI_BYTE, from, 0,
@@ -94,6 +125,10 @@ class MpiComm final : public Comm {
     }
 
   private:
+    static int checked(int tag) {
+        CHECK_THAT(tag >= 0 && tag < kTags, "a message with tag {}; tags are 0 to {}", tag, kTags - 1);
+        return tag;
+    }
     static int as_count(size_t n_bytes) {
         CHECK_THAT(n_bytes <= size_t(INT_MAX), "a message of {} bytes; split it below {}", n_bytes, INT_MAX);
         return int(n_bytes);
@@ -120,9 +155,12 @@ void refuse_singletons(int world_size) {
 
 MpiSession::MpiSession(int* argc, char*** argv) {
     int provided = 0;
-    // MULTIPLE is not needed: only the main thread calls MPI.
-    MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
-    if (provided < MPI_THREAD_FUNNELED) fail(Exit::usage, "MPI offers thread level {}, needed FUNNELED", provided);
+    MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
+    if (provided < MPI_THREAD_MULTIPLE)
+        fail(Exit::usage,
+             "this MPI library offers thread level {}, not MPI_THREAD_MULTIPLE ({}), by which threads of a rank send "
+             "and receive at the same time; use one that was built with it, such as Debian's MPICH",
+             provided, int(MPI_THREAD_MULTIPLE));
     world_ = std::make_unique<MpiComm>(MPI_COMM_WORLD, false);
     refuse_singletons(world_->size());
 }

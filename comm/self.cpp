@@ -16,8 +16,8 @@ class SelfComm final : public Comm {
     void all_gather(const void* send, void* recv, size_t n_bytes) override { copy(send, recv, n_bytes); }
     void all_to_all(const void* send, void* recv, size_t n_bytes) override { copy(send, recv, n_bytes); }
     void broadcast(void*, size_t, int) override {}
-    void send(const void*, size_t n_bytes, int to) override { refuse(n_bytes, to); }
-    void recv(void*, size_t n_bytes, int from) override { refuse(n_bytes, from); }
+    void send(const void*, size_t n_bytes, int to, int) override { refuse(n_bytes, to); }
+    void recv(void*, size_t n_bytes, int from, int) override { refuse(n_bytes, from); }
     void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) override {
         CHECK_THAT(to == 0 && from == 0 && n_send == n_recv, "a world of one: to {}, from {}, {} and {} bytes", to,
                    from, n_send, n_recv);

@@ -28,8 +28,8 @@ class CountedComm final : public Comm {
         n_broadcast += n_bytes;
         world().broadcast(data, n_bytes, root);
     }
-    void send(const void* data, size_t n, int to) override { world().send(data, n, to); }
-    void recv(void* data, size_t n, int from) override { world().recv(data, n, from); }
+    void send(const void* data, size_t n, int to, int tag) override { world().send(data, n, to, tag); }
+    void recv(void* data, size_t n, int from, int tag) override { world().recv(data, n, from, tag); }
     void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) override {
         world().send_recv(send, n_send, to, recv, n_recv, from);
     }

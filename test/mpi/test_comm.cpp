@@ -1,6 +1,8 @@
 // The Comm contract and the three all-reduces of host memory.
 #include <doctest/doctest.h>
 
+#include <thread>
+
 #include "comm/all_reduce.h"
 #include "test/mpi/addends.h"
 
@@ -53,6 +55,69 @@ TEST_CASE("send and recv: a message passes from rank to rank") {
     count++;
     if (rank < size - 1) world().send(&count, sizeof count, rank + 1);
     CHECK_THROWS_WITH_AS(make_self_comm()->send(&count, sizeof count, 0), doctest::Contains("send_recv"), Error);
+}
+
+// Seen to fail with: tags not handed to MPI.
+TEST_CASE("messages with tags: a rank serves whoever sends first, and overtakes by tag") {
+    const int rank = world().rank(), size = world().size();
+    if (size == 1) {
+        CHECK_THROWS_WITH_AS(make_self_comm()->probe(1), doctest::Contains("probe of tag 1"), Error);
+        CHECK_THROWS_WITH_AS(make_self_comm()->isend({}, 0, 1), doctest::Contains("isend"), Error);
+        return;
+    }
+    constexpr size_t kLong = size_t(1) << 20;  // not sent before its receiver asks for it
+    if (rank > 0) {
+        const std::vector<std::byte> bytes(kLong + size_t(rank), std::byte(rank));
+        const auto sending = world().isend(bytes, 0, 2);
+        world().send(&rank, sizeof rank, 0, 3);  // passes the message that waits
+        while (!sending->done()) std::this_thread::yield();
+        CHECK(sending->done());
+        world().isend(bytes, 0, 2);  // given up by its sender, and still received
+    } else {
+        for (int r = 1, got = -1; r < size; r++, got = -1) {
+            world().recv(&got, sizeof got, r, 3);
+            CHECK(got == r);
+        }
+        CHECK(!world().probe(1));
+        std::vector<int> n_from(static_cast<size_t>(size));
+        for (int n = 0; n < 2 * (size - 1);) {
+            const std::optional<Comm::Message> m = world().probe(2);
+            if (!m) continue;
+            REQUIRE(m->n_bytes == kLong + size_t(m->from));
+            std::vector<std::byte> bytes(m->n_bytes);
+            world().recv(bytes.data(), bytes.size(), m->from, 2);
+            CHECK(bytes == std::vector<std::byte>(kLong + size_t(m->from), std::byte(m->from)));
+            n_from[size_t(m->from)]++, n++;
+        }
+        for (int r = 1; r < size; r++) CHECK(n_from[size_t(r)] == 2);
+    }
+    world().barrier();
+    CHECK_THROWS_WITH_AS(world().send(&rank, sizeof rank, 0, Comm::kTags), doctest::Contains("tag 16384"), Error);
+}
+
+// Seen to fail with: both threads on one communicator.
+TEST_CASE("two threads of a rank send and receive at the same time, on two communicators") {
+    const int rank = world().rank(), size = world().size();
+    const auto other = world().split(0, rank);
+    constexpr int kTimes = 200;
+    const auto exchange = [&](Comm& comm, int first) {
+        int n_right = 0;
+        for (int i = 0; i < kTimes; i++) {
+            int sum = 0;
+            std::vector<int> all(static_cast<size_t>(size));
+            const int mine = first + i * size + rank;
+            comm.all_gather(&mine, all.data(), sizeof mine);
+            for (int r = 0; r < size; r++) sum += all[size_t(r)] == first + i * size + r;
+            n_right += sum == size;
+        }
+        return n_right;
+    };
+    int beside = 0;
+    std::thread thread([&] { beside = exchange(*other, 1 << 20); });
+    const int mine = exchange(world(), 0);
+    thread.join();
+    CHECK(mine == kTimes);
+    CHECK(beside == kTimes);
 }
 
 TEST_CASE("split groups ranks by color") {
