@@ -159,8 +159,10 @@ void check(const OptimizerUpdate& a) {
 }
 void check(const GradNorm& a) {
     const size_t n = a.grad.count;
-    expect_size("grad_norm.norm", a.norm, 1, "1");
-    expect_size("grad_norm.clip", a.clip, 1, "1");
+    CHECK_THAT(bool(a.norm) == bool(a.clip) && (a.norm || a.grad), "grad_norm needs norm and clip, or grad, or all");
+    if (a.norm) expect_size("grad_norm.norm", a.norm, 1, "1");
+    if (a.norm) expect_size("grad_norm.clip", a.clip, 1, "1");
+    if (!a.grad) return;
     expect_size("grad_norm.grad", a.grad, n, "n");
     expect_size("grad_norm.scratch", a.scratch, grad_norm_scratch(n), "ceil(n/65536)");
 }

@@ -68,7 +68,9 @@ Cost cost(const Hash& a) { return {.n_bytes = bytes({a.x}), .launches = 2}; }
 Cost cost(const OptimizerUpdate& a) {
     return {.n_bytes = bytes({a.param, a.param, a.copy, a.m, a.m, a.v, a.v, a.grad})};
 }
-Cost cost(const GradNorm& a) { return {.n_bytes = bytes({a.grad}), .launches = 2}; }
+Cost cost(const GradNorm& a) {
+    return {.n_bytes = a.grad ? bytes({a.grad}) : 0, .launches = int(bool(a.grad)) + int(bool(a.norm))};
+}
 
 Cost cost(const AnyOp& op) {
     return std::visit([](const auto& one) { return cost(one); }, op);

@@ -215,8 +215,10 @@ struct GradNorm {        // norm = sqrt(sum grad^2), clip = max_norm > 0 and nor
     Buf norm;            // (1)  out  =  stat
     Buf clip;            // (1)  out  =  stat
     Buf grad;            // (n)  stat
-    Buf scratch;         // (grad_norm_scratch(n))  stat
+    Buf scratch;         // (grad_norm_scratch(n))  out  =  stat: the sum of squares of each chunk of kGradNormChunk
     float max_norm = 0;  // 0: never clip
+    // A gradient in parts, whose chunks are those of the whole, takes several calls with the whole's bits: for each part
+    // one without norm and clip, which only writes scratch; then one without grad, which reads the whole's scratch.
 };
 constexpr size_t kGradNormChunk = size_t(1) << 16;  // elements summed by one partial
 constexpr size_t grad_norm_scratch(size_t n) { return (n + kGradNormChunk - 1) / kGradNormChunk; }
@@ -290,6 +292,9 @@ struct Backend {
     void (*wait_mark)(const Mark*);   // the host waits until the stream has passed the mark; not for a mark never set
     void (*wait_for)(Stream,
                      const Mark*);  // work given to the stream from now on begins when the mark has been passed
+    // Work given to `s` from now on begins when `other` has done all that it was given so far.  In a recording of one of
+    // the two streams the other one is recorded, too; at the end of it the recorded stream must wait for the other.
+    void (*wait_for_stream)(Stream s, Stream other);
     double (*ms_between)(const Mark* from, const Mark* to);  // after wait_mark(to)
     MemoryState (*memory_state)();
 

@@ -49,6 +49,7 @@ void free_mark(Mark* m) { delete m; }
 void set_mark(Mark* m, Stream) { m->at = std::chrono::steady_clock::now(); }
 void wait_mark(const Mark*) {}
 void wait_for(Stream, const Mark*) {}
+void wait_for_stream(Stream, Stream) {}
 double ms_between(const Mark* from, const Mark* to) {
     return std::chrono::duration<double, std::milli>(to->at - from->at).count();
 }
@@ -80,6 +81,7 @@ constexpr Backend make_table() {
         .set_mark = set_mark,
         .wait_mark = wait_mark,
         .wait_for = wait_for,
+        .wait_for_stream = wait_for_stream,
         .ms_between = ms_between,
         .memory_state = memory_state,
         .can_record = can_record,

@@ -110,14 +110,18 @@ void optimizer_update(const OptimizerUpdate& a, Stream) {
 }
 
 void grad_norm(const GradNorm& a, Stream) {
-    const size_t n = a.grad.count, chunks = grad_norm_scratch(n);
-    with_real(a.grad.dtype, [&]<class T>() {
-        const T* grad = a.grad.as<T>();  // (n)
+    const size_t n = a.grad.count, chunks = a.scratch.count;
+    with_real(a.scratch.dtype, [&]<class T>() {
         T* partial = a.scratch.as<T>();  // (chunks)
-        expect_dtype<T>({a.norm, a.clip});
+        if (a.grad) {
+            const T* grad = a.grad.as<T>();  // (n)
 #pragma omp parallel for schedule(static) if (n >= kParallelFrom)
-        for (size_t i = 0; i < chunks; i++)
-            partial[i] = sum_of_squares(grad + i * kGradNormChunk, std::min(kGradNormChunk, n - i * kGradNormChunk));
+            for (size_t i = 0; i < chunks; i++)
+                partial[i] =
+                    sum_of_squares(grad + i * kGradNormChunk, std::min(kGradNormChunk, n - i * kGradNormChunk));
+        }
+        if (!a.norm) return;
+        expect_dtype<T>({a.norm, a.clip});
         double sum = 0;
         for (size_t i = 0; i < chunks; i++) sum += double(partial[i]);
         const T norm = T(std::sqrt(sum));

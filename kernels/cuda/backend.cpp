@@ -69,6 +69,14 @@ void set_mark(Mark* m, Stream s) {
 }
 void wait_mark(const Mark* m) { CUDA_CHECK(cudaEventSynchronize(event_of(m))); }
 void wait_for(Stream s, const Mark* m) { CUDA_CHECK(cudaStreamWaitEvent(s, event_of(m), 0)); }
+void wait_for_stream(Stream s, Stream other) {
+    cudaEvent_t done = nullptr;
+    CUDA_CHECK(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+    cudaError_t error = cudaEventRecord(done, other);  // in a recording it only orders nodes
+    if (error == cudaSuccess) error = cudaStreamWaitEvent(s, done, 0);
+    cudaEventDestroy(done);  // CUDA keeps what the wait needs
+    cuda::check_cuda(error, "cudaStreamWaitEvent");
+}
 double ms_between(const Mark* from, const Mark* to) {
     float ms = 0;
     CUDA_CHECK(cudaEventElapsedTime(&ms, event_of(from), event_of(to)));
@@ -117,6 +125,7 @@ constexpr Backend make_table() {
         .set_mark = set_mark,
         .wait_mark = wait_mark,
         .wait_for = wait_for,
+        .wait_for_stream = wait_for_stream,
         .ms_between = ms_between,
         .memory_state = memory_state,
         .can_record = can_record,

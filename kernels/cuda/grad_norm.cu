@@ -73,14 +73,16 @@ __global__ void grad_norm_kernel(float* norm,           // (1)
 
 namespace cuda {
 void grad_norm(const GradNorm& a, Stream s) {
-    const size_t n = a.grad.count, chunks = grad_norm_scratch(n);
+    const size_t n = a.grad.count, chunks = a.scratch.count;
     float* partial = a.scratch.as<float>();  // (chunks)
-    const float* grad = a.grad.as<float>();  // (n)
     const dim3 threads(device::kElementThreads);
-    if (chunks > 0)
+    if (a.grad && chunks > 0) {
+        const float* grad = a.grad.as<float>();  // (n)
         cuda::launch(grad_norm_chunk_kernel, dim3(unsigned(chunks)), threads, 0, s, partial, grad, n,
                      device::aligned16(grad));
-    cuda::launch(grad_norm_kernel, dim3(1), threads, 0, s, a.norm.as<float>(), a.clip.as<float>(), partial, chunks,
-                 a.max_norm);
+    }
+    if (a.norm)
+        cuda::launch(grad_norm_kernel, dim3(1), threads, 0, s, a.norm.as<float>(), a.clip.as<float>(), partial, chunks,
+                     a.max_norm);
 }
 }  // namespace cuda
