@@ -6,8 +6,8 @@
 
 namespace {
 void check_size(Buf grad, size_t n) {
-    CHECK_THAT(grad.count == n && grad.dtype == DType::f32, "a gradient of {} {}, the reduction was made for {} f32",
-               grad.count, dtype_name(grad.dtype), n);
+    CHECK_THAT(grad.count <= n && grad.dtype == DType::f32,
+               "a gradient of {} {}, the reduction was made for at most {} f32", grad.count, dtype_name(grad.dtype), n);
 }
 
 class OneRank final : public GradientAllReduce {
@@ -22,7 +22,7 @@ class InPlaceSum final : public GradientAllReduce {
     InPlaceSum(Comm& host, AllReduce how, size_t n) : host_(host), how_(how), n_(n) {}
     void sum(Buf grad, Stream) override {
         check_size(grad, n_);
-        all_reduce(host_, {grad.as<float>(), n_}, how_);
+        all_reduce(host_, {grad.as<float>(), grad.count}, how_);
     }
     const char* name() const override { return all_reduce_name(how_); }
     bool needs_host() const override { return true; }
@@ -83,25 +83,25 @@ class OrderedByNccl final : public GradientAllReduce {
         : k_(k),
           device_(device),
           n_(n),
-          tail_(n % (ranks() * kShardUnit)),
-          shard_(std::min((n - tail_) / ranks(), longest ? longest : affordable(ranks()))) {}
+          shard_(std::min(n / (ranks() * kShardUnit) * kShardUnit, longest ? longest : affordable(ranks()))) {}
     void plan(Arena& arena) override {
-        arena.add(parts_, "reduction's parts", ranks() * std::max(shard_, tail_), DType::f32);
+        arena.add(parts_, "reduction's parts", ranks() * std::max(shard_, ranks() * kShardUnit), DType::f32);
     }
     void sum(Buf grad, Stream s) override {
         check_size(grad, n_);
-        for (size_t start = 0; start < n_ - tail_; start += ranks() * shard_) {
-            const size_t n = std::min(shard_, (n_ - tail_ - start) / ranks());
+        const size_t tail_count = grad.count % (ranks() * kShardUnit), whole = grad.count - tail_count;
+        for (size_t start = 0; start < whole; start += ranks() * shard_) {
+            const size_t n = std::min(shard_, (whole - start) / ranks());
             const Buf piece = grad.slice(start, ranks() * n);             // (ranks, n)
             const Buf mine = piece.slice(size_t(device_.rank()) * n, n);  // (n)
             device_.all_to_all(piece, parts(n), s);
             k_.tree_sum({.y = mine, .x = parts(n), .parts = device_.size()}, s);
             device_.all_gather(mine, piece, s);
         }
-        if (!tail_) return;
-        const Buf tail = grad.slice(n_ - tail_, tail_);
-        device_.all_gather(tail, parts(tail_), s);
-        k_.tree_sum({.y = tail, .x = parts(tail_), .parts = device_.size()}, s);
+        if (!tail_count) return;
+        const Buf tail = grad.slice(whole, tail_count);  // (tail_count)
+        device_.all_gather(tail, parts(tail_count), s);
+        k_.tree_sum({.y = tail, .x = parts(tail_count), .parts = device_.size()}, s);
     }
     const char* name() const override { return "ordered, moved by nccl"; }
 
@@ -117,8 +117,8 @@ class OrderedByNccl final : public GradientAllReduce {
 
     const Backend& k_;
     DeviceComm& device_;
-    const size_t n_, tail_, shard_;
-    Buf parts_;  // (ranks, max(shard_, tail_)) f32
+    const size_t n_, shard_;
+    Buf parts_;  // (ranks, max(shard_, a tail)) f32
 };
 }  // namespace
 

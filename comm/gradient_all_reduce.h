@@ -9,9 +9,9 @@
 class GradientAllReduce {
   public:
     virtual ~GradientAllReduce() = default;
-    // grad (n) f32, in memory of the backend: the sum over all ranks, in place, the same bits everywhere.  The sum
-    // includes work given to the stream before; work given afterwards sees the sum.  sum() may return before the stream
-    // has done any of it.
+    // grad (at most n) f32, in memory of the backend: the sum over all ranks, in place, the same bits everywhere.  The
+    // sum includes work given to the stream before; work given afterwards sees the sum.  sum() may return before the
+    // stream has done any of it.
     virtual void sum(Buf grad, Stream s) = 0;
     virtual const char* name() const = 0;  // "nccl", "ordered through host memory", ...
     // Plans the memory of the backend that sum() needs; the caller places it before the first sum().
@@ -20,7 +20,7 @@ class GradientAllReduce {
     virtual bool needs_host() const { return false; }
 };
 
-// For gradients of n elements in memory of the group's backend; the group outlives what is made.
+// For gradients of up to n elements in memory of the group's backend; the group outlives what is made.
 //   one rank                  nothing is done
 //   host-addressable memory   all_reduce() (comm/all_reduce.h) in place
 //   nccl                      one all_reduce_sum() of the whole buffer, in NCCL's order; needs a group whose carrier

@@ -72,6 +72,7 @@ struct Config {
     struct Parallel {
         ParallelMethod method = ParallelMethod::allreduce;
         UseAllReduce allreduce = UseAllReduce::automatic;
+        bool overlap = false;  // sum gradients beside the backward pass
     } parallel;
 };
 

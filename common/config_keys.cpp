@@ -140,11 +140,14 @@ std::vector<Key> table() {
          .meaning = "how ranks sum gradients. auto: `nccl` where every rank has a GPU of its own, else `ordered` where "
                     "the rank count allows it, else `mpi`. With 2^k * odd micro-batches a step, `ordered` keeps up to "
                     "k+1 gradient buffers"},
+        {KEY(parallel.overlap), .may_change = true,
+         .meaning = "sum the gradients of later blocks while the backward pass goes on, in buckets of whole blocks: by a "
+                    "thread on CPUs, in a second stream where each rank has a GPU of its own. Results have the same bits; "
+                    "with `ring`, `mpi` and `nccl` only on two ranks"},
         {"parallel.tensor"},
         {"parallel.pipeline"},
         {"parallel.schedule"},
         {"parallel.zero"},
-        {"parallel.overlap"},
         {"parallel.reduce_dtype"},
         {"parallel.servers"},
         {"parallel.staleness"},

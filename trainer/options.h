@@ -10,6 +10,7 @@ struct TrainerOptions {
     Config::Optimizer optimizer;
     Config::Parallel parallel;  // parallel.allreduce is not read: `allreduce` is the one that a run gets
     AllReduce allreduce = AllReduce::ordered;
+    size_t bucket_bytes = size_t(1) << 20;  // with parallel.overlap: the least that is summed by one call
     uint64_t seed = 0;
     DType real = DType::f32;  // bf16: activations and the parameters that ops read; f64: the double instance, for tests
     UseGraph graph = UseGraph::automatic;

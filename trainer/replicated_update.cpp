@@ -10,7 +10,11 @@ ReplicatedUpdate::ReplicatedUpdate(const Group& group, const TrainerOptions& opt
       group_(group),
       memory_(memory),
       max_norm_(float(options.train.grad_clip)),
-      all_reduce_(make_gradient_all_reduce(group, options.allreduce, memory.n_params())),
+      bucket_elements_(options.parallel.overlap ? options.bucket_bytes / sizeof(float) : SIZE_MAX),
+      lane_(make_lane(group, options.parallel.overlap)),
+      all_reduce_(make_gradient_all_reduce(lane_->group(), options.allreduce, memory.n_params())),
+      name_(
+          fmt::format("{}{}", options.parallel.overlap && group.size() > 1 ? "overlapped " : "", all_reduce_->name())),
       optimizer_(k_, {{options.optimizer, flat_params(memory.param_list)}}, memory.stat()),
       summed_(k_),
       updated_(k_),
@@ -30,10 +34,22 @@ void ReplicatedUpdate::start(Stream s) {
     connection_bytes_ = before - std::min(before, k_.memory_state().n_free);
 }
 
-void ReplicatedUpdate::begin_step(int64_t, double learning_rate) { optimizer_.set_rate(learning_rate); }
+void ReplicatedUpdate::begin_step(int64_t, double learning_rate) {
+    optimizer_.set_rate(learning_rate);
+    lane_->begin_step();
+    bucket_end_ = memory_.n_params();
+}
+
+void ReplicatedUpdate::gradient_ready(Range part, Stream s) {
+    const size_t count = bucket_end_ - part.first;
+    if (part.first > 0 && count < bucket_elements_) return;
+    const Buf bucket = memory_.gradient().slice(part.first, count);  // (count)
+    lane_->give([this, bucket](Stream on) { all_reduce_->sum(bucket, on); }, s);
+    bucket_end_ = part.first;
+}
 
 void ReplicatedUpdate::finish_step(StepGraphs& graphs, Stream s) {
-    all_reduce_->sum(memory_.gradient(), s);
+    lane_->join(s);
     graphs.run(after_sum_, s, [&] { update(s); });
 }
 

@@ -1,19 +1,24 @@
 // Every rank has the sum of the whole gradient and updates every parameter, so nothing has to be gathered.
+//
+// The gradient is summed in buckets: whole parts, in the order in which they become ready, joined until they are
+// bucket_bytes long.  With parallel.overlap a bucket's sum runs beside the rest of the backward pass; otherwise one
+// bucket is everything.
 #pragma once
 #include "comm/gradient_all_reduce.h"
+#include "comm/lane.h"
 #include "trainer/gradient_sync.h"
 
 class ReplicatedUpdate final : public GradientSync {
   public:
     ReplicatedUpdate(const Group& group, const TrainerOptions& options, TrainerMemory& memory);
-    const char* name() const override { return all_reduce_->name(); }
+    const char* name() const override { return name_.c_str(); }
     void start(Stream s) override;
     size_t connection_bytes() const override { return connection_bytes_; }
 
     void begin_step(int64_t step, double learning_rate) override;
-    void gradient_ready(Range, Stream) override {}  // one call sums all parts
+    void gradient_ready(Range part, Stream s) override;
     void finish_step(StepGraphs& graphs, Stream s) override;
-    bool needs_host() const override { return all_reduce_->needs_host(); }
+    bool needs_host() const override { return lane_->needs_host(); }
     Outcome wait(Stream s) override;
     const Mark* summed() const override { return summed_.get(); }
     const Mark* updated() const override { return updated_.get(); }
@@ -31,7 +36,11 @@ class ReplicatedUpdate final : public GradientSync {
     const Group& group_;
     TrainerMemory& memory_;
     const float max_norm_;  // 0: never clip
-    const std::unique_ptr<GradientAllReduce> all_reduce_;
+    const size_t bucket_elements_;
+    const std::unique_ptr<Lane> lane_;
+    const std::unique_ptr<GradientAllReduce> all_reduce_;  // over the lane's group
+    const std::string name_;
+    size_t bucket_end_ = 0;  // parts from here on have been given to the lane
     Optimizer optimizer_;
     size_t connection_bytes_ = 0;
     const MarkOwner summed_, updated_;
