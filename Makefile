@@ -120,7 +120,7 @@ COMPILE = @[ -n "$(MPICXX)" ] || { echo "mpicxx not found; run scripts/install_d
 $(B)/train-cpu: $(MAIN:%=$(O)/%.o) $(RUN_OBJ) $(LIB_OBJ); $(LINK)
 $(B)/test: $(LIB_OBJ) $(EMU_REST) $(TEST_OBJ) $(EMU_CORE); $(LINK)
 $(B)/test_mpi: $(LIB_OBJ) $(EMU_REST) $(MPI_TESTS) $(EMU_MPI_TESTS) $(EMU_CORE); $(LINK)
-$(B)/bench_gemm: $(O)/bench/bench_gemm.o $(LIB_OBJ); $(LINK)
+$(B)/bench_gemm $(B)/bench_all_reduce: $(B)/bench_%: $(O)/bench/bench_%.o $(LIB_OBJ); $(LINK)
 COMMIT = -DKILN_COMMIT='"$(shell cat build/commit)"'
 $(O)/%.o: %.cpp; $(COMPILE) -c $< -o $@
 COMPUTING_TESTS = $(TARGET_TESTS:%.cpp=$(O)/%.o)
