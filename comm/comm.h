@@ -1,13 +1,15 @@
 // Comm: messages between ranks, from and to host memory.  Implementations: self (one rank, no library) and mpi.
 //
 // Every rank calls the same operations in the same order; counts are equal on all ranks unless said.  Calls block until
-// the caller's buffers may be reused.  A failure throws Error(Exit::peer_lost).
+// the caller's buffers may be reused.  A failure throws Error(Exit::peer_lost), also one of the caller's deadline; then
+// messages that still go on own their buffers, and the only call that is left is abort().
 //
 // One thread at a time uses a Comm.  Two threads of a rank may use two Comms at the same time: those that split() made
 // share no messages.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -63,9 +65,41 @@ class Comm {
     };
     virtual std::unique_ptr<Sending> isend(std::vector<std::byte> message, int to, int tag);
 
+    // A call that waits longer for other ranks is an error; with 0 seconds every wait is one.  Each Comm has its own
+    // deadline, at first none; split() hands it down.
+    static constexpr double kNoDeadline = std::numeric_limits<double>::infinity();
+    void set_timeout(double seconds) { timeout_s_ = seconds; }
+    double timeout() const { return timeout_s_; }
+    // A patient Comm waits without deadline: for a rank that reads or writes files, or for work to serve.
+    void set_patient(bool on) { patient_ = on; }
+    bool is_patient() const { return patient_; }
+
     // Ends every rank of the job at once with this exit code; does not return.
     [[noreturn]] virtual void abort(Exit code) = 0;
+
+  private:
+    double timeout_s_ = kNoDeadline;
+    bool patient_ = false;
 };
+
+// While it lives, `comm` is patient.
+class PatientScope {
+  public:
+    explicit PatientScope(Comm& comm) : comm_(comm), before_(comm.is_patient()) { comm.set_patient(true); }
+    ~PatientScope() { comm_.set_patient(before_); }
+    PatientScope(const PatientScope&) = delete;
+    PatientScope& operator=(const PatientScope&) = delete;
+
+  private:
+    Comm& comm_;
+    const bool before_;
+};
+
+// A barrier without deadline: rank 0 reads or writes files, or samples text, for as long as that takes.
+inline void patient_barrier(Comm& comm) {
+    const PatientScope scope(comm);
+    comm.barrier();
+}
 
 std::unique_ptr<Comm> make_self_comm();
 

@@ -2,26 +2,96 @@
 #include <mpi.h>
 
 #include <algorithm>
+#include <array>
+#include <chrono>
 #include <climits>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "comm/comm.h"
 
 namespace {
-// MPI's own text of an error, as Error(Exit::peer_lost): after a failed collective the job cannot go on.
-void check(int rc, const char* call) {
+using Clock = std::chrono::steady_clock;
+
+// A call on the wire, for messages.
+struct Call {
+    const char* name;
+    size_t n_bytes = 0;  // of the call's argument: a block, where it has several
+    int to = -1, from = -1;
+};
+
+// Wrong arguments are kiln's own mistake.  Of the other errors none can be mended: a connection has broken, or a rank
+// has ended.
+Exit exit_of(int error_class) {
+    switch (error_class) {
+        case MPI_ERR_NO_MEM:
+            return Exit::memory;
+        case MPI_ERR_ARG:
+        case MPI_ERR_BUFFER:
+        case MPI_ERR_COMM:
+        case MPI_ERR_COUNT:
+        case MPI_ERR_OP:
+        case MPI_ERR_RANK:
+        case MPI_ERR_REQUEST:
+        case MPI_ERR_ROOT:
+        case MPI_ERR_TAG:
+        case MPI_ERR_TRUNCATE:
+        case MPI_ERR_TYPE:
+            return Exit::internal;
+        default:
+            return Exit::peer_lost;
+    }
+}
+
+constexpr const char* kGoOn = "--resume goes on from the newest checkpoint";
+
+// `what` failed with MPI's own text of the error.
+void check(int rc, const std::string& what) {
     if (rc == MPI_SUCCESS) return;
     char text[MPI_MAX_ERROR_STRING];
-    int length = 0;
+    int length = 0, error_class = MPI_ERR_OTHER;
     MPI_Error_string(rc, text, &length);
-    fail(Exit::peer_lost, "MPI: {} in {}", std::string(text, size_t(length)), call);
+    MPI_Error_class(rc, &error_class);
+    const Exit code = exit_of(error_class);
+    const std::string advice =
+        code == Exit::peer_lost ? fmt::format("; a rank has ended or the network has failed; {}", kGoOn) : "";
+    fail(code, "{}: MPI: {}{}", what, std::string(text, size_t(length)), advice);
 }
 #define MPI_CHECK(call) check((call), #call)
 
 // MPI's counts are int: longer messages go in pieces of at most this many units.
 constexpr size_t kPiece = size_t(1) << 30;
+
+// Calls done() until it is true, or until the deadline: then it returns false.  At first it polls at once or after a
+// yield; after a millisecond it sleeps between bursts of polls, and a long wait costs no core.  MPI moves bytes only
+// while it is polled: after a burst that takes longer than the shortest one, which moved none, the sleep is short again.
+template <class Done>
+bool wait_until(double seconds, const Done& done) {
+    using namespace std::chrono_literals;
+    constexpr int kBurst = 64;
+    constexpr Clock::duration kLeast = 20us, kMost = 1ms;
+    for (int i = 0; i < kBurst; i++)
+        if (done()) return true;
+    const Clock::time_point start = Clock::now();
+    Clock::duration shortest = Clock::duration::max(), pause = kLeast;
+    for (Clock::time_point before = start; std::chrono::duration<double>(before - start).count() < seconds;
+         before = Clock::now()) {
+        const bool is_long = before - start > 1ms;
+        for (int i = 0; i < kBurst; i++) {
+            if (done()) return true;
+            if (!is_long) std::this_thread::yield();
+        }
+        if (!is_long) continue;
+        const Clock::duration burst = Clock::now() - before;
+        shortest = std::min(shortest, burst);
+        pause = burst > 2 * shortest ? kLeast : std::min(pause + pause / 8, kMost);
+        std::this_thread::sleep_for(pause);
+    }
+    return false;
+}
 
 struct MpiSending final : Comm::Sending {
     explicit MpiSending(std::vector<std::byte> m) : message(std::move(m)) {}
@@ -63,37 +133,39 @@ class MpiComm final : public Comm {
     void all_reduce_sum(std::span<float> data) override {
         for (size_t i = 0; i < data.size(); i += kPiece) {
             const int n = int(std::min(kPiece, data.size() - i));
-            MPI_CHECK(MPI_Allreduce(MPI_IN_PLACE, data.data() + i, n, MPI_FLOAT, MPI_SUM, comm_));
+            run({"all_reduce_sum", data.size_bytes()}, [&](MPI_Request* r) {
+                return MPI_Iallreduce(MPI_IN_PLACE, data.data() + i, n, MPI_FLOAT, MPI_SUM, comm_, r);
+            });
         }
     }
     void reduce_scatter_sum(float* send, float* recv, size_t n) override {
         as_count(size_t(size_) * n * sizeof(float));  // MPICH counts all blocks together
-        if (recv != send + size_t(rank_) * n) {
-            MPI_CHECK(MPI_Reduce_scatter_block(send, recv, int(n), MPI_FLOAT, MPI_SUM, comm_));
-            return;
-        }
-        MPI_CHECK(MPI_Reduce_scatter_block(MPI_IN_PLACE, send, int(n), MPI_FLOAT, MPI_SUM, comm_));
-        if (rank_ > 0) std::copy_n(send, n, recv);  // MPI's result is in block 0
+        const bool in_place = recv == send + size_t(rank_) * n;
+        run({"reduce_scatter_sum", n * sizeof(float)}, [&](MPI_Request* r) {
+            return MPI_Ireduce_scatter_block(in_place ? MPI_IN_PLACE : send, in_place ? send : recv, int(n), MPI_FLOAT,
+                                             MPI_SUM, comm_, r);
+        });
+        if (in_place && rank_ > 0) std::copy_n(send, n, recv);  // MPI's result is in block 0
     }
     void all_gather(const void* send, void* recv, size_t n_bytes) override {
-        const int n = as_count(n_bytes);
-        const bool in_place = send == static_cast<char*>(recv) + size_t(rank_) * n_bytes;
-        MPI_CHECK(MPI_Allgather(in_place ? MPI_IN_PLACE : send, n, MPI_BYTE, recv, n, MPI_BYTE, comm_));
+        exchange({"all_gather", n_bytes}, static_cast<const char*>(send), 0, static_cast<char*>(recv), n_bytes);
     }
     void all_to_all(const void* send, void* recv, size_t n_bytes) override {
-        const int n = as_count(n_bytes);
-        MPI_CHECK(MPI_Alltoall(send, n, MPI_BYTE, recv, n, MPI_BYTE, comm_));
+        exchange({"all_to_all", n_bytes}, static_cast<const char*>(send), n_bytes, static_cast<char*>(recv), n_bytes);
     }
     void broadcast(void* data, size_t n_bytes, int root) override {
-        for (size_t i = 0; i < n_bytes; i += kPiece)
-            MPI_CHECK(
-                MPI_Bcast(static_cast<char*>(data) + i, int(std::min(kPiece, n_bytes - i)), MPI_BYTE, root, comm_));
+        for (size_t i = 0; i < n_bytes; i += kPiece) {
+            const int n = int(std::min(kPiece, n_bytes - i));
+            run({"broadcast", n_bytes, -1, root},
+                [&](MPI_Request* r) { return MPI_Ibcast(static_cast<char*>(data) + i, n, MPI_BYTE, root, comm_, r); });
+        }
     }
     void send(const void* data, size_t n_bytes, int to, int tag) override {
-        MPI_CHECK(MPI_Send(data, as_count(n_bytes), MPI_BYTE, to, checked(tag), comm_));
+        run({"send", n_bytes, to}, [&](MPI_Request* r) { return start_send(data, n_bytes, to, checked(tag), r); });
     }
     void recv(void* data, size_t n_bytes, int from, int tag) override {
-        MPI_CHECK(MPI_Recv(data, as_count(n_bytes), MPI_BYTE, from, checked(tag), comm_, MPI_STATUS_IGNORE));
+        run({"recv", n_bytes, -1, from},
+            [&](MPI_Request* r) { return start_recv(data, n_bytes, from, checked(tag), r); });
     }
     std::optional<Message> probe(int tag) override {
         int there = 0, n_bytes = 0;
@@ -104,20 +176,27 @@ class MpiComm final : public Comm {
         return Message{status.MPI_SOURCE, size_t(n_bytes)};
     }
     std::unique_ptr<Sending> isend(std::vector<std::byte> message, int to, int tag) override {
-        const int n = as_count(message.size());
         auto sending = std::make_unique<MpiSending>(std::move(message));
-        MPI_CHECK(MPI_Isend(sending->message.data(), n, MPI_BYTE, to, checked(tag), comm_, &sending->request));
+        MPI_CHECK(start_send(sending->message.data(), sending->message.size(), to, checked(tag), &sending->request));
         return sending;
     }
     void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) override {
-        MPI_CHECK(MPI_Sendrecv(send, as_count(n_send), MPI_BYTE, to, 0, recv, as_count(n_recv), MPI_BYTE, from, 0,
-                               comm_, MPI_STATUS_IGNORE));
+        run(
+            {"send_recv", std::max(n_send, n_recv), to, from},
+            [&](MPI_Request* r) { return start_recv(recv, n_recv, from, 0, r); },
+            [&](MPI_Request* r) { return start_send(send, n_send, to, 0, r); });
     }
-    void barrier() override { MPI_CHECK(MPI_Barrier(comm_)); }
+    void barrier() override {
+        run({"barrier"}, [&](MPI_Request* r) { return MPI_Ibarrier(comm_, r); });
+    }
+    // MPI splits without a deadline: the barrier, which has one, comes first.
     std::unique_ptr<Comm> split(int color, int key) override {
+        barrier();
         MPI_Comm part;
         MPI_CHECK(MPI_Comm_split(comm_, color, key, &part));
-        return std::make_unique<MpiComm>(part, true);
+        auto made = std::make_unique<MpiComm>(part, true);
+        made->set_timeout(timeout());
+        return made;
     }
     [[noreturn]] void abort(Exit code) override {
         MPI_Abort(MPI_COMM_WORLD, int(code));
@@ -125,6 +204,58 @@ class MpiComm final : public Comm {
     }
 
   private:
+    // Starts requests, start(&request), and waits until all have ended.
+    template <class... Start>
+    void run(const Call& call, Start&&... start) {
+        std::array<MPI_Request, sizeof...(start)> requests;
+        size_t n_started = 0;
+        (check_call(start(&requests[n_started++]), call), ...);
+        finish(call, requests);
+    }
+    void finish(const Call& call, std::span<MPI_Request> requests) {
+        const auto done = [&](MPI_Request& r) {
+            int flag = 0;
+            check_call(MPI_Test(&r, &flag, MPI_STATUS_IGNORE), call);
+            return flag != 0;
+        };
+        if (wait_until(is_patient() ? kNoDeadline : timeout(), [&] { return std::ranges::all_of(requests, done); }))
+            return;
+        fail(Exit::peer_lost,
+             "{}: no end within {} s (run.timeout_seconds): another rank has ended, hangs or is slow; start again with "
+             "a longer time if ranks are slow, else without the rank that is lost: {}",
+             describe(call), timeout(), kGoOn);
+    }
+    // n bytes to every rank, for rank r those at send + r * stride, and n from every rank, to recv + r * n.  MPI's
+    // own non-blocking collectives take longer for short messages.
+    void exchange(const Call& call, const char* send, size_t stride, char* recv, size_t n) {
+        std::vector<MPI_Request> requests(2 * size_t(size_ - 1));
+        for (size_t i = 0; i < requests.size(); i += 2) {
+            const int r = (rank_ + 1 + int(i / 2)) % size_;
+            check_call(start_recv(recv + size_t(r) * n, n, r, kExchangeTag, &requests[i]), call);
+            check_call(start_send(send + size_t(r) * stride, n, r, kExchangeTag, &requests[i + 1]), call);
+        }
+        const char* mine = send + size_t(rank_) * stride;
+        if (recv + size_t(rank_) * n != mine) std::copy_n(mine, n, recv + size_t(rank_) * n);
+        finish(call, requests);
+    }
+    void check_call(int rc, const Call& call) const {
+        if (rc != MPI_SUCCESS) [[unlikely]]
+            check(rc, describe(call));
+    }
+    std::string describe(const Call& call) const {  // "recv of 8 bytes from rank 0, on rank 1 of 2"
+        std::string text = call.name;
+        if (call.n_bytes) text += fmt::format(" of {} bytes", call.n_bytes);
+        if (call.to >= 0) text += fmt::format(" to rank {}", call.to);
+        if (call.from >= 0) text += fmt::format(" from rank {}", call.from);
+        return text + fmt::format(", on rank {} of {}", rank_, size_);
+    }
+    int start_send(const void* data, size_t n_bytes, int to, int tag, MPI_Request* r) const {
+        return MPI_Isend(data, as_count(n_bytes), MPI_BYTE, to, tag, comm_, r);
+    }
+    int start_recv(void* data, size_t n_bytes, int from, int tag, MPI_Request* r) const {
+        return MPI_Irecv(data, as_count(n_bytes), MPI_BYTE, from, tag, comm_, r);
+    }
+    static constexpr int kExchangeTag = kTags;
     static int checked(int tag) {
         CHECK_THAT(tag >= 0 && tag < kTags, "a message with tag {}; tags are 0 to {}", tag, kTags - 1);
         return tag;

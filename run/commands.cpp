@@ -72,6 +72,7 @@ Exit run_eval(const Context& x, const CommandLine& line) {
     Session model(x.device.k, model_config(x.config), forward_shape(x.config, x.config.train.micro_batch_size));
     if (x.comm.rank() == 0)
         load_weights(checkpoint_to_use(x, line), x.device.k, model.config(), model.memory().parameters());
+    patient_barrier(x.comm);
     broadcast_parameters(x.device.k, x.comm, model.memory(), model.stream());
     if (!x.device.note.empty()) x.log.info("{}", x.device.note);
     const EvalResult r = evaluate_on(x, model, val);
@@ -97,6 +98,7 @@ Exit run_command(const CommandLine& line, Comm& comm, Log& log, Progress& progre
     if (line.command != Command::train && (line.resume || line.overwrite))
         fail(Exit::usage, "--resume and --overwrite are for training");
     const Config config = load_config(line.config, line.set);
+    comm.set_timeout(config.run.timeout_seconds);
     // Every rank reads the config file itself; a rank with another config would train another model.
     require_same(comm, hash64(to_yaml(config)), Exit::usage,
                  "another config than rank 0; give every host the same file and --set options");

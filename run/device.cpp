@@ -112,7 +112,8 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
             comm.local_size(), n_devices);
     const bool by_nccl = training && has_own_gpu && comm.size() > 1 && takes_nccl(config.parallel.allreduce);
     const size_t before = k.memory_state().n_free;
-    Group world = by_nccl ? Group(k, comm, std::make_unique<NcclComm>(comm)) : Group(k, comm);
+    Group world =
+        by_nccl ? Group(k, comm, std::make_unique<NcclComm>(comm, config.run.timeout_seconds)) : Group(k, comm);
     const size_t nccl_bytes = by_nccl ? before - std::min(before, k.memory_state().n_free) : 0;
     return {.k = k,
             .world = std::move(world),

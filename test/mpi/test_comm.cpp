@@ -1,6 +1,9 @@
 // The Comm contract and the three all-reduces of host memory.
 #include <doctest/doctest.h>
 
+#include <chrono>
+#include <ctime>
+#include <functional>
 #include <thread>
 
 #include "comm/all_reduce.h"
@@ -118,6 +121,85 @@ TEST_CASE("two threads of a rank send and receive at the same time, on two commu
     thread.join();
     CHECK(mine == kTimes);
     CHECK(beside == kTimes);
+}
+
+namespace {
+// Rank 0 alone makes the call, on a communicator of its own that has a deadline; the others make it when that is over,
+// so that its messages end too.
+void expect_late(double seconds, const char* text, const std::function<void(Comm&)>& call) {
+    CAPTURE(text);
+    const auto comm = world().split(0, world().rank());
+    if (world().rank() == 0) {
+        comm->set_timeout(seconds);
+        try {
+            call(*comm);
+            FAIL("no error");
+        } catch (const Error& e) {
+            CHECK(e.code == Exit::peer_lost);
+            CHECK(std::string(e.what()).starts_with(fmt::format(
+                "{}, on rank 0 of {}: no end within {} s (run.timeout_seconds)", text, world().size(), seconds)));
+        }
+    }
+    world().barrier();
+    if (world().rank() != 0) call(*comm);
+    world().barrier();
+}
+}  // namespace
+
+// Seen to fail with: a wait that has no deadline (no end); a timeout that split() does not hand down.
+TEST_CASE("a rank that does not call: an error at the deadline, which names the call") {
+    const int rank = world().rank(), size = world().size();
+    if (size != 2) return;                    // the others would wait longer alike
+    constexpr size_t n = size_t(1) << 18;     // of send: longer than what is sent before its receiver asks
+    static std::vector<float> out(n), in(n);  // belong to messages that go on
+    const auto blocks = n / 8;
+    for (const double seconds : {0.0, 0.03}) {
+        expect_late(seconds, "barrier", [](Comm& c) { c.barrier(); });
+        expect_late(seconds, "all_reduce_sum of 12 bytes", [](Comm& c) { c.all_reduce_sum(std::span(out).first(3)); });
+        expect_late(seconds, "reduce_scatter_sum of 4 bytes",
+                    [](Comm& c) { c.reduce_scatter_sum(out.data(), in.data(), 1); });
+        expect_late(seconds, "all_gather of 8 bytes", [](Comm& c) { c.all_gather(out.data(), in.data(), 8); });
+        expect_late(seconds, fmt::format("all_to_all of {} bytes", blocks).c_str(),
+                    [&](Comm& c) { c.all_to_all(out.data(), in.data(), blocks); });
+        expect_late(seconds, "broadcast of 8 bytes from rank 1", [](Comm& c) { c.broadcast(in.data(), 8, 1); });
+        expect_late(seconds, "send of 1048576 bytes to rank 1", [&](Comm& c) {
+            if (rank == 0) c.send(out.data(), n * sizeof(float), 1);
+            if (rank == 1) c.recv(in.data(), n * sizeof(float), 0);
+        });
+        expect_late(seconds, "recv of 8 bytes from rank 1", [&](Comm& c) {
+            if (rank == 0) c.recv(in.data(), 8, 1, 5);
+            if (rank == 1) c.send(out.data(), 8, 0, 5);
+        });
+        expect_late(seconds, "send_recv of 8 bytes to rank 1 from rank 1", [&](Comm& c) {
+            if (rank < 2) c.send_recv(out.data(), 8, 1 - rank, in.data(), 8, 1 - rank);
+        });
+        expect_late(seconds, "barrier", [&](Comm& c) {
+            if (rank == 0) c.split(0, 0);
+            if (rank != 0) c.barrier();
+        });
+    }
+    const auto child = world().split(0, rank);
+    child->set_timeout(0.25);
+    CHECK(child->split(0, rank)->timeout() == 0.25);
+    CHECK(world().timeout() == Comm::kNoDeadline);
+}
+
+// Seen to fail with: a patient Comm that has a deadline; a wait without sleeps.
+TEST_CASE("a patient rank waits longer than its deadline, and its wait takes no core") {
+    if (world().size() != 2) return;
+    constexpr std::chrono::milliseconds kLate{500};
+    const auto comm = world().split(0, world().rank());
+    comm->set_timeout(0.02);
+    if (world().rank() != 0) std::this_thread::sleep_for(kLate);
+    const auto cpu_s = [] {
+        timespec t;
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+        return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+    };
+    const double before = cpu_s();
+    patient_barrier(*comm);
+    if (world().rank() == 0) CHECK(cpu_s() - before < 0.06);
+    CHECK_FALSE(comm->is_patient());
 }
 
 TEST_CASE("split groups ranks by color") {

@@ -1,0 +1,36 @@
+"""Messages between ranks that do not arrive, and runs that end all the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from conftest import Lab
+
+LONG = {"train.max_steps": 100000, "data.val": None, "checkpoint.interval": 5}
+
+
+def pid_of_rank(rank: int, config: Path) -> int:
+    """The process of a rank of the run that was started with this config."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment, arguments = ((process / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
+        except OSError:  # it has ended
+            continue
+        if f"PMI_RANK={rank}".encode() in environment and str(config).encode() in arguments:
+            return int(process.name)
+    raise AssertionError(f"no rank {rank} of {config}")
+
+
+def test_a_rank_that_hangs_ends_the_run_at_the_deadline(lab: Lab) -> None:
+    """Seen to fail with: run.timeout_seconds not handed to the communicator."""
+    process = lab.start("run", LONG | {"run.timeout_seconds": 1}, np=2)
+    lab.wait_for_step("run", 6, process)
+    os.kill(pid_of_rank(1, lab.root / "run.yaml"), signal.SIGSTOP)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 75
+    assert "[rank 0] error: " in err and ", on rank 0 of 2: no end within 1 s (run.timeout_seconds): " in err
+    run = lab.run("run")
+    assert run.status()["exit_code"] == 75 and 5 in run.steps_saved()
+    lab.train("run", LONG | {"train.max_steps": 10}, np=2, flags=["--resume"])
