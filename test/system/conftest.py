@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from hosts import hosts  # noqa: F401  a fixture
 from pretended_gpu import check  # noqa: F401  a fixture
 
 REPO = Path(__file__).resolve().parents[2]
