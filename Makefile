@@ -104,7 +104,7 @@ lint: $(B)/train-cpu ## formatting, include directions, README's table of keys, 
 	@awk '/^\| key \| default/ {table = 1} !/^\|/ {table = 0} table' README.md | \
 	    diff --label README.md --label "./train --keys" -u - <($(B)/train-cpu --keys) || \
 	    { echo "README.md's table of keys is out of date: run make readme" >&2; exit 1; }
-	shellcheck $$(git ls-files '*.sh') .ci/run
+	shellcheck $$(git ls-files '*.sh' '*.sbatch') .ci/run
 	$(VENV)/ruff check
 	$(VENV)/mypy --python-executable $(PYTHON)
 
