@@ -29,7 +29,7 @@ done
 # Build and run; then plots; then tests and development.
 packages=(g++ make mpich libmpich-dev libcli11-dev doctest-dev libyaml-cpp-dev libdnnl-dev nlohmann-json3-dev libfmt-dev
           libxxhash-dev python3 python3-matplotlib python3-venv python3-pytest python3-pytest-xdist python3-xxhash
-          clang-format shellcheck ccache zstd iproute2)
+          clang-format shellcheck ccache zstd iproute2 python3-yaml)
 # OpenBLAS: with the reference BLAS, which comes otherwise, PyTorch would be too slow for a fair comparison.
 [ $torch = 0 ] || packages+=(python3-torch libopenblas0-openmp)
 

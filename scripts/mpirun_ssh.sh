@@ -17,8 +17,9 @@ sum=$(cksum "$program") || exit 2
 
 check() {  # host
     local said code
-    said=$("$ssh" -oBatchMode=yes -oConnectTimeout=10 "$1" cksum "$program" 2>&1 </dev/null)
+    said=$("$ssh" -oBatchMode=yes -oConnectTimeout=10 -oLogLevel=ERROR "$1" cksum "$program" 2>&1 </dev/null)
     code=$?
+    said=${said##*$'\n'}  # not what ssh warns of before
     [ "$said" != "$sum" ] || return 0
     [ $code != 255 ] || { echo "mpirun_ssh.sh: error: host $1 cannot be reached: $said" >&2; return 75; }
     echo "mpirun_ssh.sh: error: $1 has $program as \"$said\", here it is \"$sum\"; copy it there" >&2
