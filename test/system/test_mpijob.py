@@ -1,6 +1,6 @@
-"""scripts/mpijob.yaml against what the MPI Operator takes.  FIELDS is a table of the fields that the manifest uses, with
-their types, and of the operator's own, as its CustomResourceDefinition of release 0.8 has them.  KILN_MPIJOB_CRD names
-a file with the whole definition: manifests/base/kubeflow.org_mpijobs.yaml of github.com/kubeflow/mpi-operator."""
+"""scripts/mpijob.yaml against what the MPI Operator takes.  FIELDS is a table of the fields that the manifest uses,
+with their types, and of the operator's own, as its CustomResourceDefinition of release 0.8 has them.  KILN_MPIJOB_CRD
+names a file with the whole definition: manifests/base/kubeflow.org_mpijobs.yaml of github.com/kubeflow/mpi-operator."""
 
 from __future__ import annotations
 
