@@ -49,6 +49,8 @@ WORDS(ParallelMethod,
       allreduce  // every rank has the sum of all gradients in every step
 )
 
+WORDS(OuterDtype, fp32, bf16, int4)  // parallel.outer_dtype: comm/quantized.h has the formats
+
 // parallel.allreduce: the algorithm that is asked for; AllReduce (comm/all_reduce.h) has the one that a run gets.
 WORDS(UseAllReduce, automatic, ordered, nccl, mpi, ring)
 
