@@ -107,8 +107,8 @@ case ${1:-} in
             echo "$i $(enter "$i" --net grep eth0: /proc/net/dev)" | awk '{print $1, $3, $11}'
         done ;;
     down)
-        kill "$(cat "$CLUSTER/holder")"
-        while [ -e "$CLUSTER" ]; do sleep 0.01; done ;;
+        while kill "$(cat "$CLUSTER/holder" 2>/dev/null)" 2>/dev/null; do sleep 0.02; done
+        rm -rf "$CLUSTER" ;;  # there only if its holder was killed
     -h | --help) usage ;;
     *) usage >&2; exit 2 ;;
 esac
