@@ -92,7 +92,7 @@ int main(int argc, char** argv) {
             std::this_thread::sleep_for(std::chrono::milliseconds(200));
             mpi->world().abort(code);
         }
-        return status;
+        return mpi ? mpi->end(status) : status;
     };
     try {
         mpi.emplace(&argc, &argv);
@@ -105,9 +105,9 @@ int main(int argc, char** argv) {
         } catch (const CLI::ParseError& e) {
             if (e.get_exit_code() != 0) fail(Exit::usage, "{}; ./train --help lists the options", e.what());
             if (mpi->world().rank() == 0) app.exit(e);
-            return 0;
+            return mpi->end(0);
         }
-        return int(run_command(line, mpi->world(), *log, progress, KILN_COMMIT));
+        return mpi->end(int(run_command(line, mpi->world(), *log, progress, KILN_COMMIT)));
     } catch (const Error& e) { return failed(e.code, e.what()); } catch (const std::bad_alloc&) {
         return failed(Exit::memory, "out of memory; lower train.micro_batch_size or the model's size");
     } catch (const std::exception& e) { return failed(Exit::internal, e.what()); }

@@ -7,6 +7,7 @@
 // One thread at a time uses a Comm.  Two threads of a rank may use two Comms at the same time: those that split() made
 // share no messages.
 #pragma once
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -112,7 +113,11 @@ void require_same(Comm& comm, uint64_t value, Exit code, const std::string& what
 class MpiSession {
   public:
     MpiSession(int* argc, char*** argv);
-    ~MpiSession();
+    ~MpiSession();  // end(), unless that was called, without its limit of time
+    // Ends MPI after the last message and returns `exit_code`.  MPI's end can hang: after kFinalizeLimit the process ends
+    // with this code all the same, and the job with it.
+    int end(int exit_code);
+    static constexpr std::chrono::seconds kFinalizeLimit{5};
     MpiSession(const MpiSession&) = delete;
     MpiSession& operator=(const MpiSession&) = delete;
     Comm& world() { return *world_; }

@@ -1,10 +1,12 @@
 // Comm over MPI.  The only file that sees mpi.h.
 #include <mpi.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <chrono>
 #include <climits>
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <thread>
@@ -282,6 +284,17 @@ void refuse_singletons(int world_size) {
                  launched, variable, text);
     }
 }
+
+// Ends the job while another thread hangs in MPI_Finalize, where MPI_Abort fails.  Hydra would lose the code of a rank
+// that just leaves; by PMI-1, MPICH's protocol with it, a rank may ask it to end all ranks with a code.
+[[noreturn]] void leave(int exit_code) {
+    std::fflush(nullptr);
+    const char* fd = std::getenv("PMI_FD");
+    const std::string request = fmt::format("cmd=abort exitcode={}\n", exit_code);
+    if (fd && write(std::atoi(fd), request.data(), request.size()) == ssize_t(request.size()))
+        std::this_thread::sleep_for(std::chrono::seconds(2));  // Hydra ends this process
+    std::_Exit(exit_code);
+}
 }  // namespace
 
 MpiSession::MpiSession(int* argc, char*** argv) {
@@ -297,6 +310,17 @@ MpiSession::MpiSession(int* argc, char*** argv) {
 }
 
 MpiSession::~MpiSession() {
+    if (!world_) return;
     world_.reset();
     MPI_Finalize();
+}
+
+int MpiSession::end(int exit_code) {
+    world_.reset();
+    std::thread([exit_code] {
+        std::this_thread::sleep_for(kFinalizeLimit);
+        leave(exit_code);
+    }).detach();
+    MPI_Finalize();
+    return exit_code;
 }

@@ -31,5 +31,5 @@ int main(int argc, char** argv) {
     const int failed = context.run();
     std::vector<int> all(static_cast<size_t>(world().size()));
     world().all_gather(&failed, all.data(), sizeof failed);
-    return std::accumulate(all.begin(), all.end(), 0) != 0;
+    return mpi.end(std::accumulate(all.begin(), all.end(), 0) != 0);
 }

@@ -1,4 +1,5 @@
-/* LD_PRELOAD shim: stops or fails the n-th system call that changes something under one directory.
+/* LD_PRELOAD shim: stops or fails the n-th system call that changes something under one directory;
+ * keeps a rank in MPI_Finalize.
  *
  *   KILN_FAULT_UNDER=DIR    calls on paths, and on files opened, below DIR are counted from 1
  *   KILN_FAULT_LOG=FILE     "n call path" of every counted call
@@ -7,6 +8,8 @@
  *                           power    the same, and what was not fsynced is lost: unsynced tails of files, and the
  *                                    renames and new directories whose parent was not fsynced
  *                           EIO or ENOSPC   half of a write is done, then the error; other calls fail at once
+ *
+ *   KILN_FAULT_FINALIZE=R   MPI_Finalize of rank R never returns
  *
  * One thread at a time is assumed: kiln writes from its main thread. */
 #define _GNU_SOURCE
@@ -186,4 +189,9 @@ int unlinkat(int dir, const char* path, int flags) {
     char full[2 * PATH_MAX];
     snprintf(full, sizeof full, "%s%s%s", *path == '/' ? "" : path_of(dir), *path == '/' ? "" : "/", path);
     return denied("unlink", full) ? -1 : REAL(unlinkat)(dir, path, flags);
+}
+
+int MPI_Finalize(void) {
+    while (*setting("KILN_FAULT_FINALIZE") && !strcmp(setting("KILN_FAULT_FINALIZE"), setting("PMI_RANK"))) pause();
+    return REAL(MPI_Finalize)();
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conftest import Lab
+from conftest import REPO, Lab, run
 
 LONG = {"train.max_steps": 100000, "data.val": None, "checkpoint.interval": 5}
 
@@ -34,3 +36,16 @@ def test_a_rank_that_hangs_ends_the_run_at_the_deadline(lab: Lab) -> None:
     run = lab.run("run")
     assert run.status()["exit_code"] == 75 and 5 in run.steps_saved()
     lab.train("run", LONG | {"train.max_steps": 10}, np=2, flags=["--resume"])
+
+
+def test_a_finalize_that_hangs_is_cut_short_with_the_exit_code(lab: Lab) -> None:
+    """Rank 1 never returns from MPI_Finalize, and rank 0 waits for it there.  Seen to fail with: no limit (no end)."""
+    subprocess.run(["make", "-s", "-C", REPO, "DEPS=0", "build/release/fault_shim.so"], check=True)
+    shim = {"LD_PRELOAD": REPO / "build" / "release" / "fault_shim.so", "KILN_FAULT_FINALIZE": 1}
+    minutes = {"complete": 0, "stopped": 1e-6}
+    commands = {name: lab.command(name, {"run.max_minutes": m, "train.max_steps": 2}, 2) for name, m in minutes.items()}
+    with ThreadPoolExecutor() as both:
+        complete, stopped = both.map(lambda command: run(command, shim), commands.values())
+    assert complete.code == 0 and "complete at step 2" in complete.out
+    assert stopped.code == 85 and "stopped at step 1" in stopped.out
+    assert [lab.run(name).status()["exit_code"] for name in commands] == [0, 85]
