@@ -6,8 +6,13 @@ std::optional<Comm::Message> Comm::probe(int tag) {
     fail(Exit::internal, "probe of tag {} between the {} rank(s) of {}", tag, size(), name());
 }
 
-std::unique_ptr<Comm::Sending> Comm::isend(std::vector<std::byte> message, int to, int tag) {
+std::unique_ptr<Comm::Transfer> Comm::isend(std::vector<std::byte> message, int to, int tag) {
     fail(Exit::internal, "isend of {} bytes to rank {}, tag {}, between the {} rank(s) of {}", message.size(), to, tag,
+         size(), name());
+}
+
+std::unique_ptr<Comm::Transfer> Comm::irecv(size_t n_bytes, int from, int tag) {
+    fail(Exit::internal, "irecv of {} bytes from rank {}, tag {}, between the {} rank(s) of {}", n_bytes, from, tag,
          size(), name());
 }
 

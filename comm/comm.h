@@ -57,14 +57,16 @@ class Comm {
     };
     // A message of this tag that has arrived, if there is one; recv(.., from, tag) then gets it without waiting.
     virtual std::optional<Message> probe(int tag);
-    // Sends bytes that the handle keeps, without waiting for their receiver.  A handle that is destroyed before done()
-    // leaves bytes and message on their way.
-    class Sending {
+    // A message that nobody waits for.  A handle that is destroyed before done() leaves bytes and message on their way.
+    class Transfer {
       public:
-        virtual ~Sending() = default;
+        virtual ~Transfer() = default;
         virtual bool done() = 0;
+        std::vector<std::byte> bytes;  // not to be touched before done()
     };
-    virtual std::unique_ptr<Sending> isend(std::vector<std::byte> message, int to, int tag);
+    virtual std::unique_ptr<Transfer> isend(std::vector<std::byte> message, int to, int tag);
+    // The first message of this tag from this rank, such as one that probe() has found.
+    virtual std::unique_ptr<Transfer> irecv(size_t n_bytes, int from, int tag);
 
     // A call that waits longer for other ranks is an error; with 0 seconds every wait is one.  Each Comm has its own
     // deadline, at first none; split() hands it down.

@@ -95,19 +95,18 @@ bool wait_until(double seconds, const Done& done) {
     return false;
 }
 
-struct MpiSending final : Comm::Sending {
-    explicit MpiSending(std::vector<std::byte> m) : message(std::move(m)) {}
-    ~MpiSending() override {
+struct MpiTransfer final : Comm::Transfer {
+    explicit MpiTransfer(std::vector<std::byte> message) { bytes = std::move(message); }
+    ~MpiTransfer() override {
         if (request == MPI_REQUEST_NULL) return;
         MPI_Request_free(&request);
-        new std::vector<std::byte>(std::move(message));  // MPI may still read the bytes: they stay
+        new std::vector<std::byte>(std::move(bytes));  // MPI may still use the bytes: they stay
     }
     bool done() override {
         int flag = 0;
         MPI_CHECK(MPI_Test(&request, &flag, MPI_STATUS_IGNORE));
         return flag;
     }
-    std::vector<std::byte> message;
     MPI_Request request = MPI_REQUEST_NULL;
 };
 
@@ -177,10 +176,15 @@ class MpiComm final : public Comm {
         MPI_CHECK(MPI_Get_count(&status, MPI_BYTE, &n_bytes));
         return Message{status.MPI_SOURCE, size_t(n_bytes)};
     }
-    std::unique_ptr<Sending> isend(std::vector<std::byte> message, int to, int tag) override {
-        auto sending = std::make_unique<MpiSending>(std::move(message));
-        MPI_CHECK(start_send(sending->message.data(), sending->message.size(), to, checked(tag), &sending->request));
+    std::unique_ptr<Transfer> isend(std::vector<std::byte> message, int to, int tag) override {
+        auto sending = std::make_unique<MpiTransfer>(std::move(message));
+        MPI_CHECK(start_send(sending->bytes.data(), sending->bytes.size(), to, checked(tag), &sending->request));
         return sending;
+    }
+    std::unique_ptr<Transfer> irecv(size_t n_bytes, int from, int tag) override {
+        auto coming = std::make_unique<MpiTransfer>(std::vector<std::byte>(n_bytes));
+        MPI_CHECK(start_recv(coming->bytes.data(), n_bytes, from, checked(tag), &coming->request));
+        return coming;
     }
     void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) override {
         run(
