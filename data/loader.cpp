@@ -78,8 +78,8 @@ void Loader::run() {
                 changed_.wait(lock, [&] { return stop_ || filled_ + 1 < taken_ + slot_.size(); });
                 if (stop_) return;
             }
-            fill(slot_[filled_ % slot_.size()], step_ + filled_ / uint64_t(plan_.n_micro),
-                 int(filled_ % uint64_t(plan_.n_micro)));
+            read_micro_batch(data_, context_length_, plan_, step_ + filled_ / uint64_t(plan_.n_micro),
+                             int(filled_ % uint64_t(plan_.n_micro)), slot_[filled_ % slot_.size()]);
             {
                 const std::lock_guard lock(mutex_);
                 filled_++;
@@ -93,18 +93,18 @@ void Loader::run() {
     }
 }
 
-void Loader::fill(MicroBatch& batch, uint64_t step, int micro) const {
-    const size_t T = size_t(context_length_), B = size_t(plan_.micro_batch_size);
+void read_micro_batch(const TokenStream& data, int context_length, const Loader::Plan& plan, uint64_t step, int micro,
+                      Loader::MicroBatch& batch) {
+    const size_t T = size_t(context_length), B = size_t(plan.micro_batch_size);
     batch.inputs.resize(B * T);
     batch.targets.resize(B * T);
     batch.order.resize(B * T);
     batch.sequences.resize(B);
-    const uint64_t first =
-        step * uint64_t(plan_.global_batch_size) + (uint64_t(plan_.first_micro) + uint64_t(micro)) * B;
+    const uint64_t first = step * uint64_t(plan.global_batch_size) + (uint64_t(plan.first_micro) + uint64_t(micro)) * B;
     for (size_t b = 0; b < B; b++) {
-        batch.sequences[b] = sequence_at(first + b, data_.n_sequences(), plan_.shuffle, plan_.seed);
-        data_.read(batch.sequences[b], std::span(batch.inputs).subspan(b * T, T),
-                   std::span(batch.targets).subspan(b * T, T));
+        batch.sequences[b] = sequence_at(first + b, data.n_sequences(), plan.shuffle, plan.seed);
+        data.read(batch.sequences[b], std::span(batch.inputs).subspan(b * T, T),
+                  std::span(batch.targets).subspan(b * T, T));
     }
-    sort_rows_by_token(batch.inputs.data(), batch.order.data(), B * T, plan_.vocab_size);
+    sort_rows_by_token(batch.inputs.data(), batch.order.data(), B * T, plan.vocab_size);
 }

@@ -39,7 +39,6 @@ class Loader {
 
   private:
     void run();
-    void fill(MicroBatch& batch, uint64_t step, int micro) const;
 
     const TokenStream& data_;
     const int context_length_;
@@ -53,3 +52,7 @@ class Loader {
     std::condition_variable changed_;
     std::thread thread_;
 };
+
+// The micro-batch `micro` of a rank's share of global batch `step`, read now.
+void read_micro_batch(const TokenStream& data, int context_length, const Loader::Plan& plan, uint64_t step, int micro,
+                      Loader::MicroBatch& batch);
