@@ -7,6 +7,7 @@
 // One thread at a time uses a Comm.  Two threads of a rank may use two Comms at the same time: those that split() made
 // share no messages.
 #pragma once
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -15,12 +16,46 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/error.h"
 
+// Bytes of messages to and from other ranks, without headers.
+struct Traffic {
+    uint64_t sent = 0, received = 0;
+    // All-to-all, all-gather and reduce-scatter: a block of n_bytes to each other rank and one from it, at once or in as
+    // many steps around a ring.
+    static Traffic blocks(uint64_t n_bytes, int size) {
+        const uint64_t n = n_bytes * uint64_t(size - 1);
+        return {n, n};
+    }
+    // A reduce-scatter and an all-gather around a ring.  MPI and NCCL may take other ways that divide the bytes among
+    // ranks otherwise.  (nccl-tests has both formulas: doc/PERFORMANCE.md, "bus bandwidth".)
+    static Traffic all_reduce(uint64_t n_bytes, int size) {
+        const uint64_t n = 2 * n_bytes * uint64_t(size - 1) / uint64_t(size);
+        return {n, n};
+    }
+    // Every other rank receives the bytes once.  The library chooses who passes them on: they count as the root's.
+    static Traffic broadcast(uint64_t n_bytes, int size, bool is_root) {
+        return is_root ? Traffic{n_bytes * uint64_t(size - 1), 0} : Traffic{0, n_bytes};
+    }
+};
+
+// Adds up a rank's traffic; several threads may count.
+class TrafficCounter {
+  public:
+    void add(Traffic t) { sent_ += t.sent, received_ += t.received; }
+    Traffic total() const { return {sent_, received_}; }
+
+  private:
+    std::atomic<uint64_t> sent_ = 0, received_ = 0;
+};
+
 class Comm {
   public:
+    Comm() : Comm(std::make_shared<TrafficCounter>()) {}
+    explicit Comm(std::shared_ptr<TrafficCounter> counter) : counter_(std::move(counter)) {}
     virtual ~Comm() = default;
     virtual const char* name() const = 0;
     virtual int rank() const = 0;
@@ -68,6 +103,12 @@ class Comm {
     // The first message of this tag from this rank, such as one that probe() has found.
     virtual std::unique_ptr<Transfer> irecv(size_t n_bytes, int from, int tag);
 
+    // Of this rank since the start: through all Comms that split() made of one, and the DeviceComms over them.  Exact for
+    // messages, all_gather and all_to_all, and so for all-reduces by ring and ordered; else by Traffic's formulas.  A
+    // call that a graph records counts when it is recorded; who replays the graph adds the same to counter().
+    Traffic traffic() const { return counter_->total(); }
+    const std::shared_ptr<TrafficCounter>& counter() const { return counter_; }
+
     // A call that waits longer for other ranks is an error; with 0 seconds every wait is one.  Each Comm has its own
     // deadline, at first none; split() hands it down.
     static constexpr double kNoDeadline = std::numeric_limits<double>::infinity();
@@ -83,6 +124,7 @@ class Comm {
   private:
     double timeout_s_ = kNoDeadline;
     bool patient_ = false;
+    const std::shared_ptr<TrafficCounter> counter_;
 };
 
 // While it lives, `comm` is patient.

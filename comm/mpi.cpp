@@ -112,7 +112,8 @@ struct MpiTransfer final : Comm::Transfer {
 
 class MpiComm final : public Comm {
   public:
-    MpiComm(MPI_Comm comm, bool owned) : comm_(comm), owned_(owned) {
+    MpiComm(MPI_Comm comm, bool owned, std::shared_ptr<TrafficCounter> counter)
+        : Comm(std::move(counter)), comm_(comm), owned_(owned) {
         MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
         MPI_CHECK(MPI_Comm_rank(comm_, &rank_));
         MPI_CHECK(MPI_Comm_size(comm_, &size_));
@@ -132,6 +133,7 @@ class MpiComm final : public Comm {
     int local_size() const override { return local_size_; }
 
     void all_reduce_sum(std::span<float> data) override {
+        counter()->add(Traffic::all_reduce(data.size_bytes(), size_));
         for (size_t i = 0; i < data.size(); i += kPiece) {
             const int n = int(std::min(kPiece, data.size() - i));
             run({"all_reduce_sum", data.size_bytes()}, [&](MPI_Request* r) {
@@ -142,6 +144,7 @@ class MpiComm final : public Comm {
     void reduce_scatter_sum(float* send, float* recv, size_t n) override {
         as_count(size_t(size_) * n * sizeof(float));  // MPICH counts all blocks together
         const bool in_place = recv == send + size_t(rank_) * n;
+        counter()->add(Traffic::blocks(n * sizeof(float), size_));
         run({"reduce_scatter_sum", n * sizeof(float)}, [&](MPI_Request* r) {
             return MPI_Ireduce_scatter_block(in_place ? MPI_IN_PLACE : send, in_place ? send : recv, int(n), MPI_FLOAT,
                                              MPI_SUM, comm_, r);
@@ -155,6 +158,7 @@ class MpiComm final : public Comm {
         exchange({"all_to_all", n_bytes}, static_cast<const char*>(send), n_bytes, static_cast<char*>(recv), n_bytes);
     }
     void broadcast(void* data, size_t n_bytes, int root) override {
+        counter()->add(Traffic::broadcast(n_bytes, size_, rank_ == root));
         for (size_t i = 0; i < n_bytes; i += kPiece) {
             const int n = int(std::min(kPiece, n_bytes - i));
             run({"broadcast", n_bytes, -1, root},
@@ -200,7 +204,7 @@ class MpiComm final : public Comm {
         barrier();
         MPI_Comm part;
         MPI_CHECK(MPI_Comm_split(comm_, color, key, &part));
-        auto made = std::make_unique<MpiComm>(part, true);
+        auto made = std::make_unique<MpiComm>(part, true, counter());
         made->set_timeout(timeout());
         return made;
     }
@@ -255,10 +259,12 @@ class MpiComm final : public Comm {
         if (call.from >= 0) text += fmt::format(" from rank {}", call.from);
         return text + fmt::format(", on rank {} of {}", rank_, size_);
     }
-    int start_send(const void* data, size_t n_bytes, int to, int tag, MPI_Request* r) const {
+    int start_send(const void* data, size_t n_bytes, int to, int tag, MPI_Request* r) {
+        if (to != rank_) counter()->add({.sent = n_bytes});
         return MPI_Isend(data, as_count(n_bytes), MPI_BYTE, to, tag, comm_, r);
     }
-    int start_recv(void* data, size_t n_bytes, int from, int tag, MPI_Request* r) const {
+    int start_recv(void* data, size_t n_bytes, int from, int tag, MPI_Request* r) {
+        if (from != rank_) counter()->add({.received = n_bytes});
         return MPI_Irecv(data, as_count(n_bytes), MPI_BYTE, from, tag, comm_, r);
     }
     static constexpr int kExchangeTag = kTags;
@@ -309,7 +315,7 @@ MpiSession::MpiSession(int* argc, char*** argv) {
              "this MPI library offers thread level {}, not MPI_THREAD_MULTIPLE ({}), by which threads of a rank send "
              "and receive at the same time; use one that was built with it, such as Debian's MPICH",
              provided, int(MPI_THREAD_MULTIPLE));
-    world_ = std::make_unique<MpiComm>(MPI_COMM_WORLD, false);
+    world_ = std::make_unique<MpiComm>(MPI_COMM_WORLD, false, std::make_shared<TrafficCounter>());
     refuse_singletons(world_->size());
 }
 

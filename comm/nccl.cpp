@@ -112,6 +112,7 @@ struct NcclComm::State {
     ncclComm_t nccl = nullptr;  // null before it is made and after it was given up
     int size;
     double timeout_s;
+    std::shared_ptr<TrafficCounter> counter;
     std::string call;  // the last one, for messages: "ncclAllReduce of 1000 floats over 4 ranks"
     int n_exceptions = std::uncaught_exceptions();
     std::future<void> aborted;  // valid after a failure
@@ -171,7 +172,8 @@ struct NcclComm::State {
 };
 
 NcclComm::NcclComm(Comm& comm, double timeout_s)
-    : DeviceComm(comm.rank(), comm.size()), state_(new State{.size = comm.size(), .timeout_s = timeout_s}) {
+    : DeviceComm(comm.rank(), comm.size()),
+      state_(new State{.size = comm.size(), .timeout_s = timeout_s, .counter = comm.counter()}) {
     set_environment(comm);
     const ncclUniqueId id = agree_on_id(comm);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -203,6 +205,7 @@ std::unique_ptr<DeviceComm> NcclComm::split(Comm& part) const {
 
 void NcclComm::do_all_reduce_sum(Buf data, Stream s) {
     state_->begin("ncclAllReduce", data.count, data.dtype);
+    state_->counter->add(Traffic::all_reduce(data.n_bytes(), size()));
 #ifdef NCCL_COLLCONFIG_INITIALIZER
     ncclCollConfig_t config = by_algorithms(kAllReduce);
     if (!std::getenv("NCCL_ALGO"))
@@ -214,6 +217,7 @@ void NcclComm::do_all_reduce_sum(Buf data, Stream s) {
 
 void NcclComm::do_reduce_scatter_sum(Buf send, Buf recv, Stream s) {
     state_->begin("ncclReduceScatter", recv.count, recv.dtype);
+    state_->counter->add(Traffic::blocks(recv.n_bytes(), size()));
 #ifdef NCCL_COLLCONFIG_INITIALIZER
     ncclCollConfig_t config = by_algorithms(kReduceScatter);
     if (!std::getenv("NCCL_ALGO"))
@@ -225,12 +229,14 @@ void NcclComm::do_reduce_scatter_sum(Buf send, Buf recv, Stream s) {
 
 void NcclComm::do_all_gather(Buf send, Buf recv, Stream s) {
     state_->begin("ncclAllGather", send.count, send.dtype);
+    state_->counter->add(Traffic::blocks(send.n_bytes(), size()));
     state_->finish(ncclAllGather(send.data, recv.data, send.count, type_of(send), state_->nccl, s));
 }
 
 void NcclComm::do_all_to_all(Buf send, Buf recv, Stream s) {
     const size_t n = send.count / size_t(size());
     state_->begin("ncclSend and ncclRecv", n, send.dtype);
+    state_->counter->add(Traffic::blocks(n * dtype_bytes(send.dtype), size()));
     state_->finish_group([&](auto&& add) {
         for (int r = 0; r < size(); r++) {
             add(ncclSend(send.slice(size_t(r) * n, n).data, n, type_of(send), r, state_->nccl, s));
@@ -241,12 +247,14 @@ void NcclComm::do_all_to_all(Buf send, Buf recv, Stream s) {
 
 void NcclComm::do_broadcast(Buf data, int root, Stream s) {
     state_->begin("ncclBroadcast", data.count, data.dtype);
+    state_->counter->add(Traffic::broadcast(data.n_bytes(), size(), rank() == root));
     state_->finish(ncclBroadcast(data.data, data.data, data.count, type_of(data), root, state_->nccl, s));
 }
 
 void NcclComm::do_send_recv(Buf send, int to, Buf recv, int from, Stream s) {
     const char* const name = !recv ? "ncclSend" : !send ? "ncclRecv" : "ncclSend and ncclRecv";
     state_->begin(name, send ? send.count : recv.count, send ? send.dtype : recv.dtype);
+    if (to != rank() && from != rank()) state_->counter->add({.sent = send.n_bytes(), .received = recv.n_bytes()});
     state_->finish_group([&](auto&& add) {
         if (send) add(ncclSend(send.data, send.count, type_of(send), to, state_->nccl, s));
         if (recv) add(ncclRecv(recv.data, recv.count, type_of(recv), from, state_->nccl, s));

@@ -117,8 +117,9 @@ Exit run_command(const CommandLine& line, Comm& comm, Log& log, Progress& progre
         case Command::train:
             break;
     }
-    return TrainingRun(x, line.resume      ? OpenMode::resume
-                          : line.overwrite ? OpenMode::overwrite
-                                           : OpenMode::fresh)
-        .run();
+    const OpenMode mode = line.resume ? OpenMode::resume : line.overwrite ? OpenMode::overwrite : OpenMode::fresh;
+    const Exit end = TrainingRun(x, mode).run();
+    if (const Traffic t = comm.traffic(); comm.size() > 1)
+        log.info("messages of rank 0: {} bytes sent, {} bytes received", t.sent, t.received);
+    return end;
 }

@@ -8,6 +8,7 @@
 
 #include "comm/all_reduce.h"
 #include "test/mpi/addends.h"
+#include "test/mpi/device_gradient.h"
 
 namespace {
 // Lengths around the number of ranks, not divisible by it, empty, and longer than one piece of the message.
@@ -207,6 +208,42 @@ TEST_CASE("a patient rank waits longer than its deadline, and its wait takes no 
     patient_barrier(*comm);
     if (world().rank() == 0) CHECK(cpu_s() - before < 0.06);
     CHECK_FALSE(comm->is_patient());
+}
+
+// Seen to fail with: a part that counts for itself; a message to itself counted; NCCL's calls not counted.
+TEST_CASE("traffic: bytes to and from other ranks, through all communicators of a rank") {
+    const int rank = world().rank(), size = world().size();
+    const auto part = world().split(0, rank);
+    std::vector<float> a(size_t(60 * size)), b(size_t(60 * size));
+    const auto expect = [&](const char* name, uint64_t sent, uint64_t received, const std::function<void()>& call) {
+        CAPTURE(name);
+        const Traffic before = world().traffic();
+        call();
+        CHECK(world().traffic().sent - before.sent == sent);
+        CHECK(world().traffic().received - before.received == received);
+    };
+    const auto others = uint64_t(size - 1);
+    const int next = (rank + 1) % size, previous = (rank + size - 1) % size;
+    expect("barrier", 0, 0, [&] { part->barrier(); });
+    expect("all_gather", others * 12, others * 12, [&] { part->all_gather(a.data(), b.data(), 12); });
+    expect("all_to_all", others * 12, others * 12, [&] { part->all_to_all(a.data(), b.data(), 12); });
+    expect("reduce_scatter", others * 240, others * 240, [&] { part->reduce_scatter_sum(a.data(), b.data(), 60); });
+    expect("all_reduce", others * 480, others * 480, [&] { part->all_reduce_sum(a); });
+    expect("broadcast", rank == 0 ? others * 12 : 0, rank == 0 ? 0 : 12, [&] { part->broadcast(a.data(), 12, 0); });
+    expect("send_recv", size > 1 ? 8 : 0, size > 1 ? 8 : 0,
+           [&] { part->send_recv(a.data(), 8, next, b.data(), 8, previous); });
+    expect("send_recv to itself", 0, 0, [&] { part->send_recv(a.data(), 8, rank, b.data(), 8, rank); });
+    expect("ring", others * 480, others * 480, [&] { all_reduce(*part, a, AllReduce::ring); });
+    if (power_of_two_ranks())
+        expect("ordered", others * 480, others * 480, [&] { all_reduce(*part, a, AllReduce::ordered); });
+    if (size == 1 || !own_gpus()) return;
+    const Group group = nccl_group(60);
+    DeviceBuffer memory(*gpu(), a.size() * sizeof(float));
+    const Buf data(static_cast<float*>(memory.get()), a.size());
+    expect("NCCL", others * 480, others * 480, [&] { group.device().all_reduce_sum(data, nullptr); });
+    expect("NCCL's messages", 240, 240,
+           [&] { group.device().send_recv(data.slice(0, 60), next, data.slice(60 * others, 60), previous, nullptr); });
+    group.device().wait(nullptr);
 }
 
 TEST_CASE("split groups ranks by color") {
