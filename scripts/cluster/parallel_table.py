@@ -79,20 +79,23 @@ def bytes_sent() -> list[int]:
 
 
 class RankTimes(threading.Thread):
-    """CPU seconds of each rank of a run, read while the run goes on."""
+    """CPU seconds of each rank of a run, read from its first step to its end."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
-        self.run_name = run
+        self.folder = folder
         self.over = threading.Event()
         self.seen: dict[int, list[tuple[float, float]]] = {}    # of each rank: (clock, CPU seconds)
 
     def run(self) -> None:
-        while not self.over.wait(0.2):
+        name = f"run.name={self.folder.name}".encode()
+        while not self.over.wait(0.1) and not self.has("status.json", '"complete"'):
+            if not self.has("metrics.jsonl", '"step_ms"'):
+                continue
             for process in Path("/proc").glob("[0-9]*"):
                 try:
                     command = (process / "cmdline").read_bytes().split(b"\0")
-                    if command[0] != str(TRAIN).encode() or f"run.name={self.run_name}".encode() not in command:
+                    if command[0] != str(TRAIN).encode() or name not in command:
                         continue
                     rank = re.search(rb"(?:^|\0)PMI_RANK=(\d+)", (process / "environ").read_bytes())
                     ticks = sum(map(int, (process / "stat").read_text().rsplit(")", 1)[1].split()[11:13]))
@@ -101,6 +104,10 @@ class RankTimes(threading.Thread):
                 if rank:
                     times = self.seen.setdefault(int(rank[1]), [])
                     times.append((time.monotonic(), ticks / os.sysconf("SC_CLK_TCK")))
+
+    def has(self, file: str, words: str) -> bool:
+        path = self.folder / file
+        return path.exists() and words in path.read_text()
 
     def shares(self) -> list[float]:
         """CPU seconds per second of each rank, from its first reading to its last."""
@@ -120,7 +127,7 @@ def measure(method: Method, steps: int, data: Path, runs: Path) -> Result | None
     } | SETTINGS | method.settings
     words = [w for key, value in settings.items() for w in ("--set", f"{key}={value}")]
     config = ROOT / "configs" / "demo.yaml"
-    before, times = bytes_sent(), RankTimes(name)
+    before, times = bytes_sent(), RankTimes(runs / name)
     times.start()
     done = subprocess.run([CLUSTER, "run", "-np", str(method.ranks), TRAIN, "--config", config, *words],
                           stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -136,7 +143,6 @@ def measure(method: Method, steps: int, data: Path, runs: Path) -> Result | None
             "step_ms": mean(r["step_ms"] for r in timed),
             "exposed_ms": mean(r["phase_ms"]["reduce"] for r in timed),
             "bytes_sent": [n / steps for n in sent],            # by each host, per step
-            "counted_bytes": mean(r["bytes_sent"] for r in timed) if "bytes_sent" in timed[0] else None,
             "val_loss": [r["val_loss"] for r in records if r["type"] == "eval"][-1],
             "cpu": shares}
 
@@ -222,7 +228,7 @@ def write_page(results: Result, page: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="measure nothing")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rates", nargs="+", default=list(RATES), metavar="RATE", help="as tc writes them")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods whose names contain one of these")
     parser.add_argument("--out", type=Path, help="also for the page; default: benchmarks/results and docs")
