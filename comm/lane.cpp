@@ -13,10 +13,23 @@
 #include "kernels/owners.h"
 
 namespace {
-// Nothing beside the computation.
-class Deferred final : public Lane {
+bool host_moves(const Group& group) { return group.size() > 1 && group.device().needs_host(); }
+
+class AtGive final : public Lane {
   public:
-    explicit Deferred(const Group& group) : group_(group) {}
+    explicit AtGive(const Group& group) : group_(group) {}
+    const Group& group() const override { return group_; }
+    void give(Work work, Stream compute) override { work(compute); }
+    void join(Stream) override {}
+    bool needs_host() const override { return host_moves(group_); }
+
+  private:
+    const Group& group_;
+};
+
+class AtJoin final : public Lane {
+  public:
+    explicit AtJoin(const Group& group) : group_(group) {}
     const Group& group() const override { return group_; }
     void begin_step() override { is_new_step_ = true; }
     void give(Work work, Stream) override {
@@ -26,7 +39,7 @@ class Deferred final : public Lane {
     void join(Stream compute) override {
         for (const Work& work : work_) work(compute);
     }
-    bool needs_host() const override { return group_.size() > 1 && group_.device().needs_host(); }
+    bool needs_host() const override { return host_moves(group_); }
 
   private:
     const Group& group_;
@@ -109,9 +122,14 @@ class Thread final : public Lane {
 };
 }  // namespace
 
-std::unique_ptr<Lane> make_lane(const Group& group, bool beside) {
-    if (!beside || group.size() == 1) return std::make_unique<Deferred>(group);
-    if (!group.device().needs_host()) return std::make_unique<SecondStream>(group);
-    if (group.backend().host_addressable) return std::make_unique<Thread>(group);
-    return std::make_unique<Deferred>(group);
+std::unique_ptr<Lane> make_lane(const Group& group, bool beside, Otherwise otherwise) {
+    if (beside && group.size() > 1 && !group.device().needs_host()) return std::make_unique<SecondStream>(group);
+    if (beside && group.size() > 1 && group.backend().host_addressable) return std::make_unique<Thread>(group);
+    switch (otherwise) {
+        case Otherwise::at_give:
+            return std::make_unique<AtGive>(group);
+        case Otherwise::at_join:
+            break;
+    }
+    return std::make_unique<AtJoin>(group);
 }

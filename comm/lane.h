@@ -2,7 +2,7 @@
 //
 //   memory that the host addresses    a thread, with messages of its own (Comm::split)
 //   from device to device             a second stream, also in a recording (Backend::begin_graph)
-//   through host memory               nothing runs beside the computation: join() does the work
+//   through host memory               nothing runs beside the computation
 //
 // All ranks give their lanes the same work in the same order.
 #pragma once
@@ -28,5 +28,8 @@ class Lane {
     virtual bool needs_host() const = 0;
 };
 
-// `beside`: false: join() does the work on the computing stream.  `group` outlives the lane.
-std::unique_ptr<Lane> make_lane(const Group& group, bool beside);
+// Where nothing runs beside the computation, the computing stream gets the work when it is given to the lane, or in
+// join().
+enum class Otherwise { at_give, at_join };
+// `beside`: false: as through host memory.  `group` outlives the lane.
+std::unique_ptr<Lane> make_lane(const Group& group, bool beside, Otherwise otherwise);

@@ -73,6 +73,7 @@ struct Config {
         ParallelMethod method = ParallelMethod::allreduce;
         UseAllReduce allreduce = UseAllReduce::automatic;
         bool overlap = false;  // sum gradients beside the backward pass
+        int zero = 0;          // stage of ZeRO
     } parallel;
 };
 

@@ -144,10 +144,13 @@ std::vector<Key> table() {
          .meaning = "sum the gradients of later blocks while the backward pass goes on, in buckets of whole blocks: by a "
                     "thread on CPUs, in a second stream where each rank has a GPU of its own. Results have the same bits; "
                     "with `ring`, `mpi` and `nccl` only on two ranks"},
+        {KEY(parallel.zero), .may_change = true, .range = from(0, 3),
+         .meaning = "ZeRO: each rank owns a shard of the optimizer state (1), also of the gradient (2), also of the "
+                    "parameters, which are gathered block by block (3). With 1 `ordered` keeps the bits of one rank; "
+                    "with 2 and 3 where each rank has one micro-batch a step"},
         {"parallel.tensor"},
         {"parallel.pipeline"},
         {"parallel.schedule"},
-        {"parallel.zero"},
         {"parallel.reduce_dtype"},
         {"parallel.servers"},
         {"parallel.staleness"},

@@ -19,18 +19,19 @@ void plan(Arena& arena, Tensors& tensors, const std::vector<ParamInfo>& list, DT
     for (size_t i = 0; i < list.size(); i++) arena.add(tensors[i], list[i].name, list[i].count(), t);
 }
 
-ModelMemory::ModelMemory(const ModelConfig& c, const ActivationShape& shape)
+ModelMemory::ModelMemory(const ModelConfig& c, const ActivationShape& shape, WholeBuffers whole)
     : config(c),
       act_shape(shape),
       param_list(c.architecture->params(c)),
       param_arena(make_param_arena("parameters", shape.real)),
       master_arena(make_param_arena("master parameters", DType::f32)) {
-    plan(param_arena, params, param_list, real());
-    arenas_.push_back(&param_arena);
-    if (has_masters()) {
-        plan(master_arena, masters, param_list, DType::f32);
-        arenas_.push_back(&master_arena);
-    }
+    Arena all("all parameters", kDecayBlock);
+    Tensors unused;
+    plan(all, unused, param_list, DType::u8);
+    n_params_ = all.n_bytes();
+    if (whole.params) plan(param_arena, params, param_list, real());
+    if (whole.masters && real() == DType::bf16) plan(master_arena, masters, param_list, DType::f32);
+    arenas_ = {&param_arena, &master_arena};
     const std::vector<ActivationInfo> list = c.architecture->activations(c, shape);
     acts.resize(list.size());
     for (size_t i = 0; i < acts.size(); i++) act_arena.add(acts[i], list[i].name, list[i].count, list[i].dtype);
@@ -46,6 +47,7 @@ size_t ModelMemory::n_bytes() const {
 std::string ModelMemory::summary() const {
     std::vector<std::pair<std::string, size_t>> parts;
     for (const Arena* a : arenas_) {
+        if (a->n_bytes() == 0) continue;
         if (parts.empty() || parts.back().first != a->name()) parts.emplace_back(a->name(), 0);
         parts.back().second += room_of(*a);
     }
@@ -57,6 +59,7 @@ std::string ModelMemory::summary() const {
 std::string ModelMemory::table() const {
     std::string out, last;
     for (const Arena* a : arenas_) {
+        if (a->n_bytes() == 0) continue;
         // A fold's further gradient buffers hold the same tensors: a line instead of a table.
         out +=
             a->name() == last ? fmt::format("{}, another buffer: {}\n", last, human_bytes(a->n_bytes())) : a->table();
@@ -88,6 +91,7 @@ void ModelMemory::allocate(const Backend& k, Stream s) {
     }
     auto* at = static_cast<char*>(memory_->get());
     for (Arena* a : arenas_) {
+        if (a->n_bytes() == 0) continue;
         a->place(at, [&](void* p, size_t n) { k.zero(p, n, s); });
         at += room_of(*a);
     }
@@ -104,8 +108,18 @@ std::vector<StateTensor> ModelMemory::parameters() const {
 
 void ModelMemory::round_masters(const Backend& k, Stream s) {
     if (!has_masters()) return;
-    k.cast({.y = param_arena.flat(real()), .x = flat_masters()}, s);
+    k.cast({.y = flat_params(), .x = flat_masters()}, s);
     k.synchronize(s);
+}
+
+void ModelMemory::forward(const Pass& pass) const {
+    if (!before_block) return config.architecture->forward(pass);
+    for (int l = pass.first_layer; l < pass.end(); l++) {
+        before_block(l, l + 1, pass.stream);
+        Pass block = pass;
+        block.first_layer = l, block.last_layer = l + 1;
+        config.architecture->forward(block);
+    }
 }
 
 uint64_t ModelMemory::weights_hash(const Backend& k, Stream s) {

@@ -16,10 +16,15 @@ Arena make_param_arena(const char* name, DType t);
 // A tensor of `t` for each line of a list.
 void plan(Arena& arena, Tensors& tensors, const std::vector<ParamInfo>& list, DType t);
 
+// Flat buffers that a ModelMemory has of all parameters.  A part of one is planned by the class that needs it.
+struct WholeBuffers {
+    bool params = true, masters = true;
+};
+
 class ModelMemory {
   public:
     // Plans parameters and activations.  `shape` has the batch, and the dtype of what ops read.
-    ModelMemory(const ModelConfig& config, const ActivationShape& shape);
+    ModelMemory(const ModelConfig& config, const ActivationShape& shape, WholeBuffers whole = {});
     ModelMemory(const ModelMemory&) = delete;
     ModelMemory& operator=(const ModelMemory&) = delete;
 
@@ -33,16 +38,24 @@ class ModelMemory {
     std::string table() const;    // a line for each kind of tensor
     std::string summary() const;  // "parameters 237 MiB, gradients 475 MiB, ..."
 
-    size_t n_params() const { return param_arena.n_bytes() / dtype_bytes(real()); }  // padding included
-    bool has_masters() const { return real() == DType::bf16; }
+    size_t n_params() const { return n_params_; }  // padding included
+    bool has_masters() const { return master_arena.n_bytes() > 0; }
     DType real() const { return act_shape.real; }
     DType stat() const { return real() == DType::f64 ? DType::f64 : DType::f32; }
     // f32 also where ops read bf16.  After writing to them: round_masters().
-    Buf flat_masters() const { return has_masters() ? master_arena.flat(DType::f32) : param_arena.flat(real()); }
+    Buf flat_masters() const { return has_masters() ? master_arena.flat(DType::f32) : flat_params(); }
+    // What ops read; not where only some blocks of it are there at a time.
+    Buf flat_params() const { return param_arena.flat(real()).slice(0, n_params_); }
     const Tensors& master_tensors() const { return has_masters() ? masters : params; }
     std::vector<StateTensor> parameters() const;  // the masters, as a checkpoint keeps them
     void round_masters(const Backend& k, Stream s);
     uint64_t weights_hash(const Backend& k, Stream s);  // of the masters
+
+    // The forward pass; block by block with before_block().
+    void forward(const Pass& pass) const;
+    // Where only some blocks are there at a time: brings the parameters of `block` and begins to bring those of `next`,
+    // -1 or config.L for none.  Called before each pass of a block.
+    std::function<void(int block, int next, Stream s)> before_block;
 
     const ModelConfig config;
     const ActivationShape act_shape;
@@ -60,6 +73,7 @@ class ModelMemory {
     std::vector<Arena*> arenas_;
 
   private:
+    size_t n_params_;
     std::optional<DeviceBuffer> memory_;
 };
 

@@ -77,33 +77,32 @@ std::vector<float> Session::next_logits(std::span<const int32_t> tokens) {
     for (size_t i = 0; i < acts.size(); i++) acts[i] = acts[i].slice(0, list[i].count);
     const Buf inputs = inputs_.slice(0, size_t(n));  // (1, n)
     k_.upload(inputs.data, tokens.data(), inputs.n_bytes(), stream_);
-    c.architecture->forward({.k = k_,
-                             .config = c,
-                             .params = memory_->params,
-                             .acts = acts,
-                             .batch = {.inputs = inputs, .B = 1, .T = n},
-                             .recompute = narrow.recompute,
-                             .stream = stream_});
+    memory_->forward({.k = k_,
+                      .config = c,
+                      .params = memory_->params,
+                      .acts = acts,
+                      .batch = {.inputs = inputs, .B = 1, .T = n},
+                      .recompute = narrow.recompute,
+                      .stream = stream_});
     const Buf last = memory_->logits.slice(size_t(n - 1) * size_t(c.Vp()), size_t(c.V));  // (V)
     const std::vector<double> logits = download(k_, last, stream_);
     return {logits.begin(), logits.end()};
 }
 
 std::vector<Session::Score> Session::score(std::span<const int32_t> inputs, std::span<const int32_t> targets) {
-    const ModelConfig& c = config();
     const int B = shape().B, T = shape().T;
     const size_t BT = size_t(B) * T;
     CHECK_THAT(inputs.size() == BT && targets.size() == BT, "{} inputs and {} targets, expected B*T = {}",
                inputs.size(), targets.size(), BT);
     k_.upload(inputs_.data, inputs.data(), inputs_.n_bytes(), stream_);
     k_.upload(targets_.data, targets.data(), targets_.n_bytes(), stream_);
-    c.architecture->forward({.k = k_,
-                             .config = c,
-                             .params = memory_->params,
-                             .acts = memory_->acts,
-                             .batch = {.inputs = inputs_, .targets = targets_, .B = B, .T = T},
-                             .recompute = shape().recompute,
-                             .stream = stream_});
+    memory_->forward({.k = k_,
+                      .config = config(),
+                      .params = memory_->params,
+                      .acts = memory_->acts,
+                      .batch = {.inputs = inputs_, .targets = targets_, .B = B, .T = T},
+                      .recompute = shape().recompute,
+                      .stream = stream_});
     k_.row_sum({.y = losses_, .x = memory_->loss, .B = B, .T = T}, stream_);
     std::vector<int32_t> correct(BT);  // (B, T)
     k_.download(correct.data(), memory_->correct.data, memory_->correct.n_bytes(), stream_);

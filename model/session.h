@@ -23,6 +23,8 @@ class Session {
     const ModelConfig& config() const { return memory_->config; }
     const ActivationShape& shape() const { return memory_->act_shape; }
 
+    // Every pass gathers parameters from all ranks, so that all must make the same number of passes.
+    bool needs_all_ranks() const { return bool(memory_->before_block); }
     // Logits of the token after `tokens` (at most shape().T of them), (V).
     std::vector<float> next_logits(std::span<const int32_t> tokens);
     // Each sequence of a batch of inputs and targets, (B, T) each, without dropout.

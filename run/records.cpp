@@ -79,7 +79,9 @@ ordered_json step_record(const RunState& after, const StepResult& r, double lear
                              {"forward", r.ms.forward},
                              {"backward", r.ms.backward},
                              {"reduce", r.ms.reduce},
-                             {"optimizer", r.ms.optimizer}}}};
+                             {"optimizer", r.ms.optimizer},
+                             {"gather", r.ms.gather},
+                             {"exposed", r.ms.reduce + r.ms.gather + r.ms.waited}}}};
     if (gpu) record["gpu"] = gpu_record(*gpu);
     return record;
 }

@@ -134,9 +134,10 @@ Exit TrainingRun::run() {
 // Success counts only when every rank has got here.
 Exit TrainingRun::finish(Exit code) {
     x_.comm.barrier();
+    const uint64_t weights = trainer_.weights_hash();
     if (x_.comm.rank() != 0) return code;
     const char* state = code == Exit::complete ? "complete" : "stopped";
-    x_.log.info("{} at step {}, weights {}", state, state_.step, hash_text(trainer_.weights_hash()));
+    x_.log.info("{} at step {}, weights {}", state, state_.step, hash_text(weights));
     write_status(x_.run_dir, state, state_.step, int(code), "");
     return code;
 }
@@ -353,6 +354,7 @@ void TrainingRun::evaluate_and_sample() {
     trainer_.enter_evaluation();
     const EvalResult r = evaluate_on(x_, trainer_.session(), *val_);
     if (x_.comm.rank() == 0) record_evaluation(r);
+    if (x_.comm.rank() == 0 || trainer_.session().needs_all_ranks()) sample();
     trainer_.leave_evaluation();
     x_.comm.barrier();  // a reduction has a deadline; ranks may wait longer here
 }
@@ -361,9 +363,13 @@ void TrainingRun::record_evaluation(const EvalResult& r) {
     dir_->record(eval_record(state_.step, r));
     x_.log.info("step {}: val loss {:.4f}, accuracy {:.1f}% over {} tokens", state_.step, r.loss, 100 * r.accuracy,
                 r.tokens);
+}
+
+void TrainingRun::sample() {
     for (const std::string& prompt : x_.config.eval.sample_prompts) {
         SampleOptions options{.max_tokens = 128, .seed = x_.config.run.seed, .stop_token = tokenizer_->end_of_text()};
         const auto tokens = generate(trainer_.session(), prompt_tokens(*tokenizer_, prompt), options, [](int32_t) {});
+        if (x_.comm.rank() > 0) continue;
         const std::string text = as_utf8(tokenizer_->decode(tokens));
         dir_->record({{"type", "sample"}, {"step", state_.step}, {"prompt", prompt}, {"text", text}});
         x_.log.info("sample: {}{}", prompt, text);

@@ -39,6 +39,7 @@ class TrainingRun {
     bool out_of_time();
     void evaluate_and_sample();
     void record_evaluation(const EvalResult& r);
+    void sample();
     void save();
     Exit finish(Exit code);
     uint64_t tokens_per_step() const;

@@ -9,8 +9,8 @@ EvalResult evaluate(Session& model, Comm& comm, uint64_t n_sequences, const Read
     std::vector<Session::Score> mine(rounds * B);  // (rounds, B)
     for (uint64_t round = 0; round < rounds; round++) {
         const uint64_t batch = round * size + uint64_t(comm.rank());
-        if (batch >= n_batches) continue;
-        for (uint64_t b = 0; b < B; b++)  // the last batch is filled up with repeats, which are not counted
+        if (batch >= n_batches && !model.needs_all_ranks()) continue;
+        for (uint64_t b = 0; b < B; b++)  // the last batches are filled up with repeats, which are not counted
             read((batch * B + b) % n_sequences, {&inputs[b * T], T}, {&targets[b * T], T});
         std::ranges::copy(model.score(inputs, targets), mine.begin() + ptrdiff_t(round * B));
     }

@@ -17,17 +17,11 @@
 // How the known methods implement the three calls:
 //
 //   replicated update (trainer/replicated_update.h)
-//       gradient_ready does nothing.  finish_step sums the whole gradient by one call; every rank then updates every
-//       parameter.
-//   overlap
-//       gradient_ready joins parts to buckets of some MiB.  For a full bucket, a second stream waits for a mark in the
-//       compute stream, and sums the bucket.  In finish_step the compute stream waits for the second stream; norm and
-//       update follow as above.  The whole step is recorded.
-//   ZeRO
-//       Each rank owns a shard of the flat buffers.  Its Optimizer has the parameters cut to the shard, and plans
-//       moments for these alone.  gradient_ready reduce-scatters the part.  finish_step sums the squares of all shards
-//       for the norm, updates the shard, and all-gathers the parameters that the ops read.  Gradients stay whole (stage
-//       1); less of them, or of the parameters, needs another TrainerMemory and passes of a few layers.
+//       gradient_ready joins parts to buckets, which a lane (comm/lane.h) sums.  finish_step waits for the lane; every
+//       rank then updates every parameter.
+//   ZeRO (trainer/sharded_update.h)
+//       Each rank owns a shard of the flat buffers.  gradient_ready sums rows of the part into their owners.  finish_step
+//       sums the squares of all shards for the norm, updates the shard, and gathers the parameters that the ops read.
 //   parameter server
 //       gradient_ready downloads the part to pinned memory, and sets a mark.  finish_step, which needs the host, waits
 //       for the marks, sends the parts to the servers, receives the new parameters and uploads them.  The servers have
@@ -63,6 +57,11 @@ class GradientSync {
 
     // `step` counts all global batches before, as in Trainer::step.
     virtual void begin_step(int64_t step, double learning_rate) = 0;
+    // True: gradient_ready() is called in every micro-batch, whose gradients the passes write, never add to.  False: the
+    // passes sum micro-batches, and it is called in the last one.
+    virtual bool sums_each_micro_batch() const { return false; }
+    // Before each backward pass that gradient_ready() is called in.
+    virtual void begin_backward(Stream) {}
     virtual void gradient_ready(Range part, Stream s) = 0;
     // Gives `graphs` the pieces of its work that can be recorded, whether or not Trainer records the whole step.
     virtual void finish_step(StepGraphs& graphs, Stream s) = 0;
@@ -70,9 +69,13 @@ class GradientSync {
     virtual bool needs_host() const = 0;
     // The host waits until the stream is done.  A lost rank is an Error, not a hang.
     virtual Outcome wait(Stream s) = 0;
+    // Of the last step's passes: the host waited so long for messages.  What a device waits for is not seen.
+    virtual double waited_ms() const { return 0; }
     // Points in the stream, between which the phases of the last step are timed.
     virtual const Mark* summed() const = 0;
     virtual const Mark* updated() const = 0;
+    // When the parameters that ops read are there; absent where updated() says so.
+    virtual const Mark* gathered() const { return nullptr; }
 
     // What a checkpoint keeps, as whole tensors that rank 0 reads and writes: the parameters, the tensors beside them,
     // and the number of updates that were not skipped.  With is_scattered() no rank has all of them: rank 0's tensors are
@@ -87,6 +90,8 @@ class GradientSync {
     // hashes of what they hold in common: a difference is Error(Exit::internal) naming ranks.
     virtual void collect_state(Stream) {}
     virtual void distribute_state(Stream s) = 0;
+    // Of the masters, padding included; all ranks call it where the method is_scattered(), and only rank 0 learns it.
+    virtual uint64_t weights_hash(Stream s) = 0;
     // Between these two calls the parameters in memory are those that a checkpoint keeps, to be evaluated.
     virtual void enter_evaluation(Stream) {}
     virtual void leave_evaluation(Stream) {}

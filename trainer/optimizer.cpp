@@ -27,7 +27,7 @@ Optimizer::Optimizer(const Backend& k, std::vector<ParamGroup> groups, DType sta
             g.stretches.back().range.count += range.count;
             n_ = std::max(n_, range.end());
         }
-        g.moments.assign(n_moments(g.rule.name), Tensors(g.params.size()));
+        g.moments.assign(::n_moments(g.rule.name), Tensors(g.params.size()));
     }
 }
 
@@ -35,8 +35,8 @@ void Optimizer::plan(Arena& moments, Arena& scalars) {
     for (GroupState& g : groups_)
         for (size_t m = 0; m < g.moments.size(); m++)
             for (size_t i = 0; i < g.params.size(); i++) {
-                const ParamInfo& info = g.params[i].info;
-                moments.add(g.moments[m][i], fmt::format("{}.{}", kMoments[m], info.name), info.count(), stat_);
+                const FlatParam& p = g.params[i];
+                moments.add(g.moments[m][i], fmt::format("{}.{}", kMoments[m], p.info.name), p.range.count, stat_);
             }
     scalars.add(decay_, "decay", n_ / kDecayBlock, DType::u8);
     scalars.add(rates_, "rate", groups_.size() * 3, stat_);
@@ -47,6 +47,7 @@ void Optimizer::start(Stream s) {
     for (const GroupState& g : groups_)
         for (const auto& [info, range] : g.params)
             std::fill_n(decay.begin() + ptrdiff_t(range.first / kDecayBlock), range.count / kDecayBlock, info.decay);
+    if (decay.empty()) return;  // a shard can be without parameters
     k_.upload(decay_.data, decay.data(), decay.size(), s);
     k_.synchronize(s);
 }
@@ -84,6 +85,12 @@ void Optimizer::update(const OptimizerUpdate& flat, Stream s) {
             k_.optimizer_update(op, s);
         }
     }
+}
+
+size_t Optimizer::n_moments() const {
+    size_t n = 0;
+    for (const GroupState& g : groups_) n = std::max(n, g.moments.size());
+    return n;
 }
 
 std::vector<StateTensor> Optimizer::state() const {

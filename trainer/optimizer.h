@@ -34,6 +34,8 @@ class Optimizer {
     // Gives the update of all groups to the stream.  Of `flat` it reads param, copy and grad, all (n), and clip (1).
     void update(const OptimizerUpdate& flat, Stream s);
 
+    // Moments of a parameter, the largest number of all groups.
+    size_t n_moments() const;
     // Updates that were not skipped, which the bias corrections depend on.
     uint64_t updates() const { return updates_; }
     void set_updates(uint64_t n) { updates_ = n; }

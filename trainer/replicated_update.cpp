@@ -11,7 +11,7 @@ ReplicatedUpdate::ReplicatedUpdate(const Group& group, const TrainerOptions& opt
       memory_(memory),
       max_norm_(float(options.train.grad_clip)),
       bucket_elements_(options.parallel.overlap ? options.bucket_bytes / sizeof(float) : SIZE_MAX),
-      lane_(make_lane(group, options.parallel.overlap)),
+      lane_(make_lane(group, options.parallel.overlap, Otherwise::at_join)),
       all_reduce_(make_gradient_all_reduce(lane_->group(), options.allreduce, memory.n_params())),
       name_(
           fmt::format("{}{}", options.parallel.overlap && group.size() > 1 ? "overlapped " : "", all_reduce_->name())),

@@ -28,6 +28,7 @@ class ReplicatedUpdate final : public GradientSync {
     uint64_t updates() const override { return optimizer_.updates(); }
     void set_updates(uint64_t n) override { optimizer_.set_updates(n); }
     void distribute_state(Stream s) override;
+    uint64_t weights_hash(Stream s) override { return memory_.weights_hash(k_, s); }
 
   private:
     void update(Stream s);

@@ -38,10 +38,10 @@ Trainer::Trainer(const Group& group, TrainerOptions options, const MakeGradientS
       group_(group),
       o_(checked(std::move(options), group.size())),
       share_(batch_share(o_.train.global_batch_size, o_.train.micro_batch_size, group.rank(), group.size(),
-                         o_.allreduce == AllReduce::ordered)),
+                         o_.allreduce == AllReduce::ordered && o_.parallel.zero < 2)),
       stream_owner_(k_),
       stream_(stream_owner_.get()),
-      memory_(o_, share_.n_micro, RunFold(share_.n_runs).n_buffers()),
+      memory_(o_, share_.n_micro, RunFold(share_.n_runs).n_buffers(), group.size()),
       feed_(k_, o_, share_, memory_.staging, memory_.batch),
       sync_(make_sync(group, o_, memory_)),
       marks_(k_, share_.n_micro),
@@ -51,7 +51,14 @@ Trainer::Trainer(const Group& group, TrainerOptions options, const MakeGradientS
     memory_.require(k_.memory_state(), group.size());
     memory_.allocate(k_, stream_);
     const int64_t n_launches = share_.n_micro * launches_of(training_pass(batch(0), memory_.grads[0], false));
-    graphs_.emplace(k_, o_.graph, n_launches, group.size() > 1 && !group.device().needs_host());
+    // Messages that the host moves during a backward pass cannot be recorded.
+    const bool host_in_passes = sync_->sums_each_micro_batch() && sync_->needs_host();
+    if (host_in_passes && o_.graph == UseGraph::on)
+        fail(Exit::usage,
+             "device.graph: on with parallel.zero: {} needs messages from GPU to GPU; use device.graph: auto",
+             o_.parallel.zero);
+    graphs_.emplace(k_, host_in_passes ? UseGraph::off : o_.graph, n_launches,
+                    group.size() > 1 && !group.device().needs_host());
     k_.synchronize(stream_);
     sync_->start(stream_);
     const Batch first = batch(0);
@@ -66,17 +73,38 @@ Trainer::~Trainer() {
 }
 
 void Trainer::initialize() {
+    if (sync_->is_scattered()) {
+        Tensors masters;
+        for (const StateTensor& t : sync_->parameters()) masters.push_back(t.data);
+        return init_params(o_.model, cpu_backend(), masters, o_.seed, nullptr);
+    }
     init_params(o_.model, k_, memory_.master_tensors(), o_.seed, stream_);
     parameters_changed();
 }
 
+// Where masters are scattered, distribute_state() rounds them.
+void Trainer::parameters_changed() {
+    if (!sync_->is_scattered()) memory_.round_masters(k_, stream_);
+}
+
 bool Trainer::finite() {
+    uint8_t mine = own_state_is_finite();
+    std::vector<uint8_t> all(size_t(group_.size()));
+    group_.host().all_gather(&mine, all.data(), 1);
+    return std::ranges::all_of(all, [](uint8_t each) { return each; });
+}
+
+bool Trainer::own_state_is_finite() {
     const Buf params = memory_.flat_masters(), moments = memory_.flat_moments();
     std::vector<Buf> parts = {params};
     for (size_t i = 0; i < moments.count; i += params.count)
         parts.push_back(moments.slice(i, std::min(params.count, moments.count - i)));
     for (const Buf& part : parts) {  // any infinity or NaN shows in the norm; so does a norm that itself overflows
-        k_.grad_norm({.norm = memory_.norm, .clip = memory_.clip, .grad = part, .scratch = memory_.norm_scratch},
+        if (part.count == 0) continue;
+        k_.grad_norm({.norm = memory_.norm,
+                      .clip = memory_.clip,
+                      .grad = part,
+                      .scratch = memory_.norm_scratch.slice(0, grad_norm_scratch(part.count))},
                      stream_);
         std::vector<char> norm(memory_.norm.n_bytes());
         k_.download(norm.data(), memory_.norm.data, norm.size(), stream_);
@@ -118,20 +146,22 @@ Pass Trainer::training_pass(const Batch& batch, const Tensors& grads, bool accum
 void Trainer::accumulate_micro_batches() {
     const int B = o_.train.micro_batch_size;
     const Architecture& model = *o_.model.architecture;
+    const bool each = sync_->sums_each_micro_batch();
     RunFold fold(share_.n_runs);
     for (int i = 0; i < share_.n_micro; i++) {
-        const Tensors& grads = memory_.grads[size_t(fold.working())];
-        const Pass x = training_pass(batch(i), grads, i % share_.run_length != 0);
+        const Tensors& grads = memory_.grads[size_t(each ? 0 : fold.working())];
+        const Pass x = training_pass(batch(i), grads, !each && i % share_.run_length != 0);
         k_.set_mark(marks_.start[size_t(i)].get(), stream_);
-        model.forward(x);
+        memory_.forward(x);
         // memory_.loss is the activation `loss`, one of each token, that the forward pass has written.
         const Buf sums = memory_.losses.slice(size_t(i) * B, size_t(B));  // (B)
         k_.row_sum({.y = sums, .x = memory_.loss, .B = B, .T = o_.model.T}, stream_);
         k_.set_mark(marks_.forward[size_t(i)].get(), stream_);
 
         std::vector<std::pair<int, int>> folds;  // gradient buffers (into, from) to add after the backward pass
-        if ((i + 1) % share_.run_length == 0) fold.push([&](int into, int from) { folds.emplace_back(into, from); });
-        if (i + 1 < share_.n_micro) {
+        if (!each && (i + 1) % share_.run_length == 0)
+            fold.push([&](int into, int from) { folds.emplace_back(into, from); });
+        if (!each && i + 1 < share_.n_micro) {
             model.backward(x);
             for (const auto& [into, from] : folds)
                 k_.add({.y = memory_.flat_gradient(into), .x = memory_.flat_gradient(from)}, stream_);
@@ -140,13 +170,15 @@ void Trainer::accumulate_micro_batches() {
         }
         k_.set_mark(marks_.backward[size_t(i)].get(), stream_);
     }
-    CHECK_THAT(fold.result() == 0, "the gradient's sum is in buffer {}, expected 0", fold.result());
+    CHECK_THAT(each || fold.result() == 0, "the gradient's sum is in buffer {}, expected 0", fold.result());
 }
 
-// The backward pass of the last micro-batch, block by block.  After each block a part of the gradient is final, and the
-// GradientSync may send this part while the pass goes on.
+// The backward pass of the last micro-batch, or of each, block by block.  After each block a part of the gradient is
+// final, and the GradientSync may send this part while the pass goes on.
 void Trainer::finish_gradient(const Pass& last, const std::vector<std::pair<int, int>>& folds) {
+    sync_->begin_backward(stream_);
     for (int l = o_.model.L - 1; l >= 0; l--) {
+        if (memory_.before_block) memory_.before_block(l, l - 1, stream_);
         Pass block = last;
         block.first_layer = l, block.last_layer = l + 1;
         o_.model.architecture->backward(block);
@@ -214,4 +246,6 @@ void Trainer::collect(StepResult& result) {
     }
     result.ms.reduce = k_.ms_between(marks_.backward.back().get(), sync_->summed());
     result.ms.optimizer = k_.ms_between(sync_->summed(), sync_->updated());
+    result.ms.waited = sync_->waited_ms();
+    if (const Mark* gathered = sync_->gathered()) result.ms.gather = k_.ms_between(sync_->updated(), gathered);
 }

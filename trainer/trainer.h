@@ -21,8 +21,9 @@ struct StepResult {
     double grad_norm = 0;  // before clipping
     bool updated = true;   // false: norm not finite, parameters left as they were
     struct Phases {
-        double data = 0;                                              // the device sat idle, waiting for tokens
-        double forward = 0, backward = 0, reduce = 0, optimizer = 0;  // of the device
+        double data = 0;  // the device sat idle, waiting for tokens
+        double forward = 0, backward = 0, reduce = 0, optimizer = 0, gather = 0;  // of the device
+        double waited = 0;  // a part of forward and backward: for messages that the host moves
     } ms;
 };
 
@@ -56,14 +57,16 @@ class Trainer {
     void enter_evaluation() { sync_->enter_evaluation(stream_); }
     void leave_evaluation() { sync_->leave_evaluation(stream_); }
 
-    // The masters: f32 also where ops read bf16.  After writing to them call parameters_changed().
+    // The masters: f32 also where ops read bf16, on rank 0 where they are scattered.  After writing to them call
+    // parameters_changed().
     std::vector<StateTensor> parameters() { return sync_->parameters(); }
-    void parameters_changed() { memory_.round_masters(k_, stream_); }
+    void parameters_changed();
     std::vector<StateTensor> moments() { return sync_->state(); }
     uint64_t updates() const { return sync_->updates(); }
     void set_updates(uint64_t n) { sync_->set_updates(n); }  // from a checkpoint
-    uint64_t weights_hash() { return memory_.weights_hash(k_, stream_); }
-    // Every parameter and moment is a finite number.
+    // See GradientSync.
+    uint64_t weights_hash() { return sync_->weights_hash(stream_); }
+    // Every parameter and moment of all ranks is a finite number; all ranks call it.
     bool finite();
     const BatchShare& share() const { return share_; }
     const ModelConfig& config() const { return o_.model; }
@@ -81,6 +84,7 @@ class Trainer {
         Marks(const Backend& k, int n_micro);
     };
 
+    bool own_state_is_finite();
     void accumulate_micro_batches();
     void finish_gradient(const Pass& last, const std::vector<std::pair<int, int>>& folds);
     double gather_loss(const std::vector<double>& mine);

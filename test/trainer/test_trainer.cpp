@@ -213,10 +213,10 @@ TEST_CASE("trainer: a plan that does not fit is refused with changes that do") {
         changed.train.micro_batch_size = B;
         changed.train.recompute = level;
         const BatchShare share = batch_share(48, B, 0, 1, true);
-        return TrainerMemory(changed, share.n_micro, RunFold(share.n_runs).n_buffers()).n_bytes();
+        return TrainerMemory(changed, share.n_micro, RunFold(share.n_runs).n_buffers(), 1).n_bytes();
     };
     const BatchShare share = batch_share(48, 24, 0, 1, true);
-    const TrainerMemory plan(o, share.n_micro, RunFold(share.n_runs).n_buffers());
+    const TrainerMemory plan(o, share.n_micro, RunFold(share.n_runs).n_buffers(), 1);
     const size_t all = plan.n_bytes();
     plan.require({}, 1);  // unknown: nothing is refused
     plan.require({.n_free = all * 2, .n_total = all * 2}, 1);
