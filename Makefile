@@ -81,8 +81,9 @@ parity: all ## compare losses and gradient norms with PyTorch, both computed ane
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
 	$(PYTHON) scripts/pytorch/parity.py
 
-bench: all $(B)/bench_gemm ## speed and memory beside PyTorch on this CPU; writes benchmarks/results/, docs/performance.md
+bench: all $(B)/bench_gemm $(B)/bench_all_reduce ## speed and memory beside PyTorch on this CPU; writes benchmarks/results/, docs/performance.md
 	@[ "$(DEPS)" = 0 ] || scripts/install_deps.sh --torch
+	OMP_NUM_THREADS=1 $(MPIRUN) -np 2 $(B)/bench_all_reduce
 	$(PYTHON) scripts/pytorch/bench_cpu.py
 	$(PYTHON) scripts/gpu/performance_page.py
 
