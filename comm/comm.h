@@ -110,7 +110,7 @@ class Comm {
     const std::shared_ptr<TrafficCounter>& counter() const { return counter_; }
 
     // A call that waits longer for other ranks is an error; with 0 seconds every wait is one.  Each Comm has its own
-    // deadline, at first none; split() hands it down.
+    // deadline, at first none; split() hands it down.  Another thread may call these four, also during a wait.
     static constexpr double kNoDeadline = std::numeric_limits<double>::infinity();
     void set_timeout(double seconds) { timeout_s_ = seconds; }
     double timeout() const { return timeout_s_; }
@@ -122,8 +122,8 @@ class Comm {
     [[noreturn]] virtual void abort(Exit code) = 0;
 
   private:
-    double timeout_s_ = kNoDeadline;
-    bool patient_ = false;
+    std::atomic<double> timeout_s_ = kNoDeadline;
+    std::atomic<bool> patient_ = false;
     const std::shared_ptr<TrafficCounter> counter_;
 };
 

@@ -75,6 +75,7 @@ class Thread final : public Lane {
         {
             const std::lock_guard lock(mutex_);
             stop_ = true;
+            if (!work_.empty()) group_.host().set_timeout(0);  // an error has left other ranks' messages behind
         }
         changed_.notify_all();
         thread_.join();

@@ -70,8 +70,8 @@ constexpr size_t kPiece = size_t(1) << 30;
 // Calls done() until it is true, or until the deadline: then it returns false.  At first it polls at once or after a
 // yield; after a millisecond it sleeps between bursts of polls, and a long wait costs no core.  MPI moves bytes only
 // while it is polled: after a burst that takes longer than the shortest one, which moved none, the sleep is short again.
-template <class Done>
-bool wait_until(double seconds, const Done& done) {
+template <class Seconds, class Done>
+bool wait_until(const Seconds& seconds, const Done& done) {
     using namespace std::chrono_literals;
     constexpr int kBurst = 64;
     constexpr Clock::duration kLeast = 20us, kMost = 1ms;
@@ -79,7 +79,7 @@ bool wait_until(double seconds, const Done& done) {
         if (done()) return true;
     const Clock::time_point start = Clock::now();
     Clock::duration shortest = Clock::duration::max(), pause = kLeast;
-    for (Clock::time_point before = start; std::chrono::duration<double>(before - start).count() < seconds;
+    for (Clock::time_point before = start; std::chrono::duration<double>(before - start).count() < seconds();
          before = Clock::now()) {
         const bool is_long = before - start > 1ms;
         for (int i = 0; i < kBurst; i++) {
@@ -228,8 +228,8 @@ class MpiComm final : public Comm {
             check_call(MPI_Test(&r, &flag, MPI_STATUS_IGNORE), call);
             return flag != 0;
         };
-        if (wait_until(is_patient() ? kNoDeadline : timeout(), [&] { return std::ranges::all_of(requests, done); }))
-            return;
+        const auto seconds = [&] { return is_patient() ? kNoDeadline : timeout(); };
+        if (wait_until(seconds, [&] { return std::ranges::all_of(requests, done); })) return;
         fail(Exit::peer_lost,
              "{}: no end within {} s (run.timeout_seconds): another rank has ended, hangs or is slow; start again with "
              "a longer time if ranks are slow, else without the rank that is lost: {}",

@@ -74,6 +74,7 @@ struct Config {
         UseAllReduce allreduce = UseAllReduce::automatic;
         bool overlap = false;  // sum gradients beside the backward pass
         int zero = 0;          // stage of ZeRO
+        int tensor = 1, pipeline = 1;
     } parallel;
 };
 

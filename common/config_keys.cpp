@@ -148,8 +148,10 @@ std::vector<Key> table() {
          .meaning = "ZeRO: each rank owns a shard of the optimizer state (1), also of the gradient (2), also of the "
                     "parameters, which are gathered block by block (3). With 1 `ordered` keeps the bits of one rank; "
                     "with 2 and 3 where each rank has one micro-batch a step"},
-        {"parallel.tensor"},
-        {"parallel.pipeline"},
+        {KEY(parallel.tensor), .may_change = true, .range = from(1, 4096),
+         .meaning = "ranks that share each layer; this build has 1 only. Ranks = data x tensor x pipeline"},
+        {KEY(parallel.pipeline), .may_change = true, .range = from(1, 4096),
+         .meaning = "ranks that share the layers, as stages of a pipeline; this build has 1 only"},
         {"parallel.schedule"},
         {"parallel.reduce_dtype"},
         {"parallel.servers"},

@@ -11,6 +11,7 @@
 #include "common/hash.h"
 #include "run/inputs.h"
 #include "run/options.h"
+#include "run/rank_table.h"
 #include "run/training_run.h"
 #include "trainer/broadcast.h"
 
@@ -102,6 +103,7 @@ Exit run_command(const CommandLine& line, Comm& comm, Log& log, Progress& progre
     // Every rank reads the config file itself; a rank with another config would train another model.
     require_same(comm, hash64(to_yaml(config)), Exit::usage,
                  "another config than rank 0; give every host the same file and --set options");
+    if (line.command == Command::train) grid_of(config, comm.size());  // refused before anything is opened
     const fs::path dir = fs::path(config.run.out_dir) / config.run.name;
     const int threads = set_threads(config, comm);
     // bench times the ops of a training step.

@@ -81,7 +81,8 @@ ordered_json step_record(const RunState& after, const StepResult& r, double lear
                              {"reduce", r.ms.reduce},
                              {"optimizer", r.ms.optimizer},
                              {"gather", r.ms.gather},
-                             {"exposed", r.ms.reduce + r.ms.gather + r.ms.waited}}}};
+                             {"exposed", r.ms.reduce + r.ms.gather + r.ms.waited}}},
+                           {"wire_bytes", {{"sent", speed.traffic.sent}, {"received", speed.traffic.received}}}};
     if (gpu) record["gpu"] = gpu_record(*gpu);
     return record;
 }

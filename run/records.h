@@ -17,6 +17,7 @@ nlohmann::ordered_json run_record(const Context& x, const Trainer& trainer, cons
 struct StepSpeed {
     double ms, tokens_per_s;
     std::optional<double> mfu;  // absent where share_of() (bench/peak.h) has none
+    Traffic traffic;            // of this rank
 };
 nlohmann::ordered_json step_record(const RunState& after, const StepResult& r, double learning_rate,
                                    const StepSpeed& speed, const std::optional<GpuSample>& gpu);

@@ -9,6 +9,7 @@
 #include "common/json.h"
 #include "run/inputs.h"
 #include "run/options.h"
+#include "run/rank_table.h"
 #include "run/records.h"
 #include "model/generate.h"
 #include "trainer/tuning.h"
@@ -164,6 +165,7 @@ void TrainingRun::start(OpenMode mode) {
             agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
     else
         state_.choices.clear();
+    const std::vector<std::string> ranks = rank_table(x_.comm, x_.device, grid_of(x_.config, x_.comm.size()));
     if (!root) return;
     // Every matrix product and the reduction have run by now: memory taken beyond our own holds the libraries' handles,
     // buffers and loaded kernels, or belongs to another process.
@@ -179,6 +181,7 @@ void TrainingRun::start(OpenMode mode) {
     dir_->write_config(state_.config);
     dir_->start_metrics(state_.step);
     announce();
+    for (const std::string& line : ranks) x_.log.info("{}", line);
     if (!x_.device.bus_id.empty())
         gpu_.emplace(x_.device.bus_id, [this](const std::string& why) { x_.log.info("{}", why); });
     if (state_.step == total_steps_ && state_.step > 0)
@@ -276,6 +279,7 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
     const Config& c = x_.config;
     const Stopwatch clock;
     const double lr = learning_rate_at(schedule_, state_.step);
+    const Traffic before = x_.comm.traffic();
     const StepResult r = trainer_.step(state_.step, lr, next, state_.step + 1 < total_steps_);
     state_.step++;
     state_.tokens += tokens_per_step();
@@ -283,14 +287,15 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
     state_.updates = trainer_.updates();
     x_.progress.step = state_.step;
     const double ms = clock.ms();
+    const Traffic now = x_.comm.traffic(), traffic{now.sent - before.sent, now.received - before.received};
     const bool last = state_.step == total_steps_;
-    if (x_.comm.rank() == 0 && (last || state_.step % c.log.interval == 0)) record_step(r, lr, ms, last);
+    if (x_.comm.rank() == 0 && (last || state_.step % c.log.interval == 0)) record_step(r, lr, ms, traffic, last);
     if (state_.step == first_step_ + kMemorySteps || (last && state_.step < first_step_ + kMemorySteps)) check_memory();
     bad_steps_ = r.updated ? 0 : bad_steps_ + 1;
     if (!r.updated) bad_step(r);
 }
 
-void TrainingRun::record_step(const StepResult& r, double learning_rate, double ms, bool last) {
+void TrainingRun::record_step(const StepResult& r, double learning_rate, double ms, Traffic traffic, bool last) {
     const double rate = double(tokens_per_step()) / ms * 1e3;
     const ModelConfig& c = trainer_.config();
     const std::optional<double> mfu = share_of(peak_, c.architecture->flops_per_token(c) * rate);
@@ -300,7 +305,8 @@ void TrainingRun::record_step(const StepResult& r, double learning_rate, double 
                     peak_.vendor_flops ? "the vendor's figure is not this device's"
                                        : "other programs had the processors when it was measured");
     const std::optional<GpuSample> gpu = gpu_ ? gpu_->latest() : std::nullopt;
-    dir_->record(step_record(state_, r, learning_rate, {.ms = ms, .tokens_per_s = rate, .mfu = mfu}, gpu));
+    dir_->record(
+        step_record(state_, r, learning_rate, {.ms = ms, .tokens_per_s = rate, .mfu = mfu, .traffic = traffic}, gpu));
     const double seconds_left =
         (run_clock_.ms() / 1e3) / double(state_.step - first_step_) * double(total_steps_ - state_.step);
     x_.log.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {:.0f} tok/s{}  {:.0f}%  ETA {}",

@@ -32,7 +32,7 @@ class TrainingRun {
     void resume_from(const fs::path& checkpoint);
     void announce();
     void announce_peak();
-    void record_step(const StepResult& r, double learning_rate, double ms, bool last);
+    void record_step(const StepResult& r, double learning_rate, double ms, Traffic traffic, bool last);
     void step(const Trainer::NextMicroBatch& next);
     void check_memory();
     void bad_step(const StepResult& r);

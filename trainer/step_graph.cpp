@@ -17,8 +17,13 @@ class Set {  // holds a flag up for a scope
 };
 }  // namespace
 
-StepGraphs::StepGraphs(const Backend& k, UseGraph use, int64_t n_launches, bool between_devices)
-    : k_(k), use_(use), between_devices_(between_devices), used_(use != UseGraph::off && k.can_record()) {
+StepGraphs::StepGraphs(const Backend& k, UseGraph use, int64_t n_launches, bool between_devices,
+                       std::shared_ptr<TrafficCounter> counter)
+    : k_(k),
+      use_(use),
+      between_devices_(between_devices),
+      counter_(std::move(counter)),
+      used_(use != UseGraph::off && k.can_record()) {
     if (use_ == UseGraph::on && !used_)
         fail(Exit::usage, "device.graph: on needs a GPU, and KILN_CUDA_SYNC not set; use device.graph: auto");
     if (use_ == UseGraph::automatic && used_ && n_launches > kMostLaunches) {
@@ -31,7 +36,10 @@ void StepGraphs::run(Piece& piece, Stream s, const std::function<void()>& work) 
     if (!used_ || inside_) return work();
     const Set inside(inside_);
     if (!std::exchange(piece.has_run, true)) return work();
-    if (!piece.graph) {
+    if (piece.graph) {
+        counter_->add(piece.traffic);
+    } else {
+        const Traffic before = counter_->total();
         try {
             piece.graph.emplace(k_, s, work);
         } catch (const Error& e) {
@@ -44,6 +52,8 @@ void StepGraphs::run(Piece& piece, Stream s, const std::function<void()>& work) 
             note_ = fmt::format("steps are not replayed from a graph, which failed: {}", e.what());
             return work();
         }
+        const Traffic now = counter_->total();  // the recording has counted the messages of the first launch
+        piece.traffic = {now.sent - before.sent, now.received - before.received};
     }
     piece.graph->launch(s);
 }

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "comm/comm.h"
 #include "kernels/owners.h"
 #include "trainer/options.h"
 
@@ -13,11 +14,14 @@ class StepGraphs {
     struct Piece {
         bool has_run = false;
         std::optional<GraphOwner> graph;
+        Traffic traffic;  // of each launch
     };
 
     // `n_launches` of a whole step decide whether UseGraph::automatic records.  `between_devices`: the work holds
     // messages between devices, so that all ranks must record or none.
-    StepGraphs(const Backend& k, UseGraph use, int64_t n_launches, bool between_devices);
+    // Messages that a graph replays are added to `counter`.
+    StepGraphs(const Backend& k, UseGraph use, int64_t n_launches, bool between_devices,
+               std::shared_ptr<TrafficCounter> counter = std::make_shared<TrafficCounter>());
 
     // Gives `work` to the stream: the first time as it is, because a first use may make what cannot be made in a
     // recording; the second time it is recorded, and launched from then on.  A piece inside the work of another one is
@@ -32,6 +36,7 @@ class StepGraphs {
     const Backend& k_;
     const UseGraph use_;
     const bool between_devices_;
+    const std::shared_ptr<TrafficCounter> counter_;
     bool used_ = false, inside_ = false;
     std::string note_;
 };

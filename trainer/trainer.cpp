@@ -58,7 +58,7 @@ Trainer::Trainer(const Group& group, TrainerOptions options, const MakeGradientS
              "device.graph: on with parallel.zero: {} needs messages from GPU to GPU; use device.graph: auto",
              o_.parallel.zero);
     graphs_.emplace(k_, host_in_passes ? UseGraph::off : o_.graph, n_launches,
-                    group.size() > 1 && !group.device().needs_host());
+                    group.size() > 1 && !group.device().needs_host(), group.host().counter());
     k_.synchronize(stream_);
     sync_->start(stream_);
     const Batch first = batch(0);

@@ -138,7 +138,7 @@ TEST_CASE("config: overrides come after the file and are named in messages") {
     CHECK(with("data.val=[a") ==
           "--set data.val=[a: expected a key (a name, then a colon); is a bracket or quote left open?");
     CHECK(with("data.val=*.bin").ends_with("put text that begins with * in quotes"));
-    CHECK(with("parallel.tensor=2") == "--set parallel.tensor=2: parallel.tensor is not available in this build");
+    CHECK(with("parallel.schedule=2") == "--set parallel.schedule=2: parallel.schedule is not available in this build");
 }
 
 TEST_CASE("config: unknown keys get a suggestion (row 1)") {
@@ -158,10 +158,9 @@ TEST_CASE("config: unknown keys get a suggestion (row 1)") {
 }
 
 TEST_CASE("config: what is not built yet is refused by name, never ignored") {
-    for (const char* key :
-         {"run.spike_factor", "run.replica_check_interval", "checkpoint.async", "checkpoint.on_error",
-          "parallel.tensor", "parallel.pipeline", "parallel.schedule", "parallel.reduce_dtype", "parallel.servers",
-          "parallel.staleness", "parallel.sync_interval", "parallel.outer_learning_rate", "parallel.outer_momentum"}) {
+    for (const char* key : {"run.spike_factor", "run.replica_check_interval", "checkpoint.async", "checkpoint.on_error",
+                            "parallel.schedule", "parallel.reduce_dtype", "parallel.servers", "parallel.staleness",
+                            "parallel.sync_interval", "parallel.outer_learning_rate", "parallel.outer_momentum"}) {
         const std::string override = std::string(key) + "=1";
         CHECK(refusal(kSmall, {override}) == "--set " + override + ": " + key + " is not available in this build");
     }
