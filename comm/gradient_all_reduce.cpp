@@ -10,6 +10,10 @@ void check_size(Buf grad, size_t n) {
                "a gradient of {} {}, the reduction was made for at most {} f32", grad.count, dtype_name(grad.dtype), n);
 }
 
+std::string name_of(AllReduce how, Payload payload) {
+    return fmt::format("{}{}", all_reduce_name(how), payload == Payload::bf16 ? " in bf16" : "");
+}
+
 class OneRank final : public GradientAllReduce {
   public:
     void sum(Buf, Stream) override {}
@@ -19,34 +23,11 @@ class OneRank final : public GradientAllReduce {
 // In place, on a backend whose memory the host addresses and whose work is done when a call returns.
 class InPlaceSum final : public GradientAllReduce {
   public:
-    InPlaceSum(Comm& host, AllReduce how, size_t n) : host_(host), how_(how), n_(n) {}
+    InPlaceSum(Comm& host, AllReduce how, Payload payload, size_t n)
+        : host_(host), how_(how), payload_(payload), n_(n), name_(name_of(how, payload)) {}
     void sum(Buf grad, Stream) override {
         check_size(grad, n_);
-        all_reduce(host_, {grad.as<float>(), grad.count}, how_);
-    }
-    const char* name() const override { return all_reduce_name(how_); }
-    bool needs_host() const override { return true; }
-
-  private:
-    Comm& host_;
-    const AllReduce how_;
-    const size_t n_;
-};
-
-// Device -> pinned memory -> all_reduce() -> device, in the pieces that all_reduce() itself would work in, so that the
-// bits are those of one call.
-class StagedSum final : public GradientAllReduce {
-  public:
-    StagedSum(const Backend& k, Comm& host, AllReduce how, size_t n)
-        : host_(host),
-          how_(how),
-          n_(n),
-          name_(fmt::format("{} through host memory", all_reduce_name(how))),
-          staging_(k, std::min(n, all_reduce_piece(host.size())) * sizeof(float)) {}
-
-    void sum(Buf grad, Stream s) override {
-        check_size(grad, n_);
-        staging_.transform(grad, s, [&](std::span<float> piece) { all_reduce(host_, piece, how_); });
+        all_reduce(host_, {grad.as<float>(), grad.count}, how_, payload_);
     }
     const char* name() const override { return name_.c_str(); }
     bool needs_host() const override { return true; }
@@ -54,6 +35,34 @@ class StagedSum final : public GradientAllReduce {
   private:
     Comm& host_;
     const AllReduce how_;
+    const Payload payload_;
+    const size_t n_;
+    const std::string name_;
+};
+
+// Device -> pinned memory -> all_reduce() -> device, in the pieces that all_reduce() itself would work in, so that the
+// bits are those of one call.
+class StagedSum final : public GradientAllReduce {
+  public:
+    StagedSum(const Backend& k, Comm& host, AllReduce how, Payload payload, size_t n)
+        : host_(host),
+          how_(how),
+          payload_(payload),
+          n_(n),
+          name_(name_of(how, payload) + " through host memory"),
+          staging_(k, std::min(n, all_reduce_piece(host.size())) * sizeof(float)) {}
+
+    void sum(Buf grad, Stream s) override {
+        check_size(grad, n_);
+        staging_.transform(grad, s, [&](std::span<float> piece) { all_reduce(host_, piece, how_, payload_); });
+    }
+    const char* name() const override { return name_.c_str(); }
+    bool needs_host() const override { return true; }
+
+  private:
+    Comm& host_;
+    const AllReduce how_;
+    const Payload payload_;
     const size_t n_;
     const std::string name_;
     Staging staging_;
@@ -123,16 +132,17 @@ class OrderedByNccl final : public GradientAllReduce {
 }  // namespace
 
 std::unique_ptr<GradientAllReduce> make_gradient_all_reduce(const Group& group, AllReduce how, size_t n,
-                                                            size_t longest_shard) {
+                                                            Payload payload, size_t longest_shard) {
     const Backend& k = group.backend();
     if (group.size() == 1) return std::make_unique<OneRank>();
     CHECK_THAT(how != AllReduce::ordered || (group.size() & (group.size() - 1)) == 0,
                "ordered reduction over {} ranks; needs a power of two", group.size());
     const bool between_devices = !group.device().needs_host();
     CHECK_THAT(how != AllReduce::nccl || between_devices, "the nccl reduction needs a communicator between devices");
+    CHECK_THAT(payload == Payload::fp32 || !between_devices, "gradients in bf16 go through host memory");
     if (how == AllReduce::nccl) return std::make_unique<Nccl>(group.device(), n);
-    if (k.host_addressable) return std::make_unique<InPlaceSum>(group.host(), how, n);
+    if (k.host_addressable) return std::make_unique<InPlaceSum>(group.host(), how, payload, n);
     if (how == AllReduce::ordered && between_devices)
         return std::make_unique<OrderedByNccl>(k, group.device(), n, longest_shard);
-    return std::make_unique<StagedSum>(k, group.host(), how, n);
+    return std::make_unique<StagedSum>(k, group.host(), how, payload, n);
 }

@@ -27,6 +27,7 @@ class GradientAllReduce {
 //                             works from device to device
 //   ordered, in such a group  devices exchange shards, the backend sums them by the balanced tree: all_reduce()'s bits
 //   else                      pieces go through pinned host memory and all_reduce()
+// Payload::bf16 is for ordered and ring in a group whose messages go through the host.
 // longest_shard bounds the scratch memory where devices exchange shards: size() times as many elements; 0 chooses.
 std::unique_ptr<GradientAllReduce> make_gradient_all_reduce(const Group& group, AllReduce how, size_t n,
-                                                            size_t longest_shard = 0);
+                                                            Payload payload = Payload::fp32, size_t longest_shard = 0);

@@ -72,8 +72,9 @@ struct Config {
     struct Parallel {
         ParallelMethod method = ParallelMethod::allreduce;
         UseAllReduce allreduce = UseAllReduce::automatic;
-        bool overlap = false;  // sum gradients beside the backward pass
-        int zero = 0;          // stage of ZeRO
+        bool overlap = false;                      // sum gradients beside the backward pass
+        Precision reduce_dtype = Precision::fp32;  // of gradients on the wire
+        int zero = 0;                              // stage of ZeRO
         int tensor = 1, pipeline = 1;
     } parallel;
 };

@@ -144,6 +144,9 @@ std::vector<Key> table() {
          .meaning = "sum the gradients of later blocks while the backward pass goes on, in buckets of whole blocks: by a "
                     "thread on CPUs, in a second stream where each rank has a GPU of its own. Results have the same bits; "
                     "with `ring`, `mpi` and `nccl` only on two ranks"},
+        {KEY(parallel.reduce_dtype), .may_change = true,
+         .meaning = "of gradients on the wire, with `ordered` and `ring` through the hosts. bf16: half the bytes; sums "
+                    "stay fp32"},
         {KEY(parallel.zero), .may_change = true, .range = from(0, 3),
          .meaning = "ZeRO: each rank owns a shard of the optimizer state (1), also of the gradient (2), also of the "
                     "parameters, which are gathered block by block (3). With 1 `ordered` keeps the bits of one rank; "
@@ -153,7 +156,6 @@ std::vector<Key> table() {
         {KEY(parallel.pipeline), .may_change = true, .range = from(1, 4096),
          .meaning = "ranks that share the layers, as stages of a pipeline; this build has 1 only"},
         {"parallel.schedule"},
-        {"parallel.reduce_dtype"},
         {"parallel.servers"},
         {"parallel.staleness"},
         {"parallel.sync_interval"},

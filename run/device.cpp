@@ -110,7 +110,8 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
         log.warn(
             "ranks share GPUs (on rank 0's host {} ranks share {} GPU(s)): gradients are reduced through host memory",
             comm.local_size(), n_devices);
-    const bool by_nccl = training && has_own_gpu && comm.size() > 1 && takes_nccl(config.parallel.allreduce);
+    const bool by_nccl = training && has_own_gpu && comm.size() > 1 && takes_nccl(config.parallel.allreduce) &&
+                         config.parallel.reduce_dtype == Precision::fp32;
     const size_t before = k.memory_state().n_free;
     Group world =
         by_nccl ? Group(k, comm, std::make_unique<NcclComm>(comm, config.run.timeout_seconds)) : Group(k, comm);

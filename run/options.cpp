@@ -24,6 +24,18 @@ AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) 
     const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
     return (size & (size - 1)) == 0 && runs % size == 0 ? AllReduce::ordered : AllReduce::mpi;
 }
+
+void check_reduce_dtype(const Config& c, AllReduce how) {
+    if (c.parallel.reduce_dtype == Precision::fp32) return;
+    if (how != AllReduce::ordered && how != AllReduce::ring)
+        fail(Exit::usage,
+             "parallel.reduce_dtype: bf16 needs parallel.allreduce: ordered or ring, this run has {}: mpi and nccl sum "
+             "in the dtype that they send",
+             all_reduce_name(how));
+    if (c.parallel.zero > 0)
+        fail(Exit::usage, "parallel.reduce_dtype: bf16 is not available with parallel.zero = {} in this build",
+             c.parallel.zero);
+}
 }  // namespace
 
 DType real_of(Precision precision) {
@@ -53,11 +65,13 @@ ActivationShape forward_shape(const Config& c, int B) {
 
 TrainerOptions training_options(const Context& x) {
     const Config& c = x.config;
+    const AllReduce how = choose_all_reduce(c, x.device, x.comm.size());
+    check_reduce_dtype(c, how);
     return {.model = model_config(c),
             .train = c.train,
             .optimizer = c.optimizer,
             .parallel = c.parallel,
-            .allreduce = choose_all_reduce(c, x.device, x.comm.size()),
+            .allreduce = how,
             .seed = c.run.seed,
             .real = real_of(c.device.dtype),
             .graph = c.device.graph};

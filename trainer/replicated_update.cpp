@@ -5,6 +5,18 @@
 
 #include "trainer/broadcast.h"
 
+namespace {
+Payload payload_of(const TrainerOptions& options) {
+    switch (options.parallel.reduce_dtype) {
+        case Precision::fp32:
+            break;
+        case Precision::bf16:
+            return Payload::bf16;
+    }
+    return Payload::fp32;
+}
+}  // namespace
+
 ReplicatedUpdate::ReplicatedUpdate(const Group& group, const TrainerOptions& options, TrainerMemory& memory)
     : k_(group.backend()),
       group_(group),
@@ -12,7 +24,7 @@ ReplicatedUpdate::ReplicatedUpdate(const Group& group, const TrainerOptions& opt
       max_norm_(float(options.train.grad_clip)),
       bucket_elements_(options.parallel.overlap ? options.bucket_bytes / sizeof(float) : SIZE_MAX),
       lane_(make_lane(group, options.parallel.overlap, Otherwise::at_join)),
-      all_reduce_(make_gradient_all_reduce(lane_->group(), options.allreduce, memory.n_params())),
+      all_reduce_(make_gradient_all_reduce(lane_->group(), options.allreduce, memory.n_params(), payload_of(options))),
       name_(
           fmt::format("{}{}", options.parallel.overlap && group.size() > 1 ? "overlapped " : "", all_reduce_->name())),
       optimizer_(k_, {{options.optimizer, flat_params(memory.param_list)}}, memory.stat()),

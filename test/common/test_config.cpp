@@ -159,8 +159,8 @@ TEST_CASE("config: unknown keys get a suggestion (row 1)") {
 
 TEST_CASE("config: what is not built yet is refused by name, never ignored") {
     for (const char* key : {"run.spike_factor", "run.replica_check_interval", "checkpoint.async", "checkpoint.on_error",
-                            "parallel.schedule", "parallel.reduce_dtype", "parallel.servers", "parallel.staleness",
-                            "parallel.sync_interval", "parallel.outer_learning_rate", "parallel.outer_momentum"}) {
+                            "parallel.schedule", "parallel.servers", "parallel.staleness", "parallel.sync_interval",
+                            "parallel.outer_learning_rate", "parallel.outer_momentum"}) {
         const std::string override = std::string(key) + "=1";
         CHECK(refusal(kSmall, {override}) == "--set " + override + ": " + key + " is not available in this build");
     }

@@ -79,7 +79,7 @@ TEST_CASE("ordered, moved by nccl: the bits of all_reduce, whatever the shards")
         for (const size_t longest : {size_t(0), size_t(4), size_t(64)}) {
             CAPTURE(n);
             CAPTURE(longest);
-            const auto reduction = make_gradient_all_reduce(group, AllReduce::ordered, n, longest);
+            const auto reduction = make_gradient_all_reduce(group, AllReduce::ordered, n, Payload::fp32, longest);
             const std::vector<float> want = host_sum(n, AllReduce::ordered);
             CHECK(summed(group, *reduction, n) == want);
             CHECK(summed(group, *reduction, n) == want);

@@ -127,7 +127,7 @@ TEST_CASE("ordered, moved by nccl: which calls, and how long") {
     if (!power_of_two_ranks() || world().size() == 1) return;
     const Group group = nccl_group(kTimeout);
     const size_t size = size_t(world().size()), n = size * 24 + 5;  // two pieces of shards of 16 and 8, and a tail
-    const auto reduction = make_gradient_all_reduce(group, AllReduce::ordered, n, 16);
+    const auto reduction = make_gradient_all_reduce(group, AllReduce::ordered, n, Payload::fp32, 16);
     Calls want;
     for (const size_t shard : {16, 8}) {
         for (size_t r = 0; r < size; r++) {
