@@ -214,16 +214,29 @@ void load_weights(const fs::path& directory, const Backend& k, const ModelConfig
     }
 }
 
-void load_optimizer(const fs::path& directory, const Backend& k, const std::vector<StateTensor>& moments) {
+namespace {
+SafetensorsFile open_optimizer(const fs::path& directory) {
     const fs::path path = directory / "optimizer.safetensors";
     if (!fs::exists(path))
         fail(Exit::checkpoint, "{}: has no optimizer state; to start a new run from its weights use model.init_from",
              directory.string());
-    const SafetensorsFile file(path);
+    return SafetensorsFile(path);
+}
+}  // namespace
+
+std::vector<std::string> optimizer_tensors(const fs::path& checkpoint) {
+    std::vector<std::string> names;
+    const SafetensorsFile file = open_optimizer(checkpoint);
+    for (const auto& [name, entry] : file.entries()) names.push_back(name);
+    return names;
+}
+
+void load_optimizer(const fs::path& directory, const Backend& k, const std::vector<StateTensor>& moments) {
+    const SafetensorsFile file = open_optimizer(directory);
     for (const StateTensor& t : moments) {
         const auto entry = file.entries().find(t.name);
         if (entry == file.entries().end() || entry->second.shape != t.global_shape)
-            fail(Exit::checkpoint, "{}: {} is missing or of another shape than {}", path.string(), t.name,
+            fail(Exit::checkpoint, "{}: {} is missing or of another shape than {}", file.path().string(), t.name,
                  shape_text(t.global_shape));
         read_tensor(file, entry->second, k, t);
     }

@@ -1,7 +1,7 @@
 // Checkpoints: a directory step_N that is complete and verified, or not there at all.
 //
 //   model.safetensors, config.json    weights in Hugging Face names and layout
-//   optimizer.safetensors             moments: m.<name>, v.<name>
+//   optimizer.safetensors             moments: m.<name>, v.<name>; of local SGD more (trainer/local_sgd.h)
 //   state.json                        step, tokens seen, updates, position in the data, what the data was, the config,
 //                                     the choices made by timing
 //   manifest.json                     format version, size and XXH3 of each file, XXH3 of itself; written last
@@ -51,4 +51,6 @@ RunState read_state(const fs::path& checkpoint);
 // From model.safetensors into `parameters` (all of the config's), and from optimizer.safetensors into `moments`.
 void load_weights(const fs::path& directory, const Backend& k, const ModelConfig& config,
                   const std::vector<StateTensor>& parameters);
+// The names of the tensors in optimizer.safetensors.
+std::vector<std::string> optimizer_tensors(const fs::path& checkpoint);
 void load_optimizer(const fs::path& directory, const Backend& k, const std::vector<StateTensor>& moments);

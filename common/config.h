@@ -76,6 +76,11 @@ struct Config {
         Precision reduce_dtype = Precision::fp32;  // of gradients on the wire
         int zero = 0;                              // stage of ZeRO
         int tensor = 1, pipeline = 1;
+        // Of diloco:
+        int64_t sync_interval = 50;
+        double outer_learning_rate = 0.7, outer_momentum = 0.9;
+        OuterDtype outer_dtype = OuterDtype::fp32;
+        bool streaming = false;
     } parallel;
 };
 

@@ -133,9 +133,10 @@ std::vector<Key> table() {
         {"checkpoint.on_error"},
         {KEY(log.interval), .may_change = true, .range = from(1, kMaxSteps),
          .meaning = "a step record every so many steps"},
-        {KEY(parallel.method), .may_change = true, .later = {"parameter_server", "diloco"},
+        {KEY(parallel.method), .may_change = true, .later = {"parameter_server"},
          .meaning = "how ranks train one model together. `allreduce`: every rank gets the sum of all gradients in every "
-                    "step"},
+                    "step. `diloco`: every rank trains a replica on its share of each batch, and all exchange their "
+                    "parameters every sync_interval steps"},
         {KEY(parallel.allreduce), .may_change = true,
          .meaning = "how ranks sum gradients. auto: `nccl` where every rank has a GPU of its own, else `ordered` where "
                     "the rank count allows it, else `mpi`. With 2^k * odd micro-batches a step, `ordered` keeps up to "
@@ -158,9 +159,18 @@ std::vector<Key> table() {
         {"parallel.schedule"},
         {"parallel.servers"},
         {"parallel.staleness"},
-        {"parallel.sync_interval"},
-        {"parallel.outer_learning_rate"},
-        {"parallel.outer_momentum"},
+        {KEY(parallel.sync_interval), .may_change = true, .range = from(1, kMaxSteps),
+         .meaning = "diloco: steps from one exchange to the next; with outer_learning_rate 1 and outer_momentum 0 it "
+                    "averages parameters (local SGD)"},
+        {KEY(parallel.outer_learning_rate), .may_change = true, .range = above(0, 10),
+         .meaning = "diloco: of the outer optimizer, SGD with Nesterov momentum"},
+        {KEY(parallel.outer_momentum), .may_change = true, .range = from(0, 0.999999),
+         .meaning = "diloco: of the outer optimizer"},
+        {KEY(parallel.outer_dtype), .may_change = true,
+         .meaning = "diloco: how parameters travel. `bf16` and `int4`: as differences to the last exchange, with error "
+                    "feedback; int4 takes an eighth of fp32's bytes"},
+        {KEY(parallel.streaming), .may_change = true,
+         .meaning = "diloco: exchange up to 8 fragments of the parameters in turn, each while a step computes"},
         // clang-format on
     };
 }

@@ -5,6 +5,7 @@
 namespace {
 // The algorithm that parallel.allreduce names; `auto` follows fixed rules, never timing.
 AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) {
+    if (c.parallel.method == ParallelMethod::diloco) return AllReduce::mpi;  // no gradient is summed over ranks
     switch (c.parallel.allreduce) {
         case UseAllReduce::mpi:
             return AllReduce::mpi;

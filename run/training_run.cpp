@@ -212,6 +212,9 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     if (before.train.micro_batch_size != x_.config.train.micro_batch_size)
         x_.log.warn("train.micro_batch_size changed from {} to {}: the run goes on, but not bit for bit",
                     before.train.micro_batch_size, x_.config.train.micro_batch_size);
+    if (before.parallel.method != x_.config.parallel.method)
+        x_.log.warn("parallel.method changed from {} to {}: the run goes on, but not bit for bit",
+                    word_of(before.parallel.method), word_of(x_.config.parallel.method));
     if (before.device.dtype != x_.config.device.dtype)
         x_.log.warn("device.dtype changed from {} to {}: the run goes on, but not bit for bit",
                     word_of(before.device.dtype), word_of(x_.config.device.dtype));
@@ -228,6 +231,8 @@ void TrainingRun::resume_from(const fs::path& checkpoint) {
     require_same_data("data.val", saved.val, state_.val);
     load_weights(checkpoint, x_.device.k, trainer_.config(), trainer_.parameters());
     trainer_.parameters_changed();
+    if (const std::string why = trainer_.accept(optimizer_tensors(checkpoint)); !why.empty())
+        x_.log.warn("{}: the run goes on, but not bit for bit", why);
     load_optimizer(checkpoint, x_.device.k, trainer_.moments());
     trainer_.set_updates(saved.updates);
     state_.step = saved.step;

@@ -10,6 +10,7 @@ class DecoratedSync : public GradientSync {
   public:
     explicit DecoratedSync(std::unique_ptr<GradientSync> inner) : inner_(std::move(inner)) {}
     const char* name() const override { return inner_->name(); }
+    float gradient_scale() const override { return inner_->gradient_scale(); }
     void start(Stream s) override { inner_->start(s); }
     size_t connection_bytes() const override { return inner_->connection_bytes(); }
     void begin_step(int64_t step, double learning_rate) override { inner_->begin_step(step, learning_rate); }
@@ -26,6 +27,7 @@ class DecoratedSync : public GradientSync {
     std::vector<StateTensor> parameters() override { return inner_->parameters(); }
     std::vector<StateTensor> state() override { return inner_->state(); }
     bool is_scattered() const override { return inner_->is_scattered(); }
+    std::string accept(const std::vector<std::string>& saved) override { return inner_->accept(saved); }
     uint64_t updates() const override { return inner_->updates(); }
     void set_updates(uint64_t n) override { inner_->set_updates(n); }
     void collect_state(Stream s) override { inner_->collect_state(s); }

@@ -27,10 +27,10 @@
 //       for the marks, sends the parts to the servers, receives the new parameters and uploads them.  The servers have
 //       the optimizers; state() fetches their moments.
 //   local SGD
-//       finish_step makes norm and update from the gradient of this rank alone, scaled by the number of ranks.  In
-//       every H-th step it also averages the parameters, or takes a step of an outer optimizer (DiLoCo).  Its work
-//       differs between steps, so it needs the host; it gives `graphs` one piece for the update and one for the
-//       average. state() also has the outer momentum.
+//       (trainer/local_sgd.h) finish_step makes norm and update from the gradient of this rank alone, scaled by the
+//       number of ranks.  In every H-th step it also exchanges parameters, and takes a step of an outer optimizer
+//       (DiLoCo).  Its work differs between steps, so it needs the host; it gives `graphs` one piece for the norm and
+//       one for the update.  state() also has the outer momentum, and every rank's replica and moments.
 #pragma once
 #include <functional>
 #include <memory>
@@ -49,6 +49,8 @@ class GradientSync {
 
     virtual ~GradientSync() = default;
     virtual const char* name() const = 0;  // for the log: "ordered through host memory"
+    // The factor of the gradient that a rank computes.  1: a part of the mean over the global batch, to be summed.
+    virtual float gradient_scale() const { return 1; }
 
     // Once, before the first step, when memory is placed and zero: writes constants and connects the ranks.
     virtual void start(Stream s) = 0;
@@ -83,6 +85,9 @@ class GradientSync {
     virtual std::vector<StateTensor> parameters() = 0;
     virtual std::vector<StateTensor> state() = 0;
     virtual bool is_scattered() const { return false; }
+    // On rank 0, before state() is read from a checkpoint that has tensors of these names: state() then has those that
+    // the method takes.  Returns why the run goes on, but not bit for bit; empty: it does.
+    virtual std::string accept(const std::vector<std::string>&) { return {}; }
     virtual uint64_t updates() const = 0;
     virtual void set_updates(uint64_t n) = 0;
     // All ranks call these.  collect_state: rank 0's tensors get what all ranks keep.  distribute_state: rank 0's

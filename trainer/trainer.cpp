@@ -138,7 +138,7 @@ Pass Trainer::training_pass(const Batch& batch, const Tensors& grads, bool accum
             .batch = batch,
             .recompute = o_.train.recompute,
             .train = true,
-            .grad_scale = 1.0f / (float(o_.train.global_batch_size) * float(o_.model.T)),
+            .grad_scale = sync_->gradient_scale() / (float(o_.train.global_batch_size) * float(o_.model.T)),
             .accumulate = accumulate,
             .stream = stream_};
 }

@@ -62,6 +62,7 @@ class Trainer {
     std::vector<StateTensor> parameters() { return sync_->parameters(); }
     void parameters_changed();
     std::vector<StateTensor> moments() { return sync_->state(); }
+    std::string accept(const std::vector<std::string>& saved) { return sync_->accept(saved); }  // see GradientSync
     uint64_t updates() const { return sync_->updates(); }
     void set_updates(uint64_t n) { sync_->set_updates(n); }  // from a checkpoint
     // See GradientSync.
