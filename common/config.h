@@ -71,6 +71,7 @@ struct Config {
     } log;
     struct Parallel {
         ParallelMethod method = ParallelMethod::allreduce;
+        int servers = 1, staleness = 0;  // of a parameter server; 0: synchronous
         UseAllReduce allreduce = UseAllReduce::automatic;
         bool overlap = false;                      // sum gradients beside the backward pass
         Precision reduce_dtype = Precision::fp32;  // of gradients on the wire

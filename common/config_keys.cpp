@@ -133,10 +133,17 @@ std::vector<Key> table() {
         {"checkpoint.on_error"},
         {KEY(log.interval), .may_change = true, .range = from(1, kMaxSteps),
          .meaning = "a step record every so many steps"},
-        {KEY(parallel.method), .may_change = true, .later = {"parameter_server"},
+        {KEY(parallel.method), .may_change = true,
          .meaning = "how ranks train one model together. `allreduce`: every rank gets the sum of all gradients in every "
-                    "step. `diloco`: every rank trains a replica on its share of each batch, and all exchange their "
-                    "parameters every sync_interval steps"},
+                    "step. `parameter_server`: the last `parallel.servers` ranks own parameters and optimizer state, the "
+                    "others send gradients to them. `diloco`: every rank trains a replica on its share of each batch, and "
+                    "all exchange their parameters every sync_interval steps"},
+        {KEY(parallel.servers), .may_change = true, .range = from(1, 4096),
+         .meaning = "parameter_server: ranks that serve, the last ones; the others train"},
+        {KEY(parallel.staleness), .may_change = true, .range = from(0, kMaxSteps),
+         .meaning = "parameter_server: 0: synchronous, the bits of `allreduce: ordered`. s > 0: asynchronous; a share of "
+                    "step t is begun when all gradients up to step t - s - 1 are applied, and each is applied when it "
+                    "comes. A lost worker then leaves the others training"},
         {KEY(parallel.allreduce), .may_change = true,
          .meaning = "how ranks sum gradients. auto: `nccl` where every rank has a GPU of its own, else `ordered` where "
                     "the rank count allows it, else `mpi`. With 2^k * odd micro-batches a step, `ordered` keeps up to "
@@ -157,8 +164,6 @@ std::vector<Key> table() {
         {KEY(parallel.pipeline), .may_change = true, .range = from(1, 4096),
          .meaning = "ranks that share the layers, as stages of a pipeline; this build has 1 only"},
         {"parallel.schedule"},
-        {"parallel.servers"},
-        {"parallel.staleness"},
         {KEY(parallel.sync_interval), .may_change = true, .range = from(1, kMaxSteps),
          .meaning = "diloco: steps from one exchange to the next; with outer_learning_rate 1 and outer_momentum 0 it "
                     "averages parameters (local SGD)"},

@@ -46,8 +46,9 @@ WORDS(ScheduleKind, constant, cosine, linear, wsd)  // schedule.name: trainer/sc
 
 // parallel.method: how ranks train one model together.
 WORDS(ParallelMethod,
-      allreduce,  // every rank has the sum of all gradients in every step
-      diloco      // ranks train replicas, and exchange parameters every so many steps (trainer/local_sgd.h)
+      allreduce,         // every rank has the sum of all gradients in every step
+      parameter_server,  // the last ranks own parameters and optimizer, and the others send gradients to them
+      diloco             // ranks train replicas, and exchange parameters every so many steps (trainer/local_sgd.h)
 )
 
 WORDS(OuterDtype, fp32, bf16, int4)  // parallel.outer_dtype: comm/quantized.h has the formats

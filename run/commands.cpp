@@ -5,15 +5,19 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <thread>
 
 #include "common/hash.h"
 #include "run/inputs.h"
 #include "run/options.h"
 #include "run/rank_table.h"
+#include "run/roles.h"
 #include "run/training_run.h"
 #include "trainer/broadcast.h"
+#include "trainer/parameter_server.h"
 
 namespace {
 // Sets this rank's number of threads: the config's, else the rank's share of the cores in its affinity mask.  Ranks of
@@ -82,6 +86,21 @@ Exit run_eval(const Context& x, const CommandLine& line) {
     return Exit::complete;
 }
 
+// Until the workers end the run.
+Exit run_server(const Context& x) {
+    ParameterServer server(x.device.world, training_options(x));
+    const Exit code = server.serve([&](int64_t step) {
+        x.progress.run_dir = x.run_dir;  // from here on a failure shows in status.json
+        x.progress.step = step;
+    });
+    if (server.has_lost()) {
+        // MPI's end would wait for the lost worker.  All others are at theirs, and what they printed needs a moment.
+        std::this_thread::sleep_for(std::chrono::seconds(1));
+        x.comm.abort(code);
+    }
+    return code;
+}
+
 Exit run_bench(const Context& x, const CommandLine& line) {
     if (x.comm.size() > 1) fail(Exit::usage, "bench runs on one rank; start it without mpirun -np {}", x.comm.size());
     if (!x.device.note.empty()) x.log.info("{}", x.device.note);
@@ -108,7 +127,17 @@ Exit run_command(const CommandLine& line, Comm& comm, Log& log, Progress& progre
     const int threads = set_threads(config, comm);
     // bench times the ops of a training step.
     const bool training = line.command == Command::train || line.command == Command::bench;
-    const Context x{choose_device(config, comm, log, training), comm, log, config, dir, threads, commit, progress};
+    const Roles roles(comm, config, line.command == Command::train);
+    const Context x{choose_device(config, comm, roles.together(), log, training),
+                    roles.group(),
+                    log,
+                    config,
+                    dir,
+                    threads,
+                    commit,
+                    progress,
+                    roles.link()};
+    if (roles.serves()) return run_server(x);
     switch (line.command) {
         case Command::generate:
             return run_generate(x, line);

@@ -17,11 +17,12 @@ struct Progress {
 
 struct Context {
     RunDevice device;
-    Comm& comm;
+    Comm& comm;  // the ranks of this rank's role
     Log& log;
     Config config;
     fs::path run_dir;
     int threads;         // of this rank
     std::string commit;  // of the source this binary was built from
     Progress& progress;
+    Comm* link = nullptr;  // workers, then servers; null where nobody serves
 };

@@ -9,6 +9,7 @@
 
 #include "common/hash.h"
 #include "run/attention_kernels.h"
+#include "run/roles.h"
 
 #ifndef KILN_CUDA
 #define KILN_CUDA 0
@@ -31,14 +32,14 @@ bool needs_gpu(UseAttention kernels) {
 }
 
 // `why`: the reason for using no GPU; empty where the config asks for the CPU.
-RunDevice cpu(const Config& config, Comm& comm, const std::string& why) {
+RunDevice cpu(const Config& config, Comm& together, const std::string& why) {
     if (config.device.dtype != Precision::fp32)
         fail(Exit::usage, "device.dtype: {} needs a GPU{}{}; the CPU computes in fp32", word_of(config.device.dtype),
              why.empty() ? "" : "; ", why);
     if (needs_gpu(config.device.attention))
         fail(Exit::usage, "device.attention: {} needs a GPU{}{}; use device.attention: auto",
              word_of(config.device.attention), why.empty() ? "" : "; ", why);
-    RunDevice chosen{.k = cpu_backend(), .world = Group(cpu_backend(), comm), .name = "cpu"};
+    RunDevice chosen{.k = cpu_backend(), .world = Group(cpu_backend(), together), .name = "cpu"};
     if (!why.empty()) chosen.note = "device.kind: auto uses the CPU; " + why;
     return chosen;
 }
@@ -98,7 +99,7 @@ std::string attention_refusal(Comm& comm, AttentionKernel kernel) {
     return fmt::format("rank(s) {}: {}", ranks_without(able), first->data());
 }
 
-RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool training) {
+RunDevice gpu(const Config& config, Comm& comm, Comm& together, Log& log, int n_devices, bool training) {
     const CudaDevice device = open_cuda_device(comm.local_rank() % n_devices);
     const SelectedAttention attention =
         select_attention(config, attention_refusal(comm, preferred_attention(config)), training);
@@ -110,11 +111,11 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
         log.warn(
             "ranks share GPUs (on rank 0's host {} ranks share {} GPU(s)): gradients are reduced through host memory",
             comm.local_size(), n_devices);
-    const bool by_nccl = training && has_own_gpu && comm.size() > 1 && takes_nccl(config.parallel.allreduce) &&
-                         config.parallel.reduce_dtype == Precision::fp32;
+    const bool by_nccl = training && has_own_gpu && together.size() > 1 && !has_servers(config) &&
+                         takes_nccl(config.parallel.allreduce) && config.parallel.reduce_dtype == Precision::fp32;
     const size_t before = k.memory_state().n_free;
-    Group world =
-        by_nccl ? Group(k, comm, std::make_unique<NcclComm>(comm, config.run.timeout_seconds)) : Group(k, comm);
+    Group world = by_nccl ? Group(k, together, std::make_unique<NcclComm>(together, config.run.timeout_seconds))
+                          : Group(k, together);
     const size_t nccl_bytes = by_nccl ? before - std::min(before, k.memory_state().n_free) : 0;
     return {.k = k,
             .world = std::move(world),
@@ -132,10 +133,11 @@ RunDevice gpu(const Config& config, Comm& comm, Log& log, int n_devices, bool tr
 #endif
 }  // namespace
 
-RunDevice choose_device(const Config& config, Comm& comm, [[maybe_unused]] Log& log, [[maybe_unused]] bool training) {
+RunDevice choose_device(const Config& config, [[maybe_unused]] Comm& comm, Comm& together, [[maybe_unused]] Log& log,
+                        [[maybe_unused]] bool training) {
     switch (config.device.kind) {
         case DeviceKind::cpu:
-            return cpu(config, comm, "");
+            return cpu(config, together, "");
         case DeviceKind::automatic:
         case DeviceKind::cuda:
             break;
@@ -146,14 +148,14 @@ RunDevice choose_device(const Config& config, Comm& comm, [[maybe_unused]] Log& 
     const int mine = cuda_device_count(&why);
     std::vector<int> all(size_t(comm.size()));  // (ranks) devices that each rank sees
     comm.all_gather(&mine, all.data(), sizeof mine);
-    if (std::ranges::all_of(all, [](int n) { return n > 0; })) return gpu(config, comm, log, mine, training);
+    if (std::ranges::all_of(all, [](int n) { return n > 0; })) return gpu(config, comm, together, log, mine, training);
     const std::string none = mine > 0 ? fmt::format("rank(s) {} have no GPU", ranks_without(all)) : "no GPU: " + why;
     if (gpu_only) fail(Exit::usage, "device.kind: cuda, but {}; use device.kind: cpu", none);
-    return cpu(config, comm, none);
+    return cpu(config, together, none);
 #else
     if (gpu_only)
         fail(Exit::usage,
              "device.kind: cuda is not available in this build, which was made without nvcc; use device.kind: cpu");
-    return cpu(config, comm, "no GPU: this build was made without CUDA");
+    return cpu(config, together, "no GPU: this build was made without CUDA");
 #endif
 }

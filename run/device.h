@@ -9,7 +9,8 @@
 
 struct RunDevice {
     const Backend& k;
-    Group world;                  // all ranks: by NCCL where gradients are reduced so, else by messages of the host
+    Group world;                  // the ranks that step together: by NCCL where gradients are reduced so, else by
+                                  // messages of the host
     std::string name;             // "cpu", or the GPU's name
     std::string attention;        // name of the attention kernels: "portable"; empty on the CPU
     std::string bus_id;           // PCI bus id of the GPU: "0000:01:00.0"; empty on the CPU
@@ -32,4 +33,5 @@ struct LibraryBytes {
 // without a usable device, a device that cannot be opened, or a dtype or device.attention that the device cannot
 // compute with.  Ranks of a host take its GPUs in turn; all use the same attention kernels (run/attention_kernels.h).
 // `training`: gradients will be reduced, by NCCL where parallel.allreduce and the devices allow NCCL.
-RunDevice choose_device(const Config& config, Comm& comm, Log& log, bool training);
+// `together`: those of all ranks, `comm`, that step together with this one.
+RunDevice choose_device(const Config& config, Comm& comm, Comm& together, Log& log, bool training);

@@ -36,6 +36,6 @@ std::vector<int32_t> prompt_tokens(const Tokenizer& tokenizer, const std::string
 }
 
 EvalResult evaluate_on(const Context& x, Session& model, const TokenStream& val) {
-    return evaluate(model, x.comm, eval_sequences(x.config, val),
+    return evaluate(model, x.device.world.host(), eval_sequences(x.config, val),
                     [&](uint64_t i, std::span<int32_t> in, std::span<int32_t> out) { val.read(i, in, out); });
 }

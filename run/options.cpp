@@ -1,11 +1,15 @@
 #include "run/options.h"
 
 #include "comm/topology.h"
+#include "run/roles.h"
 
 namespace {
 // The algorithm that parallel.allreduce names; `auto` follows fixed rules, never timing.
 AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) {
     if (c.parallel.method == ParallelMethod::diloco) return AllReduce::mpi;  // no gradient is summed over ranks
+    const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
+    const AllReduce by_host = (size & (size - 1)) == 0 && runs % size == 0 ? AllReduce::ordered : AllReduce::mpi;
+    if (has_servers(c)) return by_host;  // only says how a worker adds up its micro-batches
     switch (c.parallel.allreduce) {
         case UseAllReduce::mpi:
             return AllReduce::mpi;
@@ -21,9 +25,7 @@ AllReduce choose_all_reduce(const Config& c, const RunDevice& device, int size) 
         case UseAllReduce::automatic:
             break;
     }
-    if (device.has_own_gpu) return AllReduce::nccl;
-    const int runs = 1 << split_runs(c.train.global_batch_size / c.train.micro_batch_size).k;
-    return (size & (size - 1)) == 0 && runs % size == 0 ? AllReduce::ordered : AllReduce::mpi;
+    return device.has_own_gpu ? AllReduce::nccl : by_host;
 }
 
 void check_reduce_dtype(const Config& c, AllReduce how) {
@@ -65,8 +67,12 @@ ActivationShape forward_shape(const Config& c, int B) {
 }
 
 TrainerOptions training_options(const Context& x) {
-    const Config& c = x.config;
-    const AllReduce how = choose_all_reduce(c, x.device, x.comm.size());
+    Config c = x.config;
+    if (is_asynchronous(c)) {  // a step of one worker is its share of the batch
+        batch_share(c.train.global_batch_size, c.train.micro_batch_size, 0, x.comm.size(), false);  // or an error
+        c.train.global_batch_size /= x.comm.size();
+    }
+    const AllReduce how = choose_all_reduce(c, x.device, is_asynchronous(c) ? 1 : x.comm.size());
     check_reduce_dtype(c, how);
     return {.model = model_config(c),
             .train = c.train,
@@ -75,7 +81,9 @@ TrainerOptions training_options(const Context& x) {
             .allreduce = how,
             .seed = c.run.seed,
             .real = real_of(c.device.dtype),
-            .graph = c.device.graph};
+            .graph = c.device.graph,
+            .link = x.link,
+            .timeout_s = c.run.timeout_seconds};
 }
 
 Schedule schedule_of(const Config& c, int64_t total_steps) {

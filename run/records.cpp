@@ -1,10 +1,13 @@
 #include "run/records.h"
 
+#include <fmt/ranges.h>
+
 #include <cmath>
 
 #include "common/clock.h"
 #include "common/hash.h"
 #include "run/options.h"
+#include "run/roles.h"
 
 namespace {
 using nlohmann::ordered_json;
@@ -47,6 +50,10 @@ ordered_json run_record(const Context& x, const Trainer& trainer, const RunState
     if (!x.device.attention.empty()) record["attention"] = x.device.attention;
     if (!state.choices.empty()) record["gemm_choices"] = hash_text(hash64(state.choices));
     if (!x.device.nccl_algorithms.empty()) record["nccl_algorithms"] = x.device.nccl_algorithms;
+    if (has_servers(x.config))
+        record.update({{"method", word_of(x.config.parallel.method)},
+                       {"servers", x.config.parallel.servers},
+                       {"staleness", x.config.parallel.staleness}});
     record.update({{"world", x.comm.size()},
                    {"threads", x.threads},
                    {"allreduce", all_reduce_name(training_options(x).allreduce)},
@@ -90,4 +97,23 @@ ordered_json step_record(const RunState& after, const StepResult& r, double lear
 ordered_json eval_record(int64_t step, const EvalResult& r) {
     return {{"type", "eval"},         {"step", step},      {"val_loss", r.loss}, {"perplexity", std::exp(r.loss)},
             {"accuracy", r.accuracy}, {"tokens", r.tokens}};
+}
+
+ordered_json servers_event(int64_t step, const std::vector<ServerReport>& servers, const std::vector<int>& lost) {
+    ordered_json list = ordered_json::array();
+    for (const ServerReport& s : servers)
+        list.push_back({{"rank", s.rank},
+                        {"first", s.first},
+                        {"elements", s.count},
+                        {"applied", s.applied},
+                        {"repeated", s.n_repeated},
+                        {"skipped", s.n_skipped},
+                        {"largest_staleness", s.largest_staleness}});
+    return {{"type", "event"}, {"step", step}, {"event", "parameter_server"}, {"lost", lost}, {"servers", list}};
+}
+
+std::string servers_summary(const std::vector<ServerReport>& servers, const std::vector<int>& lost) {
+    return fmt::format("{} server(s) applied each gradient once, {} of the workers; staleness up to {}{}",
+                       servers.size(), fmt::join(servers[0].applied, ", "), servers[0].largest_staleness,
+                       lost.empty() ? "" : fmt::format("; rank(s) {} were lost", fmt::join(lost, ", ")));
 }

@@ -23,3 +23,8 @@ nlohmann::ordered_json step_record(const RunState& after, const StepResult& r, d
                                    const StepSpeed& speed, const std::optional<GpuSample>& gpu);
 
 nlohmann::ordered_json eval_record(int64_t step, const EvalResult& r);
+
+// Of a parameter server, at the end of a run: the `event` record, and a line for the log.
+nlohmann::ordered_json servers_event(int64_t step, const std::vector<ServerReport>& servers,
+                                     const std::vector<int>& lost);
+std::string servers_summary(const std::vector<ServerReport>& servers, const std::vector<int>& lost);

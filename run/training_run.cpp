@@ -16,7 +16,6 @@
 
 namespace {
 constexpr int kMaxBadSteps = 10;  // so many in a row mean a dead run, not bad luck
-constexpr int kMemorySteps = 3;   // after so many, everything made at first use exists, graphs too
 
 int64_t total_steps(const Config& c, const TokenStream& data) {
     if (c.train.max_steps > 0) return c.train.max_steps;
@@ -57,14 +56,6 @@ size_t memory_taken(const RunDevice& d) {
     return d.memory.n_free - std::min(d.memory.n_free, d.k.memory_state().n_free);
 }
 
-// KILN_RECORD_SEQUENCES=PREFIX: each rank appends the indices of the sequences it read to PREFIX.<rank>, a line per
-// micro-batch.  For the tests, which check that the ranks' shares are disjoint and complete.
-void record_sequences(const Loader::MicroBatch& m, int rank) {
-    const char* prefix = std::getenv("KILN_RECORD_SEQUENCES");
-    if (!prefix) return;
-    OutFile out(fmt::format("{}.{}", prefix, rank), true);
-    out.write(fmt::format("{}\n", fmt::join(m.sequences, " ")));
-}
 }  // namespace
 
 TrainingRun::TrainingRun(const Context& x, OpenMode mode)
@@ -102,7 +93,17 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
     start(mode);
 }
 
+// KILN_RECORD_SEQUENCES=PREFIX: each rank appends the indices of the sequences it read to PREFIX.<rank>, a line per
+// micro-batch.  For the tests, which check that the ranks' shares are disjoint and complete.
+void TrainingRun::record_sequences(const Loader::MicroBatch& m) const {
+    const char* prefix = std::getenv("KILN_RECORD_SEQUENCES");
+    if (!prefix) return;
+    OutFile out(fmt::format("{}.{}", prefix, x_.comm.rank()), true);
+    out.write(fmt::format("{}\n", fmt::join(m.sequences, " ")));
+}
+
 Exit TrainingRun::run() {
+    if (ShareSource* shares = trainer_.shares()) return run_shares(*shares);
     const Config& c = x_.config;
     Loader loader(train_, c.model.context_length,
                   {.global_batch_size = c.train.global_batch_size,
@@ -115,7 +116,7 @@ Exit TrainingRun::run() {
                   state_.sequences / uint64_t(c.train.global_batch_size));
     const auto next = [&]() -> Trainer::Tokens {
         const Loader::MicroBatch& m = loader.next();
-        record_sequences(m, x_.comm.rank());
+        record_sequences(m);
         return {m.inputs, m.targets, m.order};
     };
     while (state_.step < total_steps_) {
@@ -134,12 +135,17 @@ Exit TrainingRun::run() {
 
 // Success counts only when every rank has got here.
 Exit TrainingRun::finish(Exit code) {
-    x_.comm.barrier();
+    x_.device.world.host().barrier();
     const uint64_t weights = trainer_.weights_hash();
     if (x_.comm.rank() != 0) return code;
+    if (const std::vector<ServerReport> servers = trainer_.server_reports(); !servers.empty()) {
+        dir_->record(servers_event(state_.step, servers, shares_.lost));
+        x_.log.info("{}", servers_summary(servers, shares_.lost));
+    }
     const char* state = code == Exit::complete ? "complete" : "stopped";
     x_.log.info("{} at step {}, weights {}", state, state_.step, hash_text(weights));
     write_status(x_.run_dir, state, state_.step, int(code), "");
+    trainer_.close(code);
     return code;
 }
 
@@ -292,26 +298,33 @@ void TrainingRun::step(const Trainer::NextMicroBatch& next) {
     state_.updates = trainer_.updates();
     x_.progress.step = state_.step;
     const double ms = clock.ms();
-    const Traffic now = x_.comm.traffic(), traffic{now.sent - before.sent, now.received - before.received};
     const bool last = state_.step == total_steps_;
-    if (x_.comm.rank() == 0 && (last || state_.step % c.log.interval == 0)) record_step(r, lr, ms, traffic, last);
+    if (x_.comm.rank() == 0 && (last || state_.step % c.log.interval == 0))
+        record_step(r, lr,
+                    {.ms = ms, .tokens_per_s = double(tokens_per_step()) / ms * 1e3, .traffic = traffic_since(before)},
+                    last);
     if (state_.step == first_step_ + kMemorySteps || (last && state_.step < first_step_ + kMemorySteps)) check_memory();
     bad_steps_ = r.updated ? 0 : bad_steps_ + 1;
     if (!r.updated) bad_step(r);
 }
 
-void TrainingRun::record_step(const StepResult& r, double learning_rate, double ms, Traffic traffic, bool last) {
-    const double rate = double(tokens_per_step()) / ms * 1e3;
+// Of this rank.
+Traffic TrainingRun::traffic_since(Traffic before) const {
+    const Traffic now = x_.comm.traffic();
+    return {now.sent - before.sent, now.received - before.received};
+}
+
+void TrainingRun::record_step(const StepResult& r, double learning_rate, StepSpeed speed, bool last) {
+    const double rate = speed.tokens_per_s;
     const ModelConfig& c = trainer_.config();
-    const std::optional<double> mfu = share_of(peak_, c.architecture->flops_per_token(c) * rate);
+    const std::optional<double> mfu = speed.mfu = share_of(peak_, c.architecture->flops_per_token(c) * rate);
     if (!mfu && peak_.flops() && !std::exchange(peak_is_doubted_, true))
         x_.log.warn("step {} is faster than the {} peak allows: {}; the MFU of such steps is left out", state_.step,
                     peak_.used(),
                     peak_.vendor_flops ? "the vendor's figure is not this device's"
                                        : "other programs had the processors when it was measured");
     const std::optional<GpuSample> gpu = gpu_ ? gpu_->latest() : std::nullopt;
-    dir_->record(
-        step_record(state_, r, learning_rate, {.ms = ms, .tokens_per_s = rate, .mfu = mfu, .traffic = traffic}, gpu));
+    dir_->record(step_record(state_, r, learning_rate, speed, gpu));
     const double seconds_left =
         (run_clock_.ms() / 1e3) / double(state_.step - first_step_) * double(total_steps_ - state_.step);
     x_.log.progress(fmt::format("step {}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {:.0f} tok/s{}  {:.0f}%  ETA {}",
@@ -357,7 +370,7 @@ void TrainingRun::bad_step(const StepResult& r) {
 bool TrainingRun::out_of_time() {
     if (x_.config.run.max_minutes <= 0) return false;
     uint8_t stop = run_clock_.ms() > x_.config.run.max_minutes * 60e3;
-    x_.comm.broadcast(&stop, 1, 0);  // rank 0's clock decides for all
+    x_.device.world.host().broadcast(&stop, 1, 0);  // rank 0's clock decides for all that step together
     return stop;
 }
 
@@ -367,7 +380,7 @@ void TrainingRun::evaluate_and_sample() {
     if (x_.comm.rank() == 0) record_evaluation(r);
     if (x_.comm.rank() == 0 || trainer_.session().needs_all_ranks()) sample();
     trainer_.leave_evaluation();
-    x_.comm.barrier();  // a reduction has a deadline; ranks may wait longer here
+    x_.device.world.host().barrier();  // a reduction has a deadline; ranks may wait longer here
 }
 
 void TrainingRun::record_evaluation(const EvalResult& r) {
@@ -405,5 +418,5 @@ void TrainingRun::save() {
         save_checkpoint(dir_->checkpoints(), {trainer_.config(), *parameters_, *moments_, state_},
                         x_.config.checkpoint.keep, [&] { dir_->sync_metrics(); });
     }
-    x_.comm.barrier();
+    x_.device.world.host().barrier();
 }

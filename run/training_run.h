@@ -14,6 +14,7 @@
 #include "data/tokenizer.h"
 #include "run/context.h"
 #include "run/nvml.h"
+#include "run/records.h"
 #include "run/run_dir.h"
 #include "trainer/evaluate.h"
 #include "trainer/schedule.h"
@@ -32,7 +33,9 @@ class TrainingRun {
     void resume_from(const fs::path& checkpoint);
     void announce();
     void announce_peak();
-    void record_step(const StepResult& r, double learning_rate, double ms, Traffic traffic, bool last);
+    Traffic traffic_since(Traffic before) const;
+    void record_step(const StepResult& r, double learning_rate, StepSpeed speed, bool last);
+    void record_sequences(const Loader::MicroBatch& m) const;
     void step(const Trainer::NextMicroBatch& next);
     void check_memory();
     void bad_step(const StepResult& r);
@@ -43,6 +46,15 @@ class TrainingRun {
     void save();
     Exit finish(Exit code);
     uint64_t tokens_per_step() const;
+
+    // Of a run whose ranks do not step together (run/share_run.cpp):
+    Exit run_shares(ShareSource& shares);
+    int64_t next_stop() const;
+    void compute_share(int64_t share, const Loader::Plan& plan);
+    void record_share(int64_t share, const StepResult& r, double learning_rate, double ms, Traffic traffic);
+    void record_lost(const std::vector<int>& lost);
+
+    static constexpr int kMemorySteps = 3;  // after so many, everything made at first use exists, graphs too
 
     const Context& x_;
     TokenStream train_;
@@ -61,4 +73,13 @@ class TrainingRun {
     int64_t first_step_ = 0;  // at which this process began
     int bad_steps_ = 0;
     bool peak_is_doubted_ = false;
+    // Of a run by shares, on rank 0:
+    struct Shares {
+        int per_step = 1;
+        int64_t first = 0;                      // dealt since all ranks were at state_.step
+        uint64_t first_tokens = 0;              // state_.tokens then
+        int64_t n_computed = 0, recorded = -1;  // by this rank; the last one in a record
+        Stopwatch since_record;
+        std::vector<int> lost;  // workers that are known to be lost
+    } shares_;
 };

@@ -22,10 +22,10 @@
 //   ZeRO (trainer/sharded_update.h)
 //       Each rank owns a shard of the flat buffers.  gradient_ready sums rows of the part into their owners.  finish_step
 //       sums the squares of all shards for the norm, updates the shard, and gathers the parameters that the ops read.
-//   parameter server
-//       gradient_ready downloads the part to pinned memory, and sets a mark.  finish_step, which needs the host, waits
-//       for the marks, sends the parts to the servers, receives the new parameters and uploads them.  The servers have
-//       the optimizers; state() fetches their moments.
+//   parameter server (trainer/served_update.h, trainer/parameter_server.h)
+//       gradient_ready does nothing.  finish_step, which needs the host, sends the gradient to the servers, receives the
+//       new parameters and uploads them.  The servers have the optimizers; collect_state fetches their moments.
+//       Asynchronous: shares() deals the work, begin_step receives the parameters, and finish_step only sends.
 //   local SGD
 //       (trainer/local_sgd.h) finish_step makes norm and update from the gradient of this rank alone, scaled by the
 //       number of ranks.  In every H-th step it also exchanges parameters, and takes a step of an outer optimizer
@@ -38,6 +38,7 @@
 #include "comm/group.h"
 #include "trainer/memory.h"
 #include "trainer/optimizer.h"
+#include "trainer/share_source.h"
 #include "trainer/step_graph.h"
 
 class GradientSync {
@@ -100,6 +101,13 @@ class GradientSync {
     // Between these two calls the parameters in memory are those that a checkpoint keeps, to be evaluated.
     virtual void enter_evaluation(Stream) {}
     virtual void leave_evaluation(Stream) {}
+
+    // A method whose ranks do not step together says what each of them computes; else null.
+    virtual ShareSource* shares() { return nullptr; }
+    // Rank 0, after the last step, where ranks serve others: their counts, then their end, with the run's exit code, when
+    // no rank needs them any more.
+    virtual std::vector<ServerReport> server_reports() { return {}; }
+    virtual void close(Exit) {}
 };
 
 // Makes a method, which plans its memory in `memory`: not allocated yet; it outlives the method.

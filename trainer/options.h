@@ -14,4 +14,7 @@ struct TrainerOptions {
     uint64_t seed = 0;
     DType real = DType::f32;  // bf16: activations and the parameters that ops read; f64: the double instance, for tests
     UseGraph graph = UseGraph::automatic;
+    // Of a parameter server:
+    Comm* link = nullptr;    // workers, then servers; outlives what is made with these options
+    double timeout_s = 600;  // run.timeout_seconds
 };

@@ -56,6 +56,10 @@ class Trainer {
     // Between these two calls session() has the parameters that a checkpoint keeps.
     void enter_evaluation() { sync_->enter_evaluation(stream_); }
     void leave_evaluation() { sync_->leave_evaluation(stream_); }
+    // See GradientSync.
+    ShareSource* shares() { return sync_->shares(); }
+    std::vector<ServerReport> server_reports() { return sync_->server_reports(); }
+    void close(Exit code) { sync_->close(code); }
 
     // The masters: f32 also where ops read bf16, on rank 0 where they are scattered.  After writing to them call
     // parameters_changed().

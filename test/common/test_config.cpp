@@ -159,15 +159,14 @@ TEST_CASE("config: unknown keys get a suggestion (row 1)") {
 
 TEST_CASE("config: what is not built yet is refused by name, never ignored") {
     for (const char* key : {"run.spike_factor", "run.replica_check_interval", "checkpoint.async", "checkpoint.on_error",
-                            "parallel.schedule", "parallel.servers", "parallel.staleness"}) {
+                            "parallel.schedule"}) {
         const std::string override = std::string(key) + "=1";
         CHECK(refusal(kSmall, {override}) == "--set " + override + ": " + key + " is not available in this build");
     }
     CHECK(refusal(with("checkpoint: {async: false}")) == "f.yaml:17: checkpoint.async is not available in this build");
     CHECK(
         refusal(kSmall, {"run.on_bad_step=rewind"}).ends_with("not available in this build; available: skip or stop"));
-    CHECK(refusal(kSmall, {"parallel.method=parameter_server"})
-              .ends_with("not available in this build; available: allreduce or diloco"));
+    CHECK(refusal(kSmall, {"parallel.method=gossip"}).ends_with("expected allreduce, parameter_server or diloco"));
 }
 
 TEST_CASE("config: wrong types (row 2)") {
