@@ -88,7 +88,7 @@ TrainingRun::TrainingRun(const Context& x, OpenMode mode)
     // Parameters first: an error in init_from, or on another rank, must not cost the files of an earlier run.
     const bool root = x.comm.rank() == 0;
     if (root && mode != OpenMode::resume) initialize();
-    x.comm.barrier();
+    patient_barrier(x.comm);
     if (root) dir_ = std::make_unique<RunDirectory>(x.run_dir, mode);
     start(mode);
 }
@@ -158,6 +158,7 @@ void TrainingRun::start(OpenMode mode) {
         if (!found) initialize();
         if (!found) x_.log.info("--resume: no checkpoint in {} yet; starting at step 0", dir_->checkpoints().string());
     }
+    patient_barrier(x_.comm);  // rank 0 has read the checkpoint
     uint64_t cursor[3] = {uint64_t(state_.step), state_.tokens, state_.sequences};
     x_.comm.broadcast(cursor, sizeof cursor, 0);
     state_.step = int64_t(cursor[0]);
@@ -166,11 +167,13 @@ void TrainingRun::start(OpenMode mode) {
     trainer_.distribute_state();
     x_.progress.run_dir = x_.run_dir;  // from here on a failure shows in status.json
     x_.progress.step = first_step_ = state_.step;
-    if (x_.config.device.tuning == UseTuning::on)
+    if (x_.config.device.tuning == UseTuning::on) {
+        const PatientScope scope(x_.comm);  // rank 0 measures
         state_.choices =
             agree_on_choices(x_.device.k, x_.comm, x_.log, state_.choices, [&] { return trainer_.tune(); });
-    else
+    } else {
         state_.choices.clear();
+    }
     const std::vector<std::string> ranks = rank_table(x_.comm, x_.device, grid_of(x_.config, x_.comm.size()));
     if (!root) return;
     // Every matrix product and the reduction have run by now: memory taken beyond our own holds the libraries' handles,
@@ -380,7 +383,7 @@ void TrainingRun::evaluate_and_sample() {
     if (x_.comm.rank() == 0) record_evaluation(r);
     if (x_.comm.rank() == 0 || trainer_.session().needs_all_ranks()) sample();
     trainer_.leave_evaluation();
-    x_.device.world.host().barrier();  // a reduction has a deadline; ranks may wait longer here
+    patient_barrier(x_.device.world.host());  // rank 0 has sampled
 }
 
 void TrainingRun::record_evaluation(const EvalResult& r) {
@@ -418,5 +421,5 @@ void TrainingRun::save() {
         save_checkpoint(dir_->checkpoints(), {trainer_.config(), *parameters_, *moments_, state_},
                         x_.config.checkpoint.keep, [&] { dir_->sync_metrics(); });
     }
-    x_.device.world.host().barrier();
+    patient_barrier(x_.device.world.host());  // rank 0 has written
 }
