@@ -77,7 +77,7 @@ class Comm {
     // Messages of one tag from one rank to another arrive in the order in which they were sent.
     virtual void send(const void* data, size_t n_bytes, int to, int tag = 0) = 0;  // 0 <= tag < kTags
     virtual void recv(void* data, size_t n_bytes, int from, int tag = 0) = 0;
-    static constexpr int kTags = 1 << 14;
+    static constexpr int kTags = (1 << 14) - 1;
     // Both at once: rings of ranks that send and receive do not wait for each other.
     virtual void send_recv(const void* send, size_t n_send, int to, void* recv, size_t n_recv, int from) = 0;
     virtual void barrier() = 0;

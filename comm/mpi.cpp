@@ -267,7 +267,7 @@ class MpiComm final : public Comm {
         if (from != rank_) counter()->add({.received = n_bytes});
         return MPI_Irecv(data, as_count(n_bytes), MPI_BYTE, from, tag, comm_, r);
     }
-    static constexpr int kExchangeTag = kTags;
+    static constexpr int kExchangeTag = kTags;  // the emulated NCCL has those beyond, up to MPI's last
     static int checked(int tag) {
         CHECK_THAT(tag >= 0 && tag < kTags, "a message with tag {}; tags are 0 to {}", tag, kTags - 1);
         return tag;
