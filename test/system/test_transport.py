@@ -56,7 +56,8 @@ def test_a_finalize_that_hangs_is_cut_short_with_the_exit_code(lab: Lab) -> None
 
 def test_the_traffic_of_a_run_is_that_of_the_network(lab: Lab, hosts: Callable[..., Hosts]) -> None:
     """Two ranks on two hosts: the bytes that rank 0 counts, and those of its host's network interface, which has
-    headers, UCX's acknowledgements and mpirun's connections too.  Seen to fail with: recv not counted."""
+    headers and mpirun's connections too: seen were 0.3 to 2.1 %.  A segment has 66 bytes of headers for 1448 and may be
+    acknowledged by 66 more: 9.1 %.  Seen to fail with: recv not counted."""
     cluster = hosts(2)
     config = lab.config("run", {"model.n_embd": 128, "train.max_steps": 10, "checkpoint.interval": 0})
 
@@ -71,4 +72,4 @@ def test_the_traffic_of_a_run_is_that_of_the_network(lab: Lab, hosts: Callable[.
     assert counted, result.out
     for of_kiln, of_network in zip(map(int, counted.groups()), (sent, received), strict=True):
         print(f"counted {of_kiln} bytes, at the interface {of_network}: {100 * (of_network / of_kiln - 1):.2f} % more")
-        assert of_kiln <= of_network <= 1.02 * of_kiln
+        assert of_kiln <= of_network <= 1.1 * of_kiln
