@@ -20,6 +20,18 @@ size_t count_params(const TrainerOptions& o) {
 std::vector<FlatParam> my_params(const TrainerOptions& o, Range shard) {
     return cut_params(flat_params(o.model.architecture->params(o.model)), shard);
 }
+
+// An update by one share of n in a step, instead of one by all of them.  Adam and Lion divide by the size of a gradient,
+// which for a share is mostly noise: their rate falls with the square root of n (Malladi et al. 2022, arXiv 2205.10287).
+// Decay that is apart from the gradient stays, over a step, what it is.
+double rate_scale(const TrainerOptions& o, int n) {
+    return o.optimizer.name == OptimizerKind::sgd ? 1.0 / n : 1 / std::sqrt(n);
+}
+Config::Optimizer of_share(const TrainerOptions& o, int n) {
+    Config::Optimizer out = o.optimizer;
+    if (out.name == OptimizerKind::adamw || out.name == OptimizerKind::lion) out.weight_decay /= n * rate_scale(o, n);
+    return out;
+}
 double seconds_since(std::chrono::steady_clock::time_point t) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - t).count();
 }
@@ -40,7 +52,8 @@ ParameterServer::ParameterServer(const Group& servers, const TrainerOptions& opt
       moment_arena_(make_param_arena("optimizer state", DType::f32)),
       slot_arena_(make_param_arena("gradients of the workers", DType::f32)),
       scalar_arena_("scalars and scratch"),
-      optimizer_(k_, {{options.optimizer, my_params(options, shard_)}}, DType::f32),
+      optimizer_(k_, {{synchronous_ ? o_.optimizer : of_share(o_, link_.n_workers()), my_params(o_, shard_)}},
+                 DType::f32),
       workers_(size_t(link_.n_workers())),
       log_(link_.n_workers()),
       dealer_(link_.n_workers(), options.parallel.staleness) {
@@ -157,7 +170,7 @@ void ParameterServer::update_by_all(const ServerMessage& push) {
         k_.tree_sum({.y = slot(0), .x = slots_, .parts = n_slots_}, stream_);
     }
     const float norm = norm_of_all();
-    update(slot(0), norm, push);
+    update(slot(0), norm, push.learning_rate);
     send_to_all({.kind = Kind::parameters, .updates = optimizer_.updates(), .norm = norm});
 }
 
@@ -187,12 +200,12 @@ float ParameterServer::norm_of_all() {
 
 void ParameterServer::update_by_one(int worker, const ServerMessage& push) {
     k_.upload(clip_.data, &push.clip, sizeof push.clip, stream_);
-    update(slot(worker), push.norm, push);
+    update(slot(worker), push.norm, push.learning_rate * rate_scale(o_, link_.n_workers()));
 }
 
 // By the gradient, with the clip factor in clip_.
-void ParameterServer::update(Buf gradient, float norm, const ServerMessage& push) {
-    optimizer_.set_rate(push.learning_rate);
+void ParameterServer::update(Buf gradient, float norm, double learning_rate) {
+    optimizer_.set_rate(learning_rate);
     if (shard_.count) optimizer_.update({.param = masters_, .grad = gradient, .clip = clip_}, stream_);
     k_.synchronize(stream_);
     const bool updated = std::isfinite(norm);

@@ -4,9 +4,10 @@
 //                  are summed by the tree of AllReduce::ordered, filled up with zeros to a power of two; the servers
 //                  exchange the sums of squares of their chunks, so that all have the norm and clip factor of the whole
 //                  gradient; each updates its shard and sends it to all workers.  The bits are those of one rank.
-//   asynchronous   A complete push is applied at once, with the clip factor that the worker sends along.  The first
-//                  server also deals the shares.  A worker that holds a share and is not heard of for timeout_s is lost:
-//                  its share is dealt again, and the run goes on.  When it comes back, it is dealt shares again.
+//   asynchronous   A complete push is applied at once, with the clip factor that the worker sends along, at a rate for
+//                  one share of a step.  The first server also deals the shares.  A worker that holds a share and is not
+//                  heard of for timeout_s is lost: its share is dealt again, and the run goes on.  When it comes back, it
+//                  is dealt shares again.
 #pragma once
 #include <chrono>
 #include <functional>
@@ -44,7 +45,7 @@ class ParameterServer {
     void update_by_all(const ServerMessage& push);
     void update_by_one(int worker, const ServerMessage& push);
     float norm_of_all();
-    void update(Buf gradient, float norm, const ServerMessage& push);
+    void update(Buf gradient, float norm, double learning_rate);
     void send_moments(int to);
     void send_to_all(ServerMessage m);
     void deal();

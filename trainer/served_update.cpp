@@ -52,7 +52,6 @@ void ServedUpdate::finish_step(StepGraphs&, Stream s) {
         k_.download(&m.norm, memory_.norm.data, sizeof m.norm, s);
         k_.download(&m.clip, memory_.clip.data, sizeof m.clip, s);
         k_.synchronize(s);
-        m.learning_rate /= link_.n_workers();
         push(m, s);
         k_.set_mark(summed_.get(), s);
         wait_for_all(Kind::done, "the receipt of a gradient");

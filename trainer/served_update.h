@@ -3,8 +3,7 @@
 //
 // Synchronous (parallel.staleness 0): finish_step pushes the gradient to the servers and waits for the parameters.
 // Asynchronous: the gradient is that of this worker's share, as a mean over it.  Before a share the worker pulls the
-// parameters, and after it pushes the gradient, with a clip factor by the norm of this gradient alone and the learning
-// rate divided by the number of workers: a step's shares together move the parameters as far as one update would.
+// parameters, and after it pushes the gradient, with a clip factor by the norm of this gradient alone.
 #pragma once
 #include "comm/group.h"
 #include "trainer/gradient_sync.h"
