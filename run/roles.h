@@ -13,6 +13,12 @@ inline bool is_asynchronous(const Config& c) { return has_servers(c) && c.parall
 // Error(Exit::usage) where other keys contradict parallel.method.
 inline void check_method(const Config& c) {
     const Config::Parallel& p = c.parallel;
+    if (p.method != ParallelMethod::allreduce) {
+        if (p.reduce_dtype != Precision::fp32)
+            fail(Exit::usage, "parallel.reduce_dtype = {} needs parallel.method: allreduce", word_of(p.reduce_dtype));
+        if (p.zero > 0) fail(Exit::usage, "parallel.zero = {} needs parallel.method: allreduce", p.zero);
+        if (p.overlap) fail(Exit::usage, "parallel.overlap = true needs parallel.method: allreduce");
+    }
     if (!has_servers(c)) {
         if (p.servers != 1)
             fail(Exit::usage, "parallel.servers = {} needs parallel.method: parameter_server", p.servers);
@@ -24,10 +30,6 @@ inline void check_method(const Config& c) {
         fail(Exit::usage,
              "parallel.allreduce = {} has no meaning with parameter_server, whose sums are ordered; use auto",
              word_of(p.allreduce));
-    if (p.reduce_dtype != Precision::fp32)
-        fail(Exit::usage, "parallel.reduce_dtype = {} needs parallel.method: allreduce", word_of(p.reduce_dtype));
-    if (p.zero > 0) fail(Exit::usage, "parallel.zero = {} needs parallel.method: allreduce", p.zero);
-    if (p.overlap) fail(Exit::usage, "parallel.overlap = true needs parallel.method: allreduce");
 }
 
 class Roles {

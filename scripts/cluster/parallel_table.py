@@ -141,7 +141,7 @@ def measure(method: Method, steps: int, data: Path, runs: Path) -> Result | None
     timed = taken[WARM_UP:] or taken
     return {"seconds": sum(r["step_ms"] for r in taken) / 1e3,
             "step_ms": mean(r["step_ms"] for r in timed),
-            "exposed_ms": mean(r["phase_ms"]["reduce"] for r in timed),
+            "exposed_ms": mean(r["phase_ms"]["exposed"] for r in timed),
             "bytes_sent": [n / steps for n in sent],            # by each host, per step
             "val_loss": [r["val_loss"] for r in records if r["type"] == "eval"][-1],
             "cpu": shares}
