@@ -54,7 +54,7 @@ CONFIGS: dict[str, tuple[Edit, tuple[str, ...]]] = {
         ("train.global_batch_size = 8", "train.micro_batch_size = 3", "6 or 9"),
     ),
     "ranks": (lambda t: t.replace("batch_size: 1", "batch_size: 8"), ("ranks * train.micro_batch_size = 2 * 8 = 16",)),
-    "later": (lambda t: t + "parallel:\n  zero: 1\n", ("parallel.zero is not available in this build",)),
+    "later": (lambda t: t + "parallel:\n  schedule: 1f1b\n", ("parallel.schedule is not available in this build",)),
     "required": (lambda t: t.replace("  n_layer: 2\n", ""), ("model.n_layer is required",)),
     "byte-order mark": (lambda t: "\ufeff" + t, ("run.yaml: begins with a byte-order mark",)),
     "nesting": (lambda t: "[" * 10000, ("run.yaml:",)),
