@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Two ranks: what overlap hides and what it costs, and ZeRO-1 beside whole updates.  Writes OUT/parallel-2-<date>.json.
+"""Two ranks: what overlap hides and what it costs, and ZeRO-1 beside whole updates.  Writes OUT/two-ranks-<date>.json.
 
     python3 scripts/cluster/bench_parallel.py          a few minutes; needs root and iproute2, as cluster.sh does
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rate", default="1gbit", help="of the two hosts' links")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "parallel")
     args = parser.parse_args()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     cpu = next(line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
@@ -83,7 +83,7 @@ def main() -> None:
                           "hidden of what fits": (plain["exposed"] - overlap["exposed"]) / fits}
         print(link, json.dumps(ways, indent=1))
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"parallel-2-{results['date']}.json"
+    file = args.out / f"two-ranks-{results['date']}.json"
     file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {file}")
 

@@ -5,8 +5,8 @@
     python3 scripts/cluster/parallel_table.py --page                writes the page from the newest result alone
     python3 scripts/cluster/parallel_table.py --only DiLoCo --rates 1gbit --steps 5 --out /tmp/x        a short trial
 
-The hosts are cluster.sh's: namespaces of this machine, which share its cores. Writes OUT/parallel-<date>.json
-(benchmarks/results), and the table and the picture of docs/parallelism.md. A method that ./train does not have is in
+The hosts are cluster.sh's: namespaces of this machine, which share its cores. Writes OUT/four-hosts-<date>.json
+(benchmarks/parallel), and the table and the picture of docs/parallelism.md. A method that ./train does not have is in
 the table as such. Exit code: 0 done, 1 a run has failed, 2 usage, 3 this machine cannot have such hosts.
 """
 from __future__ import annotations
@@ -231,17 +231,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rates", nargs="+", default=list(RATES), metavar="RATE", help="as tc writes them")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="methods whose names contain one of these")
-    parser.add_argument("--out", type=Path, help="also for the page; default: benchmarks/results and docs")
+    parser.add_argument("--out", type=Path, help="also for the page; default: benchmarks/parallel and docs")
     args = parser.parse_args()
-    out = args.out or ROOT / "benchmarks" / "results"
+    out = args.out or ROOT / "benchmarks" / "parallel"
     out.mkdir(parents=True, exist_ok=True)
     if not args.page:
         methods = [m for m in METHODS if not args.only or any(name in m.name for name in args.only)]
         results = measure_all(args.rates, methods, args.steps)
-        (out / f"parallel-{results['date']}.json").write_text(json.dumps(results, indent=1) + "\n")
-    files = sorted(out.glob("parallel-*.json"))
+        (out / f"four-hosts-{results['date']}.json").write_text(json.dumps(results, indent=1) + "\n")
+    files = sorted(out.glob("four-hosts-*.json"))
     if not files:
-        parser.error(f"no {out}/parallel-*.json yet; run without --page")
+        parser.error(f"no {out}/four-hosts-*.json yet; run without --page")
     write_page(json.loads(files[-1].read_text()), args.out / PAGE.name if args.out else PAGE)
     return 0
 

@@ -15,7 +15,7 @@ RESULT = {"date": "2026-12-01", "commit": "abc", "steps": 9, "cores": 2, "hosts"
 
 
 def test_a_page_of_a_result(tmp_path: Path) -> None:
-    (tmp_path / "parallel-2026-12-01.json").write_text(json.dumps(RESULT))
+    (tmp_path / "four-hosts-2026-12-01.json").write_text(json.dumps(RESULT))
     page = tmp_path / "parallelism.md"
     command = [sys.executable, REPO / "scripts" / "cluster" / "parallel_table.py", "--page", "--out", tmp_path]
     assert run(command).code == 0
