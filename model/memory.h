@@ -44,7 +44,7 @@ class ModelMemory {
     DType stat() const { return real() == DType::f64 ? DType::f64 : DType::f32; }
     // f32 also where ops read bf16.  After writing to them: round_masters().
     Buf flat_masters() const { return has_masters() ? master_arena.flat(DType::f32) : flat_params(); }
-    // What ops read; not where only some blocks of it are there at a time.
+    // The parameters that ops read; not where only some blocks are there at a time.
     Buf flat_params() const { return param_arena.flat(real()).slice(0, n_params_); }
     const Tensors& master_tensors() const { return has_masters() ? masters : params; }
     std::vector<StateTensor> parameters() const;  // the masters, as a checkpoint keeps them

@@ -13,6 +13,19 @@ std::vector<FlatParam> flat_params(const std::vector<ParamInfo>& list) {
     return out;
 }
 
+std::vector<FlatParam> cut_params(const std::vector<FlatParam>& flat, Range part) {
+    std::vector<FlatParam> out;
+    for (const auto& [info, range] : flat) {
+        const size_t first = std::max(range.first, part.first), end = std::min(range.end(), part.end());
+        if (first >= end) continue;
+        ParamInfo piece = info;
+        piece.shape = {std::min(end, range.first + info.count()) - first};
+        piece.n_rows_saved = piece.shape[0];
+        out.push_back({piece, {first - part.first, end - first}});
+    }
+    return out;
+}
+
 std::vector<Range> block_ranges(const std::vector<FlatParam>& flat, int n_blocks) {
     std::vector<Range> out;
     size_t first = 0;

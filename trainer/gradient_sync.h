@@ -72,7 +72,7 @@ class GradientSync {
     virtual bool needs_host() const = 0;
     // The host waits until the stream is done.  A lost rank is an Error, not a hang.
     virtual Outcome wait(Stream s) = 0;
-    // Of the last step's passes: the host waited so long for messages.  What a device waits for is not seen.
+    // Of the last step's passes: the host waited so long for messages.  The waits of a device are not seen.
     virtual double waited_ms() const { return 0; }
     // Points in the stream, between which the phases of the last step are timed.
     virtual const Mark* summed() const = 0;

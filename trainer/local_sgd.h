@@ -17,7 +17,7 @@
 // (comm/rank_mean.h).
 //
 // The outer state lies in host memory.  It is used once in H steps, messages need it there, the GPU's memory stays free,
-// and CPU and GPU get the same bits.  What a checkpoint has beside the outer parameters:
+// and CPU and GPU get the same bits.  Beside the outer parameters a checkpoint has:
 //
 //   m.<parameter>, v.<parameter>   worker 0's moments: those that a run of another method goes on with
 //   outer.<parameter>              the outer optimizer's momentum

@@ -35,7 +35,8 @@ class TrainerMemory : public ModelMemory {
     // Gradient buffer 0, where RunFold leaves the sum of this rank's micro-batches.
     Buf gradient() const { return flat_gradient(0); }
     Buf flat_gradient(int buffer) const { return grad_arenas[size_t(buffer)].flat(stat()).slice(0, n_params()); }
-    // With rows of `layout` to the end of the last one, (layout->padded()): in stages 1 and 2 of ZeRO, and in stage 1.
+    // The flat buffers to the end of the last row of `layout`, (layout->padded()).  Stages 1 and 2 of ZeRO have the first,
+    // stage 1 has the second.
     Buf padded_params() const { return param_arena.flat(real()); }
     Buf padded_gradient() const { return grad_arenas.front().flat(stat()); }
 

@@ -173,7 +173,7 @@ std::vector<ServerReport> ServedUpdate::server_reports() {
 
 void ServedUpdate::close(Exit code) { tell_servers({.kind = Kind::close, .end = int64_t(code)}); }
 
-// ---- What a checkpoint keeps.
+// ---- Checkpoints.
 
 Buf ServedUpdate::saved(size_t tensor) {
     if (!saved_arena_.bytes()) {

@@ -31,19 +31,6 @@ Range server_shard(size_t n, int server, int n_servers) {
     return {begin(server), begin(server + 1) - begin(server)};
 }
 
-std::vector<FlatParam> cut_params(const std::vector<FlatParam>& flat, Range shard) {
-    std::vector<FlatParam> out;
-    for (const auto& [info, range] : flat) {
-        const size_t first = std::max(range.first, shard.first), end = std::min(range.end(), shard.end());
-        if (first >= end) continue;
-        ParamInfo part = info;
-        part.shape = {std::min(end, range.first + info.count()) - first};
-        part.n_rows_saved = part.shape[0];
-        out.push_back({part, {first - shard.first, end - first}});
-    }
-    return out;
-}
-
 std::vector<uint64_t> pack(const ServerReport& r) {
     std::vector<uint64_t> out = {uint64_t(r.rank), r.first, r.count, r.n_repeated, r.n_skipped, r.largest_staleness};
     out.insert(out.end(), r.applied.begin(), r.applied.end());

@@ -1,4 +1,4 @@
-// What workers and servers of a parameter server share: who they are, who owns what, and their messages.
+// The part that workers and servers of a parameter server share: their numbers, their shards, and their messages.
 #pragma once
 #include <memory>
 #include <optional>
@@ -16,9 +16,6 @@ int count_workers(int size, int n_servers);
 // shorter), so that the chunks' sums of squares are those of one rank.  Two servers differ by one chunk at most; where
 // chunks are fewer than servers, some own nothing.
 Range server_shard(size_t n, int server, int n_servers);
-
-// The parts of the parameters that lie in the shard, as vectors whose places count from the shard's first element.
-std::vector<FlatParam> cut_params(const std::vector<FlatParam>& flat, Range shard);
 
 // A message: this header, then numbers.
 //

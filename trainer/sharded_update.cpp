@@ -68,8 +68,9 @@ void ShardedUpdate::begin_backward(Stream s) {
     join(s);
     next_row_ = layout_.n_rows();
     const int last = memory_.grad_windows->last();
-    for (int w : {last, last - 1, 0})
-        if (w > 0 || w == 0) clear(w, s);
+    clear(last, s);
+    if (last > 1) clear(last - 1, s);
+    clear(0, s);
 }
 
 void ShardedUpdate::gradient_ready(Range part, Stream s) {

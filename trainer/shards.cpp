@@ -1,6 +1,7 @@
 #include "trainer/shards.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/ops.h"
 
@@ -42,11 +43,10 @@ size_t ShardLayout::owned_count(int rank) const {
 
 std::vector<FlatParam> ShardLayout::pieces(const std::vector<FlatParam>& flat, int rank) const {
     std::vector<FlatParam> out;
-    for (const FlatParam& p : flat)
-        for (int i = row_of(p.range.first); i < n_rows() && row(i).first < p.range.end(); i++) {
-            const Range mine = owned(i, rank);
-            const size_t first = std::max(p.range.first, mine.first), end = std::min(p.range.end(), mine.end());
-            if (first < end) out.push_back({p.info, {in_shard(i).first + first - mine.first, end - first}});
+    for (int i = 0; i < n_rows(); i++)
+        for (FlatParam& piece : cut_params(flat, owned(i, rank))) {
+            piece.range.first += in_shard(i).first;
+            out.push_back(std::move(piece));
         }
     return out;
 }

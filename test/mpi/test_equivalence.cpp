@@ -218,7 +218,7 @@ void add_addends(Outcome& out, const Group& group, TrainerOptions o) {
         }
 }
 
-// What one rank computes; kept for the ways that share its options.  All ranks call it: for the addends.
+// The outcome of one rank, kept for the ways that share its options.  All ranks call this function, for the addends.
 const Outcome& one_rank(const Group& group, const Carrier& carrier, const Way& way) {
     struct Known {
         const Backend* k;

@@ -94,7 +94,7 @@ bool equal(const std::vector<float>& a, const std::vector<float>& b) {
 }
 bool same_everywhere(const std::vector<float>& v) { return ::same_everywhere(v.data(), v.size() * sizeof(float)); }
 
-// What all workers hold and exchange, without messages: every rank simulates all of them.
+// All workers and their exchanges, without messages: every rank simulates all of them.
 class Simulated {
   public:
     Simulated(Config::Parallel p, std::vector<float> start)

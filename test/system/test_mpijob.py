@@ -109,7 +109,7 @@ def test_the_operator_takes_the_manifest() -> None:
     job = yaml.safe_load(MANIFEST.read_text())
     for schema in schemas():
         assert list(violations(job, schema)) == []
-    # What the operator checks itself.
+    # The operator checks these rules itself.
     spec = job["spec"]
     launcher, worker = (spec["mpiReplicaSpecs"][role] for role in ("Launcher", "Worker"))
     assert spec["launcherCreationPolicy"] in ("AtStartup", "WaitForWorkersReady")
